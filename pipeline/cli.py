@@ -1,0 +1,287 @@
+"""forge-prep: the offline stage's command line. Decorators, one call each, one error handler."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import ForgeError
+
+COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+class Count(click.ParamType[int]):
+    """A whole number such as 250000, 500k, 2.5M or 10B."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", str(value).lower().replace("_", ""))
+        number = round(float(match[1]) * COUNT_UNITS[match[2]]) if match else 0
+        if number < 1:
+            self.fail(f"{value!r} is no count; write 250000, 500k, 2.5M or 10B", param, ctx)
+        return number
+
+
+class ForgeGroup(click.Group):
+    """Turns a ForgeError of any command into one message and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ForgeError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=ForgeGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="llm-forge")
+def main() -> None:
+    """Turn text into shards: tokenize once, offline; train from memory-mapped files.
+
+    \b
+    Typical use:
+      forge-prep tokenize HuggingFaceTB/smollm-corpus --config fineweb-edu-dedup --max-tokens 10B
+      forge-prep info data_cache/fineweb-edu-dedup
+    """
+
+
+@main.command()
+@click.argument("source")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the shards.  [default: data_cache/NAME]",
+)
+@click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup.")
+@click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
+@click.option("--revision", help="Branch, tag or commit of a hub dataset; the commit is recorded.")
+@click.option("--text-column", default="text", show_default=True, help="Column or key of the text.")
+@click.option(
+    "--max-tokens",
+    type=Count(),
+    help="Stop after so many training tokens (10B, 500M); the files are taken in a shuffled order.",
+)
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.005,
+    show_default=True,
+    help="Share of the documents held out, by the hash of their text.",
+)
+@click.option(
+    "--shard-tokens", type=Count(), default="100M", show_default=True, help="Tokens a shard, about."
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
+@click.option("--overwrite", is_flag=True, help="Remove the shards in the folder first.")
+@click.option(
+    "--keep-downloads", is_flag=True, help="Keep the files of a hub dataset until the run ends."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def tokenize(
+    source: str,
+    out: Path | None,
+    config: str | None,
+    split: str,
+    revision: str | None,
+    text_column: str,
+    max_tokens: int | None,
+    val_fraction: float,
+    shard_tokens: int,
+    workers: int | None,
+    overwrite: bool,
+    keep_downloads: bool,
+    as_json: bool,
+) -> None:
+    """Tokenize SOURCE into a folder of shards with an index.
+
+    SOURCE is a .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt file, a folder or a quoted glob of
+    such files, or a hub dataset id. In JSON Lines a line is a document; a .txt file is one.
+
+    Stopped or killed, the same command goes on where it was, and ends with the same bytes.
+
+    \b
+    Examples:
+      forge-prep tokenize HuggingFaceTB/smollm-corpus --config fineweb-edu-dedup --max-tokens 10B
+      forge-prep tokenize 'books/*.jsonl.zst' --out data_cache/books --text-column body
+    """
+    from pipeline import sources
+    from pipeline.prepare import Options, tokenize
+
+    resolved = sources.resolve(source, config, split, revision)
+    folder = out or Path("data_cache") / default_name(source, config)
+    options = Options(text_column, val_fraction, max_tokens, shard_tokens)
+    cores = workers or len(os.sched_getaffinity(0))
+    with ProgressBar() as bar:
+        outcome = tokenize(
+            resolved,
+            folder,
+            options,
+            workers=cores,
+            overwrite=overwrite,
+            keep_downloads=keep_downloads,
+            on_progress=bar.update,
+        )
+    index = outcome.index
+    tokens = {name: index.total("num_tokens", name) for name in ("train", "val")}
+    if as_json:
+        summary = {
+            "folder": str(folder),
+            "up_to_date": outcome.up_to_date,
+            "train_tokens": tokens["train"],
+            "val_tokens": tokens["val"],
+            "documents": index.total("num_documents"),
+            "text_bytes": index.total("text_bytes"),
+            **index.skipped,
+            "seconds": round(outcome.seconds, 3),
+        }
+        click.echo(json.dumps(summary))
+        return
+    if outcome.up_to_date:
+        click.echo(f"{folder} is up to date.")
+    else:
+        speed = (
+            outcome.new_bytes / 1e6 / outcome.seconds,
+            outcome.new_tokens / 1e6 / outcome.seconds,
+        )
+        click.echo(
+            f"Done in {outcome.seconds:.1f} s: {speed[0]:.0f} MB/s of text, "
+            f"{speed[1]:.1f} M tokens/s."
+        )
+    skipped = index.skipped["null_documents"] + index.skipped["empty_documents"]
+    click.echo(
+        f"{tokens['train']:,} train + {tokens['val']:,} val tokens of "
+        f"{index.total('num_documents'):,} documents in {len(index.shards):,} shards; "
+        f"{skipped:,} null or empty documents skipped."
+    )
+    click.echo(f"Look:  forge-prep info {folder}\nTrain: forge-train gpt2 --data {folder} --check")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+def info(folder: Path, as_json: bool) -> None:
+    """Show what a folder of shards holds, and how many epochs each config makes of it."""
+    from pipeline import info, shards
+
+    index = shards.load_index(folder)
+    click.echo(json.dumps(info.summarize(index), indent=2) if as_json else info.render(index))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("document", type=click.IntRange(0))
+@click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
+@click.option("--tokens", is_flag=True, help="Show the token ids too.")
+def show(folder: Path, document: int, split: str, tokens: bool) -> None:
+    """Decode DOCUMENT (a number from 0) of a folder of shards."""
+    from pipeline import info, shards, tokenizer
+
+    shard, start, ids = info.find_document(shards.load_index(folder), split, document)
+    click.echo(
+        f"{split} document {document:,}: {len(ids):,} tokens, at token {start:,} of {shard.file}",
+        err=True,
+    )
+    if tokens:
+        click.echo(" ".join(map(str, ids.tolist())), err=True)
+    sys.stdout.buffer.write(tokenizer.decode(ids) + b"\n")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(folder: Path, workers: int | None, as_json: bool) -> None:
+    """Read every byte of a folder of shards and check it against its index.
+
+    Finds flipped bits, truncated, missing and strange shards, tokens outside the vocabulary and
+    wrong document counts. Exit code 1 when anything is wrong.
+    """
+    from pipeline import shards
+
+    index = shards.load_index(folder)
+    total = shards.TOKEN_BYTES * index.total("num_tokens")
+    with ProgressBar(total) as bar:
+        problems = shards.verify(index, workers or len(os.sched_getaffinity(0)), bar.add)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "folder": str(folder),
+                    "shards": len(index.shards),
+                    "bytes": total,
+                    "problems": problems,
+                }
+            )
+        )
+    if problems:
+        raise ForgeError(
+            f"{len(problems)} problems:\n  " + "\n  ".join(problems),
+            where=folder,
+            fix="restore those files, or make the folder again: forge-prep tokenize --overwrite",
+        )
+    if not as_json:
+        click.echo(f"Sound: {len(index.shards):,} shards, {total / 1e9:.3f} GB.")
+
+
+@main.command("python-docs")
+@click.argument("file", type=click.Path(path_type=Path))
+def python_docs(file: Path) -> None:
+    """Write Python's own documentation as JSON Lines to FILE: 2 MB of text with no download."""
+    from pipeline import pydocs
+
+    click.echo(f"{pydocs.write(file):,} documents, {file.stat().st_size / 1e6:.1f} MB: {file}")
+
+
+def default_name(source: str, config: str | None) -> str:
+    """Name of the folder in data_cache/ when --out is not given."""
+    name = config or Path(source.rstrip("/")).name
+    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".txt"):
+        name = name.removesuffix(suffix)
+    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "shards"
+
+
+class ProgressBar:
+    """tqdm by bytes on a terminal, silent elsewhere."""
+
+    def __init__(self, total: int | None = None) -> None:
+        from tqdm import tqdm
+
+        width = min(110, shutil.get_terminal_size().columns)
+        self.bar = tqdm(
+            total=total,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            ncols=width,
+            smoothing=0.1,
+            leave=False,
+        )
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def add(self, count: int) -> None:
+        self.bar.update(count)
+
+    def update(self, progress: Any) -> None:
+        """Show a prepare.Progress."""
+        if self.bar.total != progress.total_bytes:
+            self.bar.reset(progress.total_bytes)
+            self.bar.initial = progress.done_bytes
+        self.bar.n = progress.done_bytes
+        self.bar.set_postfix_str(f"{progress.num_tokens / 1e6:,.1f} M tokens", refresh=False)
+        self.bar.refresh()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,625 @@
+"""plan -> run slices in parallel -> commit -> index.
+
+Before: sources.py and tokenizer.py. After: shards.py on the disk, which trainer/windows.py maps.
+
+The plan is a pure function of the source's metadata and the options. Each slice of it is an
+independent task: a worker process reads, encodes and writes one train shard and one val piece, then
+a small record in `.work/`, last. A slice is finished when its record is there, so any number of
+workers and any number of kills give the same bytes. index.json is made of the records at the end.
+"""
+
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from pipeline import shards, sources, tokenizer
+from pipeline.errors import ForgeError
+from pipeline.shards import DocumentLengths, Index, Shard, ShardWriter, Tokens
+from pipeline.sources import Slice, Source
+
+WORK_FOLDER = ".work"
+TIMING_FILE = "timing.json"
+SHUFFLE_SEED = 1
+FILES_AHEAD = 2  # downloads beyond the files that workers are reading
+DOWNLOAD_TRIES = 6
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes of the output, beside the source. All of it is recorded."""
+
+    text_column: str = "text"
+    val_fraction: float = 0.005
+    max_tokens: int | None = None  # of the train split; documents stay whole
+    shard_tokens: int = 100_000_000  # about; sizes the slices
+
+    def record(self) -> dict[str, Any]:
+        rule = "val if xxh3_64(utf-8 text) < val_fraction * 2**64"
+        return {**asdict(self), "split_rule": rule}
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to make one slice."""
+
+    slice: Slice
+    kind: str
+    paths: tuple[Path, ...]  # one a part
+    folder: Path
+    options: Options
+    limit: int | None  # train tokens after which to stop
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one finished slice says of itself, in `.work/000000.json`."""
+
+    slice: int
+    limit: int | None
+    shards: tuple[Shard, ...]
+    document_tokens: dict[str, DocumentLengths]
+    null_documents: int
+    empty_documents: int
+
+    def num_tokens(self, split: str) -> int:
+        return sum(shard.num_tokens for shard in self.shards if shard.split == split)
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self)) + "\n").encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> "Record":
+        raw = json.loads(data)
+        raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
+        raw["document_tokens"] = {
+            split: DocumentLengths(each["min"], each["max"], tuple(each["histogram"]))
+            for split, each in raw["document_tokens"].items()
+        }
+        return Record(**raw)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: bytes of the plan that are done, of how many, and train + val tokens."""
+
+    done_bytes: int
+    total_bytes: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How tokenize() ended. `seconds` and `new_bytes` are of this run alone."""
+
+    index: Index
+    up_to_date: bool
+    seconds: float = 0.0
+    new_bytes: int = 0
+    new_tokens: int = 0
+
+
+# ---------------------------------------------------------------------------------------------
+# In the worker process: one slice
+
+_encoder: tokenizer.BulkEncoder
+_done_bytes: Any
+_done_tokens: Any
+
+
+def start_worker(vocabulary_file: Path, done_bytes: Any, done_tokens: Any) -> None:
+    global _encoder, _done_bytes, _done_tokens
+    _encoder = tokenizer.BulkEncoder(vocabulary_file)
+    _done_bytes, _done_tokens = done_bytes, done_tokens
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class _Side:
+    """One split's share of a slice: its shard, opened at the first document, and its figures."""
+
+    def __init__(self, folder: Path, split: str, number: int) -> None:
+        self.split, self.number = split, number
+        self.path = shard_path(folder, split, number)
+        self.writer: ShardWriter | None = None
+        self.num_tokens = self.text_bytes = 0
+        self.lengths: list[np.ndarray] = []
+
+    def write(self, documents: list[Tokens], text_bytes: int) -> None:
+        if not documents:
+            return
+        self.writer = self.writer or ShardWriter(self.path)
+        eot = np.array([shards.EOT_TOKEN], np.uint16)
+        self.writer.write(np.concatenate([x for document in documents for x in (eot, document)]))
+        self.num_tokens = self.writer.num_tokens
+        self.text_bytes += text_bytes
+        self.lengths.append(np.array([len(document) for document in documents], np.int64))
+
+    def commit(self) -> tuple[list[Shard], DocumentLengths]:
+        if self.writer is None:  # no document fell on this side
+            self.path.unlink(missing_ok=True)
+            return [], DocumentLengths()
+        lengths = np.concatenate(self.lengths)
+        shard = Shard(
+            self.path.name,
+            self.split,
+            self.num_tokens,
+            len(lengths),
+            self.text_bytes,
+            self.writer.commit(),
+            self.number,
+        )
+        return [shard], DocumentLengths.of(lengths)
+
+
+def tokenize_slice(job: Job) -> Record:
+    """Make one slice: write its shards, then its record. Runs in a worker process."""
+    sides = {split: _Side(job.folder, split, job.slice.number) for split in shards.SPLITS}
+    num_nulls = num_empty = 0
+    try:
+        for texts, source_bytes in _texts(job):
+            kept, nulls, empty = sources.drop_blank(texts)
+            num_nulls, num_empty = num_nulls + nulls, num_empty + empty
+            before = sides["train"].num_tokens + sides["val"].num_tokens
+            full = _write_documents(kept, sides, job)
+            with _done_bytes.get_lock():
+                _done_bytes.value += source_bytes
+                _done_tokens.value += sides["train"].num_tokens + sides["val"].num_tokens - before
+            if full:
+                break
+        committed = {split: side.commit() for split, side in sides.items()}
+        shards.sync_folder(job.folder)
+        record = Record(
+            job.slice.number,
+            job.limit,
+            tuple(shard for made, _ in committed.values() for shard in made),
+            {split: lengths for split, (_, lengths) in committed.items()},
+            num_nulls,
+            num_empty,
+        )
+        shards.write_whole(_record_path(job.folder, job.slice.number), record.to_json())
+        return record
+    except OSError as error:
+        raise ForgeError(
+            f"cannot write: {error.strerror}",
+            where=error.filename or job.folder,
+            fix="make room (or give write permission) and run the same command again; "
+            "finished slices are kept",
+        ) from error
+    finally:
+        for side in sides.values():
+            if side.writer is not None:
+                side.writer.discard()
+
+
+def _texts(job: Job) -> Iterator[sources.Batch]:
+    for part, path in zip(job.slice.parts, job.paths, strict=True):
+        yield from sources.read_texts(job.kind, path, part, job.options.text_column)
+
+
+def _write_documents(texts: pa.LargeStringArray, sides: dict[str, _Side], job: Job) -> bool:
+    """Encode n texts and write each to its side; True once the train side has job.limit tokens."""
+    if len(texts) == 0:
+        return False
+    tokens, bounds = _encoder.encode(texts)
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
+    text = memoryview(data)
+    threshold = int(job.options.val_fraction * 2**64)
+    chosen: dict[str, list[Tokens]] = {split: [] for split in shards.SPLITS}
+    text_bytes = dict.fromkeys(shards.SPLITS, 0)
+    train_tokens, full = sides["train"].num_tokens, False
+    for n in range(len(texts)):
+        hashed = xxhash.xxh3_64_intdigest(text[ends[n] : ends[n + 1]])
+        split = "val" if hashed < threshold else "train"
+        document = tokens[bounds[n] : bounds[n + 1]]
+        chosen[split].append(document)
+        text_bytes[split] += ends[n + 1] - ends[n]
+        if split == "train":
+            train_tokens += len(document) + 1
+            full = job.limit is not None and train_tokens >= job.limit
+            if full:
+                break
+    for split, side in sides.items():
+        side.write(chosen[split], text_bytes[split])
+    return full
+
+
+def shard_path(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}_{number:06d}.bin"
+
+
+def _record_path(folder: Path, number: int) -> Path:
+    return folder / WORK_FOLDER / f"{number:06d}.json"
+
+
+# ---------------------------------------------------------------------------------------------
+# In the parent: the whole run
+
+
+def tokenize(
+    source: Source,
+    folder: Path,
+    options: Options,
+    *,
+    workers: int,
+    overwrite: bool = False,
+    keep_downloads: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Outcome:
+    """Make a folder of shards of a source; go on where an earlier run of the same stopped.
+
+    The same source and options give the same bytes for any number of workers. Raises ForgeError
+    when the folder holds something else, and for every failure of input, output or worker.
+    """
+    plan = {
+        "source": source.record(),
+        "options": options.record(),
+        "tokenizer": tokenizer.describe(),
+    }
+    if overwrite:
+        _clear(folder)
+    elif (folder / shards.INDEX_FILE).exists():
+        index = shards.load_index(folder)
+        made = {"source": index.source, "options": index.options, "tokenizer": index.tokenizer}
+        _same_plan(plan, made, folder)
+        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+        return Outcome(index, up_to_date=True)
+    started = time.perf_counter()
+    with _claim(folder, plan):
+        seed = SHUFFLE_SEED if options.max_tokens else None
+        slice_bytes = int(options.shard_tokens * sources.BYTES_PER_TOKEN)
+        slices = sources.plan(source, options.text_column, slice_bytes, seed)
+        run = _Run(source, folder, options, slices, keep_downloads, on_progress)
+        _check_room(folder, run)
+        records = run.run(min(workers, len(slices)) or 1)
+        index = _commit(folder, plan, records)
+    shutil.rmtree(folder / WORK_FOLDER)
+    seconds = time.perf_counter() - started
+    outcome = Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
+    timing = {
+        "seconds": round(seconds, 3),
+        "workers": workers,
+        "source_bytes": outcome.new_bytes,
+        "tokens": outcome.new_tokens,
+        "megabytes_per_second": round(outcome.new_bytes / 1e6 / seconds, 2),
+        "tokens_per_second": round(outcome.new_tokens / seconds),
+    }
+    shards.write_whole(folder / TIMING_FILE, (json.dumps(timing, indent=2) + "\n").encode())
+    return outcome
+
+
+@contextmanager
+def _claim(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
+    """Hold `folder` for this run alone, with the plan and the vocabulary in it."""
+    work = folder / WORK_FOLDER
+    plan_file = work / "plan.json"
+    try:
+        if folder.exists() and not work.exists() and any(folder.iterdir()):
+            raise ForgeError(
+                "the folder is not empty and holds no unfinished run of forge-prep",
+                where=folder,
+                fix="choose another --out (--overwrite removes shards only, nothing else)",
+            )
+        work.mkdir(parents=True, exist_ok=True)
+        with (work / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ForgeError(
+                    "another forge-prep is writing this folder", where=folder, fix="let it finish"
+                ) from None
+            if plan_file.exists():
+                _same_plan(plan, json.loads(plan_file.read_bytes()), folder)
+            for leftover in [*folder.glob("*.partial"), *work.glob("*.partial")]:
+                leftover.unlink(missing_ok=True)
+            shards.write_whole(plan_file, (json.dumps(plan) + "\n").encode())
+            vocabulary = folder / shards.VOCABULARY_FILE
+            if not vocabulary.exists():
+                shards.write_whole(vocabulary, tokenizer.vocabulary())
+            yield
+    except OSError as error:
+        raise ForgeError(
+            f"cannot write: {error.strerror}",
+            where=error.filename or folder,
+            fix="make room (or give write permission) and run the same command again; "
+            "finished slices are kept",
+        ) from error
+
+
+def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path) -> None:
+    """ForgeError that says what differs, unless both plans are the same."""
+    differences = []
+    for section, old in made.items():
+        new = wanted[section]
+        for key in {**old, **new}:
+            if old.get(key) != new.get(key):
+                if key == "files":
+                    differences.append("source files (names, sizes or contents)")
+                else:
+                    differences.append(f"{section} {key}: {old.get(key)!r}, now {new.get(key)!r}")
+    if differences:
+        raise ForgeError(
+            f"the folder was made with other options: {'; '.join(differences)}",
+            where=folder,
+            fix="choose another --out, or start afresh with --overwrite",
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what forge-prep made in `folder`, and nothing else. The index goes first."""
+    names = [shards.INDEX_FILE, TIMING_FILE, shards.VOCABULARY_FILE]
+    made = [folder / name for name in names]
+    made += [p for split in shards.SPLITS for p in folder.glob(f"{split}_" + "[0-9]" * 6 + ".bin*")]
+    for path in made:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+
+
+def _check_room(folder: Path, run: "_Run") -> None:
+    """Refuse a run that cannot end well: too little room for its shards."""
+    text = run.total_bytes - run.kept_bytes
+    if run.options.max_tokens:
+        text = min(text, int(run.options.max_tokens * sources.BYTES_PER_TOKEN))
+    needed = text / sources.BYTES_PER_TOKEN * shards.TOKEN_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < 0.8 * needed:  # the estimate is rough
+        raise ForgeError(
+            f"too little room: about {needed / 1e9:.1f} GB of shards, {free / 1e9:.1f} GB free",
+            where=folder,
+            fix="make room, choose another --out, or take less with --max-tokens",
+        )
+
+
+def _commit(folder: Path, plan: dict[str, Any], records: list[Record]) -> Index:
+    lengths = {split: DocumentLengths() for split in shards.SPLITS}
+    for record in records:
+        for split in shards.SPLITS:
+            lengths[split] += record.document_tokens[split]
+    index = Index(
+        folder=folder,
+        tokenizer=plan["tokenizer"],
+        source=plan["source"],
+        options=plan["options"],
+        skipped={
+            "null_documents": sum(record.null_documents for record in records),
+            "empty_documents": sum(record.empty_documents for record in records),
+        },
+        document_tokens=lengths,
+        shards=tuple(shard for record in records for shard in record.shards),
+    )
+    if not index.shards:
+        raise ForgeError(
+            "the source holds no text: every document is null or empty",
+            where=plan["source"]["name"],
+            fix="look at the source, or name another column with --text-column",
+        )
+    shards.save_index(index)
+    return shards.load_index(folder)
+
+
+class _Run:
+    """One run over the slices that have no record yet."""
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+        slices: list[Slice],
+        keep_downloads: bool,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.source, self.folder, self.options = source, folder, options
+        self.all_slices = self.slices = slices  # max_tokens shortens the second
+        self.last_limit: int | None = None  # of the last slice, once max_tokens makes it the last
+        self.on_progress = on_progress
+        self.downloads = _Downloads(source, folder, slices, keep_downloads) if source.hub else None
+        self.records: dict[int, Record] = {}
+        self.counted_bytes = self.counted_tokens = 0
+        self.total_bytes = sum(each.bytes for each in slices)
+        for each in slices:
+            path = _record_path(folder, each.number)
+            if path.exists():
+                self.records[each.number] = Record.from_json(path.read_bytes())
+        self.kept_bytes = sum(slices[n].bytes for n in self.records)
+
+    def run(self, workers: int) -> list[Record]:
+        """All records in the order of the slices, up to the one that reaches max_tokens."""
+        context = multiprocessing.get_context("spawn")
+        done_bytes, done_tokens = context.Value("q"), context.Value("q")
+        vocabulary = self.folder / shards.VOCABULARY_FILE
+        pool = ProcessPoolExecutor(
+            workers, context, start_worker, (vocabulary, done_bytes, done_tokens)
+        )
+        running: dict[Future[Record], int] = {}
+        try:
+            while not self._settled():
+                for job in self._next_jobs(set(running.values()), workers + 1 - len(running)):
+                    running[pool.submit(tokenize_slice, job)] = job.slice.number
+                if not running:
+                    time.sleep(0.05)  # waiting for a download
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    number = running.pop(future)
+                    self.records[number] = future.result()
+                    if self.downloads:
+                        self.downloads.release(self.all_slices[number])
+                self.counted_bytes, self.counted_tokens = done_bytes.value, done_tokens.value
+                self._report()
+        except BrokenProcessPool as error:
+            raise ForgeError(
+                "a worker process was killed (by hand, or by the kernel for want of memory)",
+                where=self.folder,
+                fix="run the same command again, perhaps with fewer --workers; "
+                "finished slices are kept",
+            ) from error
+        finally:
+            if running:  # stopped early, or these are beyond max_tokens
+                for process in (pool._processes or {}).values():
+                    process.kill()
+            pool.shutdown(wait=True, cancel_futures=True)
+            for leftover in self.folder.rglob("*.partial"):
+                leftover.unlink(missing_ok=True)
+            if self.downloads:
+                self.downloads.close()
+        for each in self.all_slices[len(self.slices) :]:
+            for split in shards.SPLITS:
+                shard_path(self.folder, split, each.number).unlink(missing_ok=True)
+        return [self.records[each.number] for each in self.slices]
+
+    def _settled(self) -> bool:
+        """Whether every slice that is needed has its record.
+
+        The first slice to reach max_tokens is the last one needed. It is made (again) with just
+        the limit that the slices before it leave, so that the result does not depend on which
+        slices happened to be done first.
+        """
+        train_tokens = 0
+        for each in self.slices:
+            record = self.records.get(each.number)
+            if record is None:
+                return False
+            left = (self.options.max_tokens or math.inf) - train_tokens
+            if record.num_tokens("train") >= left:
+                self.slices = self.slices[: each.number + 1]
+                if record.limit != left:
+                    self.last_limit = int(left)
+                    del self.records[each.number]
+                    _record_path(self.folder, each.number).unlink()
+                    return False
+                return True
+            train_tokens += record.num_tokens("train")
+        return True
+
+    def _next_jobs(self, busy: set[int], free: int) -> Iterator[Job]:
+        """At most `free` jobs to start now, and no more than max_tokens is likely to need."""
+        expected = sum(record.num_tokens("train") for record in self.records.values())
+        for each in self.slices:
+            if each.number in self.records:
+                continue
+            if free <= 0 or expected >= (self.options.max_tokens or math.inf):
+                return
+            expected += int(each.bytes / sources.BYTES_PER_TOKEN)
+            if each.number in busy:
+                continue
+            paths = self._paths(each)
+            if paths is None:
+                return
+            free -= 1
+            last = each is self.slices[-1]
+            limit = self.last_limit if last and self.last_limit else self.options.max_tokens
+            yield Job(each, self.source.kind, paths, self.folder, self.options, limit)
+
+    def _paths(self, each: Slice) -> tuple[Path, ...] | None:
+        """Where the files of a slice lie; None while one of them is still being downloaded."""
+        if self.downloads:
+            return self.downloads.paths(each)
+        return tuple(self.source.local_path(part.file) for part in each.parts)
+
+    def _report(self) -> None:
+        total = self.total_bytes
+        if self.options.max_tokens is not None:
+            needed = self.options.max_tokens * sources.BYTES_PER_TOKEN
+            total = min(total, max(int(needed), self.kept_bytes))
+        done = min(total, self.kept_bytes + self.counted_bytes)
+        kept = sum(record.num_tokens("train") for record in self.records.values())
+        self.on_progress(Progress(done, total, max(kept, self.counted_tokens)))
+
+
+class _Downloads:
+    """Files of a hub dataset, fetched a few ahead of the workers and removed behind them."""
+
+    def __init__(
+        self, source: Source, folder: Path, slices: list[Slice], keep_downloads: bool
+    ) -> None:
+        assert source.hub is not None
+        self.source, self.hub, self.keep = source, source.hub, keep_downloads
+        self.folder = folder / WORK_FOLDER / "downloads"
+        self.slices = slices
+        self.users: dict[int, int] = {}  # slices left that read a file
+        for each in slices:
+            for part in each.parts:
+                self.users[part.file] = self.users.get(part.file, 0) + 1
+        self.pool = ThreadPoolExecutor(FILES_AHEAD)
+        self.fetched: dict[int, Future[Path]] = {}
+
+    def paths(self, each: Slice) -> tuple[Path, ...] | None:
+        """Paths of the files of a slice, once they are here; starts those that come next."""
+        wanted = [part.file for part in each.parts]
+        coming = [
+            p.file for later in self.slices if later.number > each.number for p in later.parts
+        ]
+        ahead = [file for file in dict.fromkeys(coming) if file not in wanted][:FILES_AHEAD]
+        for file in [*wanted, *ahead]:
+            if file not in self.fetched:
+                self.fetched[file] = self.pool.submit(self._fetch, file)
+        if not all(self.fetched[file].done() for file in wanted):
+            return None
+        return tuple(self.fetched[file].result() for file in wanted)
+
+    def _fetch(self, file: int) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
+        wanted = self.source.files[file]
+        for attempt in range(DOWNLOAD_TRIES):
+            try:
+                path = hf_hub_download(
+                    self.hub["dataset"],
+                    wanted.name,
+                    repo_type="dataset",
+                    revision=self.hub["revision"],
+                    local_dir=self.folder,
+                )
+                if Path(path).stat().st_size == wanted.bytes:
+                    return Path(path)
+                problem = f"{Path(path).stat().st_size:,} bytes came, not {wanted.bytes:,}"
+                Path(path).unlink()
+            except Exception as error:  # network trouble has a dozen unrelated types
+                problem = f"{type(error).__name__}: {error}"
+            time.sleep(min(60.0, 2.0**attempt) if attempt + 1 < DOWNLOAD_TRIES else 0)
+        raise ForgeError(
+            f"cannot download a file of the dataset: {problem}",
+            where=f"{self.hub['dataset']} {wanted.name}",
+            fix="check the network and run the same command again; finished slices are kept",
+        )
+
+    def release(self, each: Slice) -> None:
+        for part in each.parts:
+            self.users[part.file] -= 1
+            if self.users[part.file] == 0 and not self.keep and part.file in self.fetched:
+                self.fetched[part.file].result().unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)

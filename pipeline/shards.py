@@ -1,0 +1,408 @@
+"""THE FORMAT: shard files and index.json. Write them, map them, check them.
+
+Before: prepare.py, which turns text into tokens. After: trainer/windows.py, which reads them.
+
+A shard is an llm.c / modded-nanogpt token file, little-endian throughout:
+
+    offset  size     what
+    0       4        magic 20240520
+    4       4        version 1
+    8       4        number of tokens
+    12      1012     zero
+    1024    2 each   tokens, uint16
+
+Every document starts with <|endoftext|> (50256), and text never makes that token. Beside the shards
+lie `r50k_base.tiktoken` (the vocabulary: one `base64(bytes) rank` a line) and index.json, which is
+written last: a folder without it is a folder that is not finished.
+
+Sources: llm.c dev/data/data_common.py (write_datafile), modded-nanogpt data/fineweb.py.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from struct import Struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from pipeline.errors import ForgeError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER = Struct("<3i1012x")
+TOKEN_BYTES = 2
+MAX_SHARD_TOKENS = 2**31 - 1
+VOCAB_SIZE = 50257
+EOT_TOKEN = 50256
+INDEX_FILE = "index.json"
+INDEX_FORMAT = "llm-forge shards"
+INDEX_VERSION = 1
+VOCABULARY_FILE = "r50k_base.tiktoken"
+# The very hash that tiktoken pins for OpenAI's published r50k_base.tiktoken.
+VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+SPLITS = ("train", "val")
+
+Tokens = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as index.json lists it. `checksum` is xxh3_64 (hex) of the token bytes."""
+
+    file: str
+    split: str
+    num_tokens: int
+    num_documents: int
+    text_bytes: int
+    checksum: str
+    slice: int
+
+
+@dataclass(frozen=True)
+class DocumentLengths:
+    """How long documents are, in tokens without <|endoftext|>; mergeable, so that slices add up.
+
+    `histogram[k]` counts documents of 2**(k/4) <= length < 2**((k+1)/4): quarter octaves.
+    """
+
+    min: int = 0
+    max: int = 0
+    histogram: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(lengths: npt.NDArray[np.int64]) -> "DocumentLengths":
+        """Figures of an array of document lengths, each >= 1."""
+        if lengths.size == 0:
+            return DocumentLengths()
+        buckets = np.floor(4 * np.log2(np.maximum(lengths, 1))).astype(np.int64)
+        return DocumentLengths(
+            int(lengths.min()), int(lengths.max()), tuple(np.bincount(buckets).tolist())
+        )
+
+    def __add__(self, other: "DocumentLengths") -> "DocumentLengths":
+        if not other.histogram or not self.histogram:
+            return self if self.histogram else other
+        counts = np.zeros(max(len(self.histogram), len(other.histogram)), np.int64)
+        counts[: len(self.histogram)] += self.histogram
+        counts[: len(other.histogram)] += other.histogram
+        return DocumentLengths(
+            min(self.min, other.min), max(self.max, other.max), tuple(counts.tolist())
+        )
+
+    def percentile(self, fraction: float) -> int:
+        """Length that `fraction` of the documents do not exceed, good to a quarter octave."""
+        wanted = fraction * sum(self.histogram)
+        seen = 0
+        for k, count in enumerate(self.histogram):
+            if count and seen + count >= wanted:
+                inside = (wanted - seen) / count
+                return round(min(self.max, max(self.min, 2 ** ((k + inside) / 4))))
+            seen += count
+        return self.max
+
+
+@dataclass(frozen=True)
+class Index:
+    """index.json. `source`, `options` and `skipped` are plain records of how it was made."""
+
+    folder: Path
+    tokenizer: dict[str, Any]
+    source: dict[str, Any]
+    options: dict[str, Any]
+    skipped: dict[str, Any]
+    document_tokens: dict[str, DocumentLengths]
+    shards: tuple[Shard, ...]
+    sha256: str = field(default="", compare=False)  # of index.json itself, once it is on disk
+
+    def of(self, split: str) -> tuple[Shard, ...]:
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def total(self, name: str, split: str | None = None) -> int:
+        """Sum of a count of the shards: num_tokens, num_documents or text_bytes."""
+        chosen = self.shards if split is None else self.of(split)
+        return sum(getattr(shard, name) for shard in chosen)
+
+    def to_json(self) -> str:
+        splits = {
+            split: {
+                "num_shards": len(self.of(split)),
+                "num_tokens": self.total("num_tokens", split),
+                "num_documents": self.total("num_documents", split),
+                "text_bytes": self.total("text_bytes", split),
+                "document_tokens": asdict(self.document_tokens.get(split, DocumentLengths())),
+            }
+            for split in SPLITS
+        }
+        head = {
+            "format": INDEX_FORMAT,
+            "version": INDEX_VERSION,
+            "tokenizer": self.tokenizer,
+            "source": self.source,
+            "options": self.options,
+            "skipped": self.skipped,
+            "splits": splits,
+        }
+        rows = ",\n".join("    " + json.dumps(asdict(shard)) for shard in self.shards)
+        return json.dumps(head, indent=2)[:-2] + f',\n  "shards": [\n{rows}\n  ]\n}}\n'
+
+
+def encode_header(num_tokens: int) -> bytes:
+    """The 1024 bytes in front of the tokens."""
+    return HEADER.pack(MAGIC, VERSION, num_tokens)
+
+
+class ShardWriter:
+    """Writes one shard: whole under its name, or not at all.
+
+    Tokens go to NAME.<pid>.partial and the file is renamed by commit(). The process id keeps a
+    writer that outlived its parent from touching the file of the one that replaced it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self.num_tokens = 0
+        self._hash = xxhash.xxh3_64()
+        self._file = self.partial.open("wb")
+        self._file.write(encode_header(0))
+
+    def write(self, tokens: Tokens) -> None:
+        data = np.ascontiguousarray(tokens, dtype="<u2").view(np.uint8).data
+        self._file.write(data)
+        self._hash.update(data)
+        self.num_tokens += len(tokens)
+
+    def commit(self) -> str:
+        """Put the shard under its name, on the disk, and return its checksum."""
+        if self.num_tokens > MAX_SHARD_TOKENS:
+            raise ForgeError(
+                f"a shard of {self.num_tokens:,} tokens does not fit the format's 32-bit count",
+                where=self.path,
+                fix="take smaller shards: --shard-tokens",
+            )
+        self._file.seek(0)
+        self._file.write(encode_header(self.num_tokens))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.partial.replace(self.path)
+        return self._hash.hexdigest()
+
+    def discard(self) -> None:
+        self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_header(path: Path) -> int:
+    """Number of tokens of the shard at `path`; ForgeError unless header and size agree."""
+    fix = "restore the file, or make the folder again with forge-prep tokenize"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(HEADER.size)
+    except OSError as error:
+        raise ForgeError(f"cannot read a shard: {error.strerror}", where=path, fix=fix) from error
+    if len(head) < HEADER.size:
+        raise ForgeError(f"not a shard: {size} bytes are no header", where=path, fix=fix)
+    magic, version, num_tokens = HEADER.unpack(head)
+    if magic != MAGIC or version != VERSION:
+        raise ForgeError(
+            f"not a shard: magic {magic}, version {version} (expected {MAGIC}, {VERSION})",
+            where=path,
+            fix=fix,
+        )
+    if head != encode_header(num_tokens):
+        raise ForgeError("damaged shard: bytes in its header are not zero", where=path, fix=fix)
+    wanted = HEADER.size + TOKEN_BYTES * num_tokens
+    if size != wanted:
+        longer = "shorter" if size < wanted else "longer"
+        raise ForgeError(
+            f"the shard is {longer} than its header says: {size:,} bytes, not {wanted:,} "
+            f"({num_tokens:,} tokens)",
+            where=path,
+            fix=fix,
+        )
+    return int(num_tokens)
+
+
+def map_shard(path: Path, num_tokens: int) -> Tokens:
+    """The tokens of a shard, memory-mapped read-only: (num_tokens,) uint16."""
+    try:
+        return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.size, shape=(num_tokens,))
+    except (OSError, ValueError) as error:
+        raise ForgeError(
+            f"cannot map a shard: {error}", where=path, fix="run forge-prep verify on its folder"
+        ) from error
+
+
+def read_vocabulary(path: Path) -> list[bytes]:
+    """Bytes of each token: (vocab_size,), with <|endoftext|> as the last and empty.
+
+    Enough to decode (join the bytes) and to count text bytes, with no tokenizer library.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+        tokens = [base64.b64decode(line.split()[0]) for line in lines]
+    except (OSError, ValueError, IndexError) as error:
+        raise ForgeError(f"cannot read the vocabulary: {error}", where=path) from error
+    if len(tokens) != VOCAB_SIZE - 1:
+        raise ForgeError(
+            f"the vocabulary has {len(tokens)} tokens, not {VOCAB_SIZE - 1}", where=path
+        )
+    return [*tokens, b""]
+
+
+def load_index(folder: Path) -> Index:
+    """Read and check index.json of a folder of shards."""
+    path = folder / INDEX_FILE
+    if not folder.is_dir():
+        raise ForgeError(
+            "no such folder of shards",
+            where=folder,
+            fix="make one: forge-prep tokenize SOURCE --out DIR",
+        )
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ForgeError(
+            f"the folder has no {INDEX_FILE}, so it is not finished (or is no folder of shards)",
+            where=folder,
+            fix="run its forge-prep tokenize command again; it goes on where it stopped",
+        ) from None
+    except OSError as error:
+        raise ForgeError(f"cannot read the index: {error.strerror}", where=path) from error
+    try:
+        raw = json.loads(data)
+        if (raw["format"], raw["version"]) != (INDEX_FORMAT, INDEX_VERSION):
+            raise ForgeError(
+                f"the index is of another format: {raw['format']!r} version {raw['version']}",
+                where=path,
+            )
+        lengths = {
+            split: DocumentLengths(
+                figures["document_tokens"]["min"],
+                figures["document_tokens"]["max"],
+                tuple(figures["document_tokens"]["histogram"]),
+            )
+            for split, figures in raw["splits"].items()
+        }
+        return Index(
+            folder=folder,
+            tokenizer=raw["tokenizer"],
+            source=raw["source"],
+            options=raw["options"],
+            skipped=raw["skipped"],
+            document_tokens=lengths,
+            shards=tuple(Shard(**shard) for shard in raw["shards"]),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ForgeError(
+            f"the index is damaged: {error!r}",
+            where=path,
+            fix="make the folder again with forge-prep tokenize --overwrite",
+        ) from error
+
+
+def save_index(index: Index) -> None:
+    """Write index.json, whole or not at all."""
+    write_whole(index.folder / INDEX_FILE, index.to_json().encode())
+
+
+# ---------------------------------------------------------------------------------------------
+# Checking
+
+
+def check_shard(folder: Path, shard: Shard, on_bytes: Callable[[int], None]) -> list[str]:
+    """Read one shard whole and list what is wrong with it (nothing, when all is well)."""
+    path = folder / shard.file
+    try:
+        num_tokens = check_header(path)
+        if num_tokens != shard.num_tokens:
+            return [f"{shard.file}: {num_tokens:,} tokens, the index says {shard.num_tokens:,}"]
+        digest, num_documents, largest = xxhash.xxh3_64(), 0, 0
+        first: int | None = None
+        with path.open("rb") as file:
+            file.seek(HEADER.size)
+            while chunk := file.read(1 << 22):
+                tokens = np.frombuffer(chunk, "<u2")
+                first = int(tokens[0]) if first is None else first
+                digest.update(chunk)
+                num_documents += int(np.count_nonzero(tokens == EOT_TOKEN))
+                largest = max(largest, int(tokens.max()))
+                on_bytes(len(chunk))
+    except ForgeError as error:
+        return [f"{shard.file}: {error.what}"]
+    except OSError as error:
+        return [f"{shard.file}: cannot be read: {error.strerror}"]
+    problems = []
+    if digest.hexdigest() != shard.checksum:
+        problems.append(
+            f"{shard.file}: checksum {digest.hexdigest()}, the index says {shard.checksum}"
+        )
+    if largest >= VOCAB_SIZE:
+        problems.append(f"{shard.file}: token {largest} is outside the vocabulary of {VOCAB_SIZE}")
+    if num_documents != shard.num_documents:
+        problems.append(
+            f"{shard.file}: {num_documents:,} documents, the index says {shard.num_documents:,}"
+        )
+    if first not in (EOT_TOKEN, None):
+        problems.append(f"{shard.file}: does not start with <|endoftext|>")
+    return problems
+
+
+def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[str]:
+    """Check every byte of a folder against its index; the list of problems, empty when sound.
+
+    Hashing and counting release the interpreter's lock, so threads use all cores.
+    """
+    problems = []
+    known = {shard.file for shard in index.shards}
+    for path in sorted(index.folder.glob("*.bin")):
+        if path.name not in known:
+            problems.append(f"{path.name}: a stranger, not in the index")
+    vocabulary = index.folder / VOCABULARY_FILE
+    if (
+        not vocabulary.is_file()
+        or hashlib.sha256(vocabulary.read_bytes()).hexdigest() != index.tokenizer["sha256"]
+    ):
+        problems.append(f"{VOCABULARY_FILE}: missing or changed")
+    with ThreadPoolExecutor(workers) as pool:
+        found: Iterable[list[str]] = pool.map(
+            lambda shard: check_shard(index.folder, shard, on_bytes), index.shards
+        )
+        for more in found:
+            problems += more
+    return problems

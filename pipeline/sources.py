@@ -1,0 +1,417 @@
+"""Where text comes from: hub dataset | parquet | jsonl(.gz|.zst) | txt -> slices -> Arrow batches.
+
+Before: the user's SOURCE. After: tokenizer.py, called slice by slice from prepare.py.
+
+resolve() finds the files, plan() cuts them into slices from metadata alone (no text is read), and
+read_texts() streams the text of one part of a slice.
+"""
+
+import glob
+import io
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.errors import ForgeError
+
+KINDS = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".txt": "txt",
+}
+SUFFIXES = ", ".join(KINDS)
+BATCH_BYTES = 8 * 2**20
+BATCH_ROWS = 1024
+BYTES_PER_TOKEN = 4.4  # English text under GPT-2's BPE; only sizes slices and estimates
+TAIL_BYTES = 64 * 1024
+MIN_SLICE_BYTES = 16 * 2**20
+ENOUGH_SLICES = 64
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the source.
+
+    `tail_checksum` notices a change: xxh3_64 of the last 64 KiB, or the hub's own hash.
+    """
+
+    name: str
+    bytes: int
+    tail_checksum: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of one file: row groups [start, stop) of a parquet file, or a whole text file.
+
+    `bytes` is its size as the plan counts it: uncompressed text column, or bytes of the file.
+    """
+
+    file: int
+    start: int
+    stop: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A fixed piece of the source, at least one part; makes one train shard and one val piece."""
+
+    number: int
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved SOURCE: what it is called, and its files in a fixed order."""
+
+    name: str
+    kind: str  # parquet, jsonl or txt
+    root: str  # local folder of the files, or "" for a hub dataset
+    files: tuple[SourceFile, ...]
+    hub: dict[str, str] | None = None  # dataset, config, split, revision (a commit)
+
+    def record(self) -> dict[str, Any]:
+        """What index.json says of it."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "hub": self.hub,
+            "files": [asdict(file) for file in self.files],
+        }
+
+    def local_path(self, file: int) -> Path:
+        return Path(self.root) / self.files[file].name
+
+
+# ---------------------------------------------------------------------------------------------
+# Finding the files
+
+
+def resolve(name: str, config: str | None, split: str, revision: str | None) -> Source:
+    """Find the files that SOURCE names. ForgeError when there are none."""
+    path = Path(name)
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p.name))
+        root = path
+        if not paths:
+            raise ForgeError(
+                "the folder holds no text files", where=path, fix=f"known endings: {SUFFIXES}"
+            )
+    elif path.is_file():
+        paths, root = [path], path.parent
+        if not kind_of(path.name):
+            raise ForgeError("unknown kind of file", where=path, fix=f"known endings: {SUFFIXES}")
+    elif glob.has_magic(name):
+        paths = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if kind_of(p.name))
+        if not paths:
+            raise ForgeError("no file matches", where=name, fix=f"known endings: {SUFFIXES}")
+        # The folder in front of the first wildcard; escape() puts a bracket before each one.
+        root = Path(glob.escape(name).split("[")[0] + "x").parent
+    elif name.count("/") == 1 and not kind_of(name) and not name.startswith((".", "/", "~")):
+        return resolve_hub(name, config, split, revision)
+    else:
+        raise ForgeError(
+            "no such file, folder or glob",
+            where=name,
+            fix="give a path, or a hub dataset id of the form owner/name",
+        )
+    kinds = {kind_of(p.name) for p in paths}
+    if len(kinds) > 1:
+        raise ForgeError(
+            f"the source mixes kinds of files: {', '.join(sorted(map(str, kinds)))}",
+            where=name,
+            fix=f"name one kind with a glob, such as '{name}/*.parquet'",
+        )
+    files = tuple(describe_file(p, str(p.relative_to(root))) for p in paths)
+    return Source(Path(name).name or name, str(kinds.pop()), str(root.resolve()), files)
+
+
+def kind_of(name: str) -> str | None:
+    """parquet, jsonl or txt by the ending of a file's name; None when it is none of these."""
+    lower = name.lower()
+    return next((kind for suffix, kind in KINDS.items() if lower.endswith(suffix)), None)
+
+
+def describe_file(path: Path, name: str) -> SourceFile:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            return SourceFile(name, size, xxhash.xxh3_64_hexdigest(file.read()))
+    except OSError as error:
+        raise ForgeError(f"cannot read a source file: {error.strerror}", where=path) from error
+
+
+def resolve_hub(name: str, config: str | None, split: str, revision: str | None) -> Source:
+    """Resolve a hub dataset to its data files, at one commit, with the `datasets` library."""
+    import datasets
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        by_split = builder.config.data_files
+    except Exception as error:  # the library raises a dozen unrelated types, network's included
+        raise ForgeError(
+            f"cannot resolve the hub dataset: {type(error).__name__}: {error}",
+            where=name + (f", config {config}" if config else ""),
+            fix="check the id, --config and the network; a local path must exist",
+        ) from error
+    if not by_split or split not in by_split:
+        raise ForgeError(
+            f"the dataset has no split {split!r} (it has {', '.join(by_split or [])})", where=name
+        )
+    from huggingface_hub import HfFileSystem
+
+    hub = HfFileSystem()
+    paths = [str(path) for path in by_split[split]]
+    if any(not path.startswith("hf://") for path in paths):
+        raise ForgeError("the dataset's files do not lie on the hub", where=name)
+    infos = {path: hub.info(path) for path in paths}
+    parsed: list[Any] = [hub.resolve_path(path) for path in paths]
+    files = tuple(
+        SourceFile(p.path_in_repo, int(infos[path]["size"]), str(infos[path].get("blob_id") or ""))
+        for p, path in zip(parsed, paths, strict=True)
+    )
+    kinds = {kind_of(file.name) for file in files}
+    if len(kinds) != 1 or None in kinds:
+        raise ForgeError(f"the split's files are not all of one known kind: {kinds}", where=name)
+    commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
+    commit |= {"config": config} if config else {}
+    return Source(name, str(kinds.pop()), "", files, commit)
+
+
+# ---------------------------------------------------------------------------------------------
+# Cutting it into slices
+
+
+def plan(
+    source: Source, text_column: str, max_slice_bytes: int, shuffle_seed: int | None
+) -> list[Slice]:
+    """Cut the source into slices of at most about `max_slice_bytes`, from metadata alone.
+
+    A small source gets smaller slices, so that there are enough of them for all cores.
+    With a seed, files are taken in a shuffled order, so that the first tokens are a fair sample.
+    """
+    order = list(range(len(source.files)))
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(order)
+    if source.kind == "parquet":
+        with ThreadPoolExecutor(16) as pool:
+            groups = list(pool.map(lambda f: row_groups(source, f, text_column), order))
+    else:
+        groups = [[Part(f, 0, 1, source.files[f].bytes)] for f in order]
+    total = sum(part.bytes for file_parts in groups for part in file_parts)
+    slice_bytes = min(max_slice_bytes, max(MIN_SLICE_BYTES, total // ENOUGH_SLICES))
+    slices: list[Slice] = []
+    parts: list[Part] = []
+    size = 0
+    for part in (part for file_parts in groups for part in file_parts):
+        if parts and size + part.bytes > slice_bytes:
+            slices.append(Slice(len(slices), tuple(parts)))
+            parts, size = [], 0
+        if parts and parts[-1].file == part.file and source.kind == "parquet":
+            last = parts.pop()
+            part = Part(part.file, last.start, part.stop, last.bytes + part.bytes)
+            size -= last.bytes
+        parts.append(part)
+        size += part.bytes
+    if parts:
+        slices.append(Slice(len(slices), tuple(parts)))
+    return slices
+
+
+def row_groups(source: Source, file: int, text_column: str) -> list[Part]:
+    """One part per row group of a parquet file; checks that the text column is there."""
+    name = source.files[file].name
+    try:
+        if source.hub:
+            from huggingface_hub import HfFileSystem
+
+            where = f"datasets/{source.hub['dataset']}@{source.hub['revision']}/{name}"
+            with HfFileSystem().open(where, "rb", block_size=2**20) as remote:
+                metadata = pq.read_metadata(remote)
+        else:
+            where = str(source.local_path(file))
+            metadata = pq.read_metadata(where)
+    except (OSError, pa.ArrowException) as error:
+        raise ForgeError(
+            f"not a whole parquet file: {str(error).strip().splitlines()[0]}",
+            where=where,
+            fix="fetch or copy the file again, or leave it out with a glob",
+        ) from error
+    schema = metadata.schema.to_arrow_schema()
+    check_column(schema, text_column, where)
+    column = next(
+        c for c in range(metadata.num_columns) if metadata.schema.column(c).path == text_column
+    )
+    return [
+        Part(file, g, g + 1, metadata.row_group(g).column(column).total_uncompressed_size)
+        for g in range(metadata.num_row_groups)
+    ]
+
+
+def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
+    if text_column not in schema.names:
+        raise ForgeError(
+            f"no column {text_column!r}; there are: {', '.join(schema.names)}",
+            where=where,
+            fix="name the column of the text with --text-column",
+        )
+    kind = schema.field(text_column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ForgeError(
+            f"column {text_column!r} holds {kind}, not strings",
+            where=where,
+            fix="name the column of the text with --text-column",
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading the text
+
+Batch = tuple[pa.LargeStringArray, int]
+
+
+def read_texts(kind: str, path: Path, part: Part, text_column: str) -> Iterator[Batch]:
+    """Stream the text of one part: (n texts as they stand, nulls included; source bytes read).
+
+    Raises ForgeError, naming the place, for anything that cannot be read as UTF-8 text.
+    """
+    readers = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}
+    try:
+        yield from readers[kind](path, part, text_column)
+    except OSError as error:
+        raise ForgeError(
+            f"cannot read a source file: {error.strerror or error}",
+            where=path,
+            fix="restore the file and run the same command again; finished slices are kept",
+        ) from error
+
+
+def read_parquet(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
+    fix = "fetch or copy the file again and run the same command; finished slices are kept"
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+    except pa.ArrowException as error:
+        raise ForgeError(f"not a whole parquet file: {error}", where=path, fix=fix) from error
+    with file:
+        for group in range(part.start, part.stop):
+            try:
+                batches = file.iter_batches(
+                    BATCH_ROWS, row_groups=[group], columns=[text_column], use_threads=False
+                )
+                for batch in batches:
+                    texts = batch.column(0).cast(pa.large_string())
+                    texts.validate(full=True)  # parquet's strings are UTF-8 only by promise
+                    yield texts, texts.nbytes
+            except (pa.ArrowException, OSError) as error:
+                raise ForgeError(
+                    f"damaged row group: {str(error).strip().splitlines()[0]}",
+                    where=f"{path}, row group {group}",
+                    fix=fix,
+                ) from error
+
+
+def read_jsonl(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
+    with path.open("rb") as raw, _decompressed(raw, path) as lines:
+        texts: list[str | None] = []
+        size, read_before = 0, 0
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            text = parse_line(line, text_column, f"{path}, line {number}")
+            texts.append(text)
+            size += len(line)
+            if size >= BATCH_BYTES:
+                yield large_strings(texts, path, number), raw.tell() - read_before
+                read_before = raw.tell()
+                texts, size = [], 0
+        if texts:
+            yield large_strings(texts, path, number), raw.tell() - read_before
+
+
+def _decompressed(raw: IO[bytes], path: Path) -> Any:
+    """Lines of a plain, .gz or .zst file; Arrow's streams notice a truncated one."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    if compression is None:
+        return raw
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), compression), 2**20)
+
+
+def parse_line(line: bytes, text_column: str, where: str) -> str | None:
+    fix = f'each line must be a JSON object in UTF-8 with a string under "{text_column}"'
+    try:
+        document = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ForgeError(f"invalid UTF-8: {error.reason}", where=where, fix=fix) from error
+    except ValueError as error:
+        raise ForgeError(f"invalid JSON: {error}", where=where, fix=fix) from error
+    if not isinstance(document, dict) or text_column not in document:
+        keys = ", ".join(document) if isinstance(document, dict) else type(document).__name__
+        raise ForgeError(
+            f"no column {text_column!r}; there are: {keys}",
+            where=where,
+            fix="name the column of the text with --text-column",
+        )
+    text = document[text_column]
+    if text is not None and not isinstance(text, str):
+        raise ForgeError(
+            f"column {text_column!r} holds {type(text).__name__}, not a string",
+            where=where,
+            fix=fix,
+        )
+    return text
+
+
+def large_strings(texts: list[str | None], path: Path, line: int) -> pa.LargeStringArray:
+    try:
+        return pa.array(texts, pa.large_string())
+    except UnicodeEncodeError as error:
+        raise ForgeError(
+            f"a lone surrogate ({error.object[error.start]!r}) is no text",
+            where=f"{path}, before line {line + 1}",
+            fix="repair the \\u escapes of this file",
+        ) from error
+
+
+def read_txt(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
+    """A .txt file is one document."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ForgeError(
+            f"invalid UTF-8: {error.reason} at byte {error.start:,}",
+            where=path,
+            fix="convert the file to UTF-8, for example with iconv",
+        ) from error
+    yield pa.array([text], pa.large_string()), len(data)
+
+
+def drop_blank(texts: pa.LargeStringArray) -> tuple[pa.LargeStringArray, int, int]:
+    """Texts without nulls and empty ones: (texts, number of nulls, number of empties)."""
+    num_nulls = texts.null_count
+    if num_nulls:
+        texts = texts.drop_null()
+    filled = pc.not_equal(pc.binary_length(texts), 0)
+    num_empty = len(texts) - (pc.sum(filled).as_py() or 0)
+    if num_empty:
+        texts = texts.filter(filled)
+    return texts, num_nulls, num_empty

