@@ -2,12 +2,14 @@
 
 Before: nothing, which is the point: no download. After: sources.py reads the JSON Lines file.
 
-Documents are pydoc's topics (the language reference), and for each module of the standard library
-its docstrings in their order. About 2 MB; enough to see the whole program work, not to learn from.
+Documents are the docstrings of each module of the standard library and pydoc's topics (the language
+reference), of both the paragraphs that are prose. About 1 MB; enough to see the whole program work, not to learn from.
 """
 
 import ast
+import contextlib
 import json
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,36 +20,42 @@ NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2
 
 def documents() -> Iterator[dict[str, str]]:
     """Yield {"text", "id"} in a fixed order for one version of Python."""
-    yield from library_docstrings()
-    try:
-        from pydoc_data import topics
-    except ImportError:  # some distributions leave it out
-        return
-    for name, text in sorted(topics.topics.items()):
-        yield {"text": text.strip(), "id": f"topic {name}"}
-
-
-def library_docstrings() -> Iterator[dict[str, str]]:
     library = Path(sysconfig.get_paths()["stdlib"])
+    found = {}
     for path in sorted(library.rglob("*.py")):
-        if NOT_PROSE.isdisjoint(path.relative_to(library).parts):
-            text = "\n\n".join(docstrings(path))
-            if len(text) >= MIN_CHARACTERS:
-                yield {"text": text, "id": str(path.relative_to(library))}
+        name = path.relative_to(library)
+        if NOT_PROSE.isdisjoint(name.parts):
+            found[str(name)] = docstrings(path)
+    with contextlib.suppress(ImportError):  # some distributions leave it out
+        from pydoc_data import topics
+
+        found |= {f"topic {name}": text for name, text in sorted(topics.topics.items())}
+    for name, text in found.items():
+        if len(text := prose(text)) >= MIN_CHARACTERS:
+            yield {"text": text, "id": name}
 
 
-def docstrings(path: Path) -> Iterator[str]:
-    """Docstrings of a source file, in the order of the file, each under its name."""
+def docstrings(path: Path) -> str:
+    """All docstrings of a source file, in its order."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                name = getattr(node, "name", None)
-                yield f"{name}\n\n{text}" if name else text
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+
+
+def prose(text: str) -> str:
+    """The paragraphs of a text that are sentences, unwrapped; no code, tables or headings."""
+    paragraphs = [p.strip("\n") for p in re.split(r"\n\s*\n", text)]
+    kept = []
+    for paragraph in paragraphs:
+        unwrapped = " ".join(line.strip() for line in paragraph.splitlines())
+        is_code = re.search(r">>>|::$|^[ *+-]{4,}|[=|~^-]{3,}", paragraph, re.MULTILINE)
+        if re.fullmatch(r"[A-Z\"'(].*[.!?:]", unwrapped) and " " in unwrapped and not is_code:
+            kept.append(unwrapped)
+    return "\n\n".join(kept)
 
 
 def write(path: Path) -> int:

@@ -1,0 +1,50 @@
+"""What a config would do on this machine, before a day is spent on it (`forge-train --check`).
+
+Before: config.py, memory.py and the folder of shards. After: a person.
+"""
+
+from pathlib import Path
+
+from trainer import loop, memory
+from trainer.config import Config
+from trainer.metrics import hardware
+from trainer.ranks import Ranks
+
+CARD_GIB = 24
+
+
+def report(config: Config, name: str, folder: Path) -> str:
+    """Check config and data; return parameters, tokens a step, accumulation, memory as text."""
+    data = loop.open_data(config, folder)
+    ranks = Ranks.from_environment()
+    device = ranks.device()
+    plan = memory.plan_step(config, ranks, device)
+    model, tokens = config.model, config.batch.tokens_per_step
+    train_tokens = data.index.total("num_tokens", "train")
+    lines = [
+        f"config        {name}: {model.num_layers} layers, {model.num_heads} heads, "
+        f"{model.embedding_size} channels, context {model.context_length}",
+        f"parameters    {model.num_parameters():,}",
+        f"tokens/step   {tokens:,} = {config.windows_per_step()} windows of {model.context_length}",
+        f"steps         {config.num_steps():,} = {config.num_tokens() / 1e9:.3f} B tokens = "
+        f"{config.num_tokens() / train_tokens:.2f} epochs of {folder}",
+        f"compute       {model.flops_per_token() / 1e6:,.1f} MFLOP a token, "
+        f"{model.flops_per_token() * config.num_tokens():.3g} FLOP in all",
+        f"here          {hardware(device, ranks.world_size)}: micro-batch {plan.micro_batch_size} "
+        f"x {plan.accumulation_steps} accumulation steps x {ranks.world_size} ranks",
+        f"on 2x {CARD_GIB} GiB  {two_cards(config)}",
+    ]
+    return "\n".join(lines)
+
+
+def two_cards(config: Config) -> str:
+    """The step's cut and the memory a card on the machine that this program is meant for."""
+    share = config.windows_per_step() // 2
+    limit = memory.USABLE * CARD_GIB * 2**30
+    fits = [n for n in memory.divisors(share) if memory.estimate_bytes(config, n) <= limit]
+    if not fits:
+        least = memory.estimate_bytes(config, 1) / 2**30
+        return f"does not fit: about {least:.1f} GiB a card with a micro-batch of 1"
+    size = max(fits)
+    gib = memory.estimate_bytes(config, size) / 2**30
+    return f"micro-batch {size} x {share // size} accumulation steps, about {gib:.1f} GiB a card"

@@ -1,0 +1,333 @@
+"""What to train: frozen dataclasses <- configs/*.toml + --set.
+
+Before: the user, who edits a TOML file. After: every other file of the trainer.
+
+Absent keys mean their defaults, unknown keys are refused, and all problems are reported together.
+Derived numbers are methods, so that no two numbers can disagree.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import ForgeError
+from pipeline.shards import VOCAB_SIZE
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    num_layers: int
+    num_heads: int
+    embedding_size: int
+    family: Literal["gpt2"] = "gpt2"
+    context_length: int = 1024
+    vocab_size: int = VOCAB_SIZE
+    bias: bool = True  # GPT-2 has biases in every linear layer and LayerNorm
+
+    def num_parameters(self) -> int:
+        """Trainable numbers, the tied head counted once."""
+        c, per_bias = self.embedding_size, int(self.bias)
+        block = 12 * c * c + 2 * c + per_bias * (9 * c + 2 * c)
+        embeddings = (self.vocab_size + self.context_length) * c
+        return embeddings + self.num_layers * block + c + per_bias * c
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward for one token.
+
+        6 for each weight of a matrix multiplication (2 forward, 4 backward; the head counts, the
+        embedding look-ups do not) and 12*L*C*T for attention's two products over the full,
+        unmasked square: the convention of PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT.
+        """
+        c, layers = self.embedding_size, self.num_layers
+        weights = 12 * layers * c * c + self.vocab_size * c
+        return 6 * weights + 12 * layers * c * self.context_length
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    tokens_per_step: int
+    micro_batch_size: Literal["auto"] | int = "auto"  # windows a rank takes through one forward
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    peak_lr: float
+    name: Literal["adamw"] = "adamw"
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_norm: float = 1.0  # gradients are clipped to this norm
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    warmup_steps: int
+    max_steps: int | None = None  # whichever of the two ends first
+    max_tokens: int | None = None
+    final_lr_fraction: float = 0.1  # of peak_lr, where the cosine ends
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every_steps: int = 250
+    num_tokens: int = 1_048_576  # of the val split, always the same ones
+    sample_tokens: int = 64  # length of the text sampled at each evaluation; 0 for none
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Sections are the TOML file's tables."""
+
+    model: ModelConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    seed: int = 1337
+    compile: Literal["auto", "full", "block", "off"] = "auto"  # auto: full on a GPU, off on a CPU
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where it is native
+
+    def windows_per_step(self) -> int:
+        return self.batch.tokens_per_step // self.model.context_length
+
+    def num_steps(self) -> int:
+        limits = [math.inf]
+        if self.schedule.max_steps is not None:
+            limits.append(self.schedule.max_steps)
+        if self.schedule.max_tokens is not None:
+            limits.append(math.ceil(self.schedule.max_tokens / self.batch.tokens_per_step))
+        return int(min(limits))
+
+    def num_tokens(self) -> int:
+        return self.num_steps() * self.batch.tokens_per_step
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, absent ones left out: what from_dict() takes."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items() if v is not None}
+            return list(value) if isinstance(value, tuple) else value
+
+        result: dict[str, Any] = plain(dataclasses.asdict(self))
+        return result
+
+    def to_toml(self) -> str:
+        """The resolved config as a TOML file that load() reads back to an equal Config."""
+        values = self.to_dict()
+        lines = [f"{k} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict)]
+        for section, keys in values.items():
+            if isinstance(keys, dict):
+                lines += ["", f"[{section}]", *(f"{k} = {_toml(v)}" for k, v in keys.items())]
+        return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def available() -> list[str]:
+    """Names of the configs that come with the program, smallest model first."""
+    named = [f for f in files("configs").iterdir() if f.name.endswith(".toml")]
+    tables = {f.name[:-5]: tomllib.loads(f.read_text(encoding="utf-8"))["model"] for f in named}
+    return sorted(tables, key=lambda n: tables[n]["num_layers"] * tables[n]["embedding_size"] ** 2)
+
+
+def load(name: str, settings: tuple[str, ...] = ()) -> Config:
+    """Config by name (from configs/, whatever the working directory) or by path.
+
+    `settings` are `section.key=value` strings, the value in TOML's notation, quotes optional.
+    Raises ForgeError that lists every problem.
+    """
+    if name.endswith(".toml") or "/" in name:
+        path: Any = Path(name)
+        if not path.is_file():
+            raise ForgeError("no such config file", where=name)
+    else:
+        path = files("configs") / f"{name}.toml"
+        if not path.is_file():
+            known = ", ".join(available())
+            close = difflib.get_close_matches(name, available(), 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ForgeError(
+                "no such config", where=name, fix=f"{hint}there are: {known}; or give a .toml path"
+            )
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ForgeError(f"cannot read the config: {error}", where=name) from error
+    for setting in settings:
+        _apply(values, setting)
+    return from_dict(values, name)
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise ForgeError(
+            "--set takes key=value", where=setting, fix="such as --set optimizer.peak_lr=3e-4"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ForgeError(f"{section} is no section", where=f"--set {setting}")
+    values[last] = value
+
+
+def from_dict(values: dict[str, Any], where: str) -> Config:
+    """Build and check a Config; ForgeError lists every problem at once."""
+    problems: list[str] = []
+    config = _build(Config, values, "", problems)
+    if not problems:
+        problems = _check(config)
+    if problems:
+        raise ForgeError(
+            f"the config has {len(problems)} problem{'s' * (len(problems) > 1)}:\n    "
+            + "\n    ".join(problems),
+            where=where,
+            fix="edit the file, or --set section.key=value",
+        )
+    result: Config = config
+    return result
+
+
+def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(fields)}"
+            problems.append(f"{prefix}{key} does not exist; {hint}")
+    built = {}
+    for key, each in fields.items():
+        kind, name = hints[key], prefix + key
+        required = each.default is dataclasses.MISSING and (
+            each.default_factory is dataclasses.MISSING
+        )
+        if key not in values:
+            if required and not dataclasses.is_dataclass(kind):
+                problems.append(f"{name} is missing")
+            elif required:
+                _build(kind, {}, f"{name}.", problems)
+        elif dataclasses.is_dataclass(kind):
+            if isinstance(values[key], dict):
+                built[key] = _build(kind, values[key], f"{name}.", problems)
+            else:
+                problems.append(f"{name} must be a table [{name}], not {values[key]!r}")
+        else:
+            try:
+                built[key] = _convert(values[key], kind)
+            except TypeError as error:
+                problems.append(f"{name} must be {error}, not {values[key]!r}")
+    return None if problems else cls(**built)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as `kind`; TypeError that describes the kind when it is none."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in args and isinstance(value, str):
+            return value
+        raise TypeError(" or ".join(f'"{arg}"' for arg in args))
+    if origin in (types.UnionType, typing.Union):
+        wanted = []
+        for arg in args:
+            if arg is not type(None):
+                try:
+                    return _convert(value, arg)
+                except TypeError as error:
+                    wanted.append(str(error))
+        raise TypeError(" or ".join(wanted))
+    if origin is tuple:
+        if isinstance(value, list) and len(value) == len(args):
+            return tuple(_convert(v, arg) for v, arg in zip(value, args, strict=True))
+        raise TypeError(f"a list of {len(args)} numbers")
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError({bool: "true or false", int: "a whole number", float: "a number"}[kind])
+
+
+def _check(config: Config) -> list[str]:
+    """What is wrong with values of the right type."""
+    model, batch, schedule = config.model, config.batch, config.schedule
+    problems = []
+    positive = {
+        "model.num_layers": model.num_layers,
+        "model.num_heads": model.num_heads,
+        "model.embedding_size": model.embedding_size,
+        "model.context_length": model.context_length,
+        "batch.tokens_per_step": batch.tokens_per_step,
+        "optimizer.peak_lr": config.optimizer.peak_lr,
+        "optimizer.max_norm": config.optimizer.max_norm,
+        "evaluate.every_steps": config.evaluate.every_steps,
+        "evaluate.num_tokens": config.evaluate.num_tokens,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "guard.max_skipped_steps": config.guard.max_skipped_steps,
+        "schedule.max_steps": schedule.max_steps,
+        "schedule.max_tokens": schedule.max_tokens,
+        "batch.micro_batch_size": 1 if batch.micro_batch_size == "auto" else batch.micro_batch_size,
+    }
+    for name, value in positive.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            problems.append(f"{name} must be more than 0, not {value}")
+    if problems:
+        return problems
+    if model.embedding_size % model.num_heads:
+        problems.append(
+            f"model.embedding_size ({model.embedding_size}) must be a multiple of model.num_heads "
+            f"({model.num_heads})"
+        )
+    if not 0 < model.vocab_size <= 2**16:
+        problems.append(f"model.vocab_size must fit 16 bits, not {model.vocab_size}")
+    for name, tokens in (
+        ("batch.tokens_per_step", batch.tokens_per_step),
+        ("evaluate.num_tokens", config.evaluate.num_tokens),
+    ):
+        if tokens % model.context_length:
+            problems.append(
+                f"{name} ({tokens}) must be a multiple of model.context_length "
+                f"({model.context_length})"
+            )
+    if schedule.max_steps is None and schedule.max_tokens is None:
+        problems.append("schedule.max_steps or schedule.max_tokens must say when to end")
+    if schedule.warmup_steps < 0 or not 0 <= schedule.final_lr_fraction <= 1:
+        problems.append("schedule.warmup_steps must be >= 0 and final_lr_fraction between 0 and 1")
+    if config.optimizer.weight_decay < 0 or not all(0 <= b < 1 for b in config.optimizer.betas):
+        problems.append("optimizer.weight_decay must be >= 0 and each of betas in [0, 1)")
+    if config.evaluate.sample_tokens < 0:
+        problems.append("evaluate.sample_tokens must be >= 0")
+    return problems

@@ -1,0 +1,528 @@
+"""train, train_step, evaluate: the loop that turns windows into a model.
+
+Before: windows.py, model.py, optimizer.py. After: checkpoint.py and metrics.py.
+
+Every rank runs the same code and takes the same branches: what decides (a non-finite step, a wish
+to stop) travels with the loss through one all-reduce a step. Nothing waits for the GPU only to
+print: a step's figures are read when the next step has been queued.
+"""
+
+import contextlib
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import shards
+from pipeline.errors import ForgeError
+from pipeline.shards import Index
+from trainer import checkpoint, memory
+from trainer.config import Config, load
+from trainer.metrics import Metrics, duration, hardware, peak_flops, step_line, write_readme
+from trainer.model import GPT2
+from trainer.optimizer import learning_rate, make_optimizer, update
+from trainer.ranks import Ranks, process_group, sum_over_ranks
+from trainer.windows import MicroBatch, Windows, prefetch, to_device, windows_at
+
+CONFIG_FILE = "config.toml"
+DATA_FILE = "data_index.json"  # index.json of the shards, as they were
+VALIDATION_SEED = 0  # one choice of validation windows for every run
+PRINT_SECONDS = 1.0  # at most one step line in so long
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two splits, checked, and the bytes of each token (V,) for bits per byte."""
+
+    index: Index
+    train: Windows
+    val: Windows
+    vocabulary: list[bytes]
+
+
+def open_data(config: Config, folder: Path) -> Data:
+    """Open and check a folder of shards against what the config asks of it."""
+    index = shards.load_index(folder)
+    if index.tokenizer["vocab_size"] > config.model.vocab_size:
+        raise ForgeError(
+            f"the shards have {index.tokenizer['vocab_size']:,} token ids, the model "
+            f"{config.model.vocab_size:,}",
+            where=folder,
+            fix="--set model.vocab_size=50257",
+        )
+    vocabulary = shards.read_vocabulary(folder / shards.VOCABULARY_FILE)
+    train, val = (Windows(index, split, config.model.context_length) for split in shards.SPLITS)
+    train.check()
+    val.check()
+    needs = [
+        (train, config.windows_per_step(), "batch.tokens_per_step"),
+        (val, config.evaluate.num_tokens // config.model.context_length, "evaluate.num_tokens"),
+    ]
+    for windows, wanted, key in needs:
+        if windows.num_windows < wanted:
+            most = windows.num_windows * config.model.context_length
+            raise ForgeError(
+                f"{key} asks for {wanted:,} windows, the {windows.split} split has "
+                f"{windows.num_windows:,}",
+                where=folder,
+                fix=f"--set {key}={most} at most"
+                if most
+                else "tokenize more text, or with a larger --val-fraction",
+            )
+    return Data(index, train, val, vocabulary)
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM; the loop leaves at the end of a step, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        def remember(number: int, frame: Any) -> None:
+            self.name = signal.Signals(number).name
+
+        before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class StepResult:
+    """Figures of one step, still on the device: [loss, ranks that want to stop] and the norm."""
+
+    step: int
+    lr: float
+    loss_and_stop: Tensor
+    norm: Tensor
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    batches: Iterator[MicroBatch],
+    accumulation_steps: int,
+    lr: float,
+    max_norm: float,
+    autocast: Any,
+    ranks: Ranks,
+    wants_stop: bool,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer update: forward, loss, backward, clip, update.
+
+    Returns ([mean loss over the global batch, number of ranks that want to stop], gradient norm
+    before clipping), on the device. A non-finite loss or norm leaves the weights as they were.
+    """
+    inputs, targets = next(batches)
+    total = torch.zeros((), device=inputs.device)
+    for micro_step in range(accumulation_steps):
+        is_last = micro_step + 1 == accumulation_steps
+        sync = not isinstance(model, DistributedDataParallel) or is_last
+        with contextlib.nullcontext() if sync else model.no_sync():  # type: ignore[operator]
+            with autocast:
+                loss = model(inputs, targets)
+            (loss / accumulation_steps).backward()
+        total += loss.detach()
+        if not is_last:
+            inputs, targets = next(batches)
+    # DDP has averaged the gradients over the ranks by now: the norm is that of the global batch.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    mean = total / (accumulation_steps * ranks.world_size)
+    stop = torch.full_like(mean, float(wants_stop))
+    loss_and_stop = sum_over_ranks(torch.stack([mean, stop]), ranks)
+    update(optimizer, lr, torch.isfinite(loss_and_stop[0]) & torch.isfinite(norm))
+    optimizer.zero_grad(set_to_none=True)
+    return loss_and_stop, norm
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Data, config: Config, micro_batch_size: int, autocast: Any, ranks: Ranks
+) -> tuple[float, float]:
+    """Validation loss over the config's fixed tokens: (nats a token, bits a byte of text).
+
+    The same windows whatever the batch and the number of ranks; draws nothing from any generator.
+    """
+    device = next(model.parameters()).device
+    length = config.model.context_length
+    count = config.evaluate.num_tokens // length
+    chosen = windows_at(np.arange(count), data.val.num_windows, VALIDATION_SEED)
+    mine = chosen[ranks.rank :: ranks.world_size]
+    token_bytes = torch.tensor([len(token) for token in data.vocabulary], device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for first in range(0, len(mine), micro_batch_size):
+        batch = data.val.read(mine[first : first + micro_batch_size])
+        inputs, targets = to_device(batch, device)
+        missing = micro_batch_size - len(batch)  # keep one shape, so that nothing recompiles
+        if missing:
+            inputs = torch.cat([inputs, inputs.new_zeros(missing, length)])
+            targets = torch.cat([targets, targets.new_full((missing, length), -100)])
+        with autocast:
+            loss = model(inputs, targets)
+        sums[0] += loss.double() * (len(batch) * length)
+        sums[1] += token_bytes[targets[: len(batch)]].sum()
+    nats, num_bytes = sum_over_ranks(sums, ranks).tolist()
+    return nats / (count * length), nats / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def sample_text(model: GPT2, vocabulary: list[bytes], num_tokens: int, step: int) -> str:
+    """A short text from <|endoftext|> on, to look at; its own generator, at temperature 0.8."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(step)
+    length = min(num_tokens, model.config.context_length - 1)
+    tokens = torch.full((1, length + 1), shards.EOT_TOKEN, device=device)
+    # Always the full length, which is causal all the same: new shapes cost a GPU more.
+    for n in range(length):
+        logits = model.logits(model.hidden(tokens)[:, n]).float().cpu() / 0.8
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        tokens[0, n + 1] = drawn.item()
+        if drawn.item() == shards.EOT_TOKEN:
+            break
+    text = b"".join(vocabulary[t] for t in tokens[0, 1 : n + 2].tolist())
+    return text.decode("utf-8", "replace")
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def train(config: Config, name: str, data_folder: Path, run: Path, resume: bool) -> None:
+    """Train to the end of the schedule, or until a signal; writes everything under `run`.
+
+    Raises ForgeError, on every rank alike, for anything that a user can cause or cure.
+    """
+    ranks = Ranks.from_environment()
+    device = ranks.device()
+    data = open_data(config, data_folder)
+    last = open_run(config, data, run, resume)
+    with process_group(ranks, device):
+        plan = memory.plan_step(config, ranks, device)
+        Trainer(config, name, data, run, ranks, device, plan).train(last)
+
+
+def open_run(config: Config, data: Data, run: Path, resume: bool) -> int | None:
+    """Step of the checkpoint to go on from, None for a new run. ForgeError if it may not."""
+    exists = run.is_dir() and any(run.iterdir())
+    if not exists:
+        return None
+    if not (run / CONFIG_FILE).is_file():
+        raise ForgeError("--out is a folder with other things in it", where=run, fix="name another")
+    if not resume:
+        raise ForgeError(
+            "--out holds a run already",
+            where=run,
+            fix="add --resume to go on, or name another --out",
+        )
+    before = load(str(run / CONFIG_FILE))
+    fixed = ("model", "seed")
+    changed = [key for key in fixed if getattr(before, key) != getattr(config, key)]
+    if before.batch.tokens_per_step != config.batch.tokens_per_step:
+        changed.append("batch.tokens_per_step")
+    if changed:
+        raise ForgeError(
+            f"the run was made with another {' and '.join(changed)}",
+            where=run / CONFIG_FILE,
+            fix="use the same config, or start a new run with another --out",
+        )
+    if (run / DATA_FILE).read_bytes() != (data.index.folder / shards.INDEX_FILE).read_bytes():
+        raise ForgeError(
+            "the run was trained on other shards: the index is another",
+            where=data.index.folder,
+            fix="give the folder that it was trained on, or start a new run",
+        )
+    found = checkpoint.steps(run)
+    return found[-1] if found else None
+
+
+class Trainer:
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        data: Data,
+        run: Path,
+        ranks: Ranks,
+        device: torch.device,
+        plan: memory.Plan,
+    ) -> None:
+        self.config, self.name, self.data, self.run = config, name, data, run
+        self.ranks, self.device, self.plan = ranks, device, plan
+        self.autocast = autocast_for(config, device)
+        torch.set_float32_matmul_precision("high")
+        self.raw = GPT2(config.model)
+        self.raw.init_weights(config.seed)
+        self.raw.to(device)
+        self.optimizer = make_optimizer(self.raw, config)
+        compile_model(self.raw, config, device)
+        self.model: nn.Module = self.raw
+        if ranks.world_size > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.model = DistributedDataParallel(
+                self.raw, device_ids=ids, gradient_as_bucket_view=True
+            )
+        self.hardware = hardware(device, ranks.world_size)
+        self.peak = peak_flops(device)
+        self.step = 0
+        self.skipped = 0
+        self.seconds_before = 0.0
+        self.printed_at = 0.0
+        self.step_seconds = 0.0  # smoothed, for the ETA
+
+    # -- where we stand
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.batch.tokens_per_step
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def say(self, text: str) -> None:
+        if self.ranks.is_first:
+            print(text, flush=True)
+
+    def log(self, kind: str, **values: Any) -> None:
+        self.metrics.log(kind, self.step, self.tokens, self.seconds, **values)
+
+    # -- the run
+
+    def train(self, last: int | None) -> None:
+        self.started = time.perf_counter()
+        if last is not None:
+            self.resume(last)
+        if self.ranks.is_first:
+            self.make_folder()
+        self.metrics = Metrics(self.run, self.ranks.is_first, last)
+        self.introduce()
+        num_steps = self.config.num_steps()
+        if self.step >= num_steps:
+            self.say(f"The run is complete: {self.run}")
+            return
+        self.log("start", world_size=self.ranks.world_size, hardware=self.hardware)
+        if last is None:
+            self.evaluate()
+        stop = StopSignal()
+        batches = prefetch(
+            self.data.train,
+            self.config.seed,
+            self.step,
+            self.config.windows_per_step(),
+            self.plan.micro_batch_size,
+            self.ranks.rank,
+            self.ranks.world_size,
+            self.device,
+        )
+        with stop.caught(), batches as micro_batches:
+            self.loop(micro_batches, num_steps, stop)
+
+    def loop(self, batches: Iterator[MicroBatch], num_steps: int, stop: StopSignal) -> None:
+        self.first_step = self.step + 1
+        every_evaluation = self.config.evaluate.every_steps
+        every_checkpoint = self.config.checkpoint.every_steps
+        pending: StepResult | None = None
+        stopping = False
+        self.step_ended_at = time.perf_counter()
+        while self.step < num_steps and not stopping:
+            lr = learning_rate(self.step + 1, self.config)
+            figures, norm = train_step(
+                self.model,
+                self.optimizer,
+                batches,
+                self.plan.accumulation_steps,
+                lr,
+                self.config.optimizer.max_norm,
+                self.autocast,
+                self.ranks,
+                bool(stop.name),
+            )
+            self.step += 1
+            if pending:
+                stopping = self.settle(pending)
+            pending = StepResult(self.step, lr, figures, norm)
+            evaluates = self.step % every_evaluation == 0 or self.step == num_steps
+            saves = self.step % every_checkpoint == 0 or self.step == num_steps
+            if evaluates or saves or stopping or self.device.type == "cpu":
+                stopping = self.settle(pending) or stopping
+                pending = None
+            if evaluates:
+                self.evaluate()
+            if saves or (stopping and self.step < num_steps):
+                self.save(must=stopping or self.step == num_steps)
+            if evaluates or saves:
+                self.step_ended_at = time.perf_counter()
+        if self.step < num_steps:
+            self.log("stop", signal=stop.name)
+            self.say(f"Stopped at step {self.step}; the same command with --resume goes on.")
+        else:
+            self.say(f"Done in {duration(self.seconds)}: {self.run}")
+
+    def settle(self, result: StepResult) -> bool:
+        """Read a step's figures, log them, and say whether all ranks are to stop."""
+        loss, num_stopping = result.loss_and_stop.tolist()
+        stop = bool(num_stopping > 0)
+        norm = result.norm.item()
+        now = time.perf_counter()
+        elapsed, self.step_ended_at = now - self.step_ended_at, now
+        num_steps, step_tokens = self.config.num_steps(), self.config.batch.tokens_per_step
+        tokens = result.step * step_tokens
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skip(result.step, tokens, loss, norm)
+            return stop
+        self.skipped = 0
+        speed = step_tokens / elapsed
+        # The first step compiles; after it, each new step moves the estimate a little.
+        recent = 0.05 if self.step_seconds else 1.0
+        self.step_seconds += (
+            recent * (elapsed - self.step_seconds) * (result.step > self.first_step)
+        )
+        mfu = None
+        if self.peak:
+            mfu = speed * self.config.model.flops_per_token() / (self.peak * self.ranks.world_size)
+        row = {
+            "loss": loss,
+            "lr": result.lr,
+            "norm": norm,
+            "tokens_per_second": speed,
+            "mfu": mfu,
+        }
+        self.metrics.log("step", result.step, tokens, self.seconds, **row)
+        if now - self.printed_at >= PRINT_SECONDS or result.step in (self.first_step, num_steps):
+            self.printed_at = now
+            eta = (num_steps - result.step) * (self.step_seconds or elapsed)
+            self.say(step_line({"step": result.step, **row}, num_steps, eta))
+        return stop
+
+    def skip(self, step: int, tokens: int, loss: float, norm: float) -> None:
+        """A step that was not finite: its update was left out, on all ranks alike."""
+        self.skipped += 1
+        self.metrics.log("skip", step, tokens, self.seconds, loss=str(loss), norm=str(norm))
+        self.say(f"step {step}: loss {loss}, norm {norm}: not finite, update skipped")
+        if self.skipped >= self.config.guard.max_skipped_steps:
+            saved = checkpoint.steps(self.run)
+            good = checkpoint.checkpoint_path(self.run, saved[-1]) if saved else "none yet"
+            raise ForgeError(
+                f"{self.skipped} steps in a row were not finite",
+                where=f"step {step} of {self.run}",
+                fix=f"lower optimizer.peak_lr; the last good checkpoint: {good}",
+            )
+
+    def evaluate(self) -> None:
+        loss, bits = evaluate(
+            self.raw,
+            self.data,
+            self.config,
+            self.plan.micro_batch_size,
+            self.autocast,
+            self.ranks,
+        )
+        self.log("evaluate", loss=loss, bits_per_byte=bits)
+        self.say(
+            f"step {self.step}/{self.config.num_steps()}  validation loss {loss:.4f}  "
+            f"bits per byte {bits:.4f}"
+        )
+        if self.ranks.is_first and self.config.evaluate.sample_tokens and self.step:
+            with self.autocast:
+                text = sample_text(
+                    self.raw, self.data.vocabulary, self.config.evaluate.sample_tokens, self.step
+                )
+            self.log("sample", text=text)
+            self.say("  | " + text.strip().replace("\n", "\n  | "))
+        self.write_readme()
+
+    # -- the run folder
+
+    def make_folder(self) -> None:
+        source = self.data.index.folder
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / shards.VOCABULARY_FILE, self.run / shards.VOCABULARY_FILE)
+            shutil.copyfile(source / shards.INDEX_FILE, self.run / DATA_FILE)
+            shards.write_whole(self.run / CONFIG_FILE, self.config.to_toml().encode())
+        except OSError as error:
+            raise ForgeError(f"cannot write: {error.strerror}", where=error.filename) from error
+
+    def write_readme(self) -> None:
+        write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
+
+    def resume(self, step: int) -> None:
+        state = checkpoint.load_state(self.run, step)
+        path = checkpoint.checkpoint_path(self.run, step)
+        checkpoint.load_weights(path / checkpoint.MODEL_FILE, self.raw)
+        checkpoint.load_optimizer(path / checkpoint.OPTIMIZER_FILE, self.raw, self.optimizer)
+        self.step, self.seconds_before = state.step, state.seconds
+        self.say(f"Resuming from step {step}.")
+
+    def save(self, must: bool) -> None:
+        """Save on rank 0. What fails in mid-run is a warning; `must` makes it an error."""
+        problem = None
+        if self.ranks.is_first:
+            started = time.perf_counter()
+            try:
+                checkpoint.save(
+                    self.run,
+                    self.raw,
+                    self.optimizer,
+                    self.step,
+                    self.tokens,
+                    self.seconds,
+                    self.config.checkpoint.keep_last,
+                )
+                took = time.perf_counter() - started
+                self.log("checkpoint", save_seconds=took)
+                self.say(f"step {self.step}: checkpoint saved in {took:.1f} s")
+            except OSError as error:
+                problem = error
+                self.say(f"WARNING: step {self.step}: checkpoint not saved: {error}")
+        self.write_readme()
+        failed = torch.tensor(float(problem is not None), device=self.device)
+        if must and sum_over_ranks(failed, self.ranks).item():
+            raise ForgeError(
+                f"the last checkpoint could not be saved: {problem or 'see rank 0'}",
+                where=self.run,
+                fix="make room and run the same command with --resume",
+            )
+
+    def introduce(self) -> None:
+        config, plan, index = self.config, self.plan, self.data.index
+        epochs = config.num_tokens() / index.total("num_tokens", "train")
+        self.say(
+            f"{self.name}: {config.model.num_parameters():,} parameters on {self.hardware}\n"
+            f"{config.batch.tokens_per_step:,} tokens a step = {plan.micro_batch_size} windows of "
+            f"{config.model.context_length} x {plan.accumulation_steps} accumulation steps x "
+            f"{self.ranks.world_size} ranks\n"
+            f"{config.num_steps():,} steps, {config.num_tokens() / 1e9:.3f} B tokens, "
+            f"{epochs:.2f} epochs of {index.folder}"
+        )
+
+
+def autocast_for(config: Config, device: torch.device) -> Any:
+    """bfloat16 autocast where the device has it natively, else nothing."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = config.precision == "bfloat16" or (config.precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted, cache_enabled=True)
+
+
+def compile_model(model: GPT2, config: Config, device: torch.device) -> None:
+    """Put torch.compile where the config asks for it: the whole trunk, each block, or nowhere."""
+    how = config.compile
+    if how == "auto":
+        how = "full" if device.type == "cuda" else "off"
+    if how == "full":
+        model.trunk = torch.compile(model.hidden, dynamic=False)
+    elif how == "block":
+        for block in model.h:
+            block.compile(dynamic=False)

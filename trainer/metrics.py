@@ -1,0 +1,162 @@
+"""Tokens/s, MFU, metrics.jsonl, what the terminal shows, the run's README.
+
+Before: loop.py. After: people, and programs that read metrics.jsonl.
+
+metrics.jsonl has one object a line: `kind` (start, step, evaluate, sample, checkpoint, skip, stop),
+and always `step`, `tokens`, `seconds` (of training, over all starts).
+"""
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.shards import Index, write_whole
+from trainer.config import Config
+
+METRICS_FILE = "metrics.jsonl"
+README_FILE = "README.md"
+
+# Dense bfloat16 tensor-core peak with float32 accumulation, in FLOP/s, by a part of the card's
+# name; the first match counts. NVIDIA's datasheets (H200, H100, A100, L40S, L4) and the appendices
+# of its Ada (RTX 4090 and 4080) and GA102 (RTX 3090 and 3080) architecture papers.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 4080": 97.5e12,
+    "RTX 3090": 71e12,
+    "RTX 3080": 59.5e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Published peak of one card, None for one that is not in the table (or a CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def hardware(device: torch.device, world_size: int) -> str:
+    if device.type == "cuda":
+        return f"{world_size}x {torch.cuda.get_device_name(device)}"
+    return f"CPU ({os.cpu_count()} cores, {platform.machine()}), {world_size} processes"
+
+
+class Metrics:
+    """Appends to metrics.jsonl and keeps what the README needs. Does nothing on other ranks."""
+
+    def __init__(self, run: Path, enabled: bool, resume_step: int | None) -> None:
+        self.path = run / METRICS_FILE
+        self.enabled = enabled
+        self.last: dict[str, dict[str, Any]] = {}
+        self.first: dict[str, dict[str, Any]] = {}
+        if not enabled:
+            return
+        kept: list[str] = []
+        if resume_step is not None and self.path.exists():
+            # What came after the checkpoint will happen again.
+            for line in self.path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # half a line, cut off by a kill
+                if row["step"] <= resume_step:
+                    kept.append(line)
+                    self._note(row)
+        write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+
+    def log(self, kind: str, step: int, tokens: int, seconds: float, **values: Any) -> None:
+        if not self.enabled:
+            return
+        row = {"kind": kind, "step": step, "tokens": tokens, "seconds": round(seconds, 3)} | {
+            k: _brief(v) for k, v in values.items()
+        }
+        self._note(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.last[row["kind"]] = row
+        self.first.setdefault(row["kind"], row)
+
+
+def _brief(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def step_line(row: dict[str, Any], num_steps: int, eta_seconds: float) -> str:
+    mfu = f"  mfu {row['mfu']:5.1%}" if row["mfu"] is not None else ""
+    return (
+        f"step {row['step']:>{len(str(num_steps))}}/{num_steps}  loss {row['loss']:7.4f}  "
+        f"lr {row['lr']:.2e}  norm {row['norm']:7.3f}  "
+        f"{row['tokens_per_second']:>9,.0f} tok/s{mfu}  eta {duration(eta_seconds)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def write_readme(
+    run: Path, config: Config, name: str, index: Index, metrics: Metrics, device: str
+) -> None:
+    """The page that a person reads first: what this run is and how far it came."""
+    if not metrics.enabled:
+        return
+    step = metrics.last.get("step", {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None})
+    evaluated, first = metrics.last.get("evaluate"), metrics.first.get("evaluate")
+    loss = f"{evaluated['loss']:.4f}" if evaluated else "-"
+    train_loss = f"{step['loss']:.4f}" if step["loss"] is not None else "-"
+    epochs = step["tokens"] / max(1, index.total("num_tokens", "train"))
+    lines = [
+        f"# {name}, trained from scratch",
+        "",
+        "| model | time | steps | tokens | parameters | loss |",
+        "|---|---|---|---|---|---|",
+        f"| {name} | {duration(step['seconds'])} | {step['step']:,} of {config.num_steps():,} | "
+        f"{step['tokens'] / 1e9:.3f} B | {config.model.num_parameters() / 1e6:.1f} M | {loss} |",
+        "",
+        "Loss is the mean over the fixed validation tokens, in nats a token.",
+        "",
+    ]
+    if evaluated and first:
+        lines.append(
+            f"- Validation loss {first['loss']:.4f} -> {evaluated['loss']:.4f}, "
+            f"{evaluated['bits_per_byte']:.4f} bits a byte; training loss {train_loss}"
+        )
+    revision = (index.source.get("hub") or {}).get("revision")
+    sample = metrics.last.get("sample")
+    lines += [
+        f"- Data: {index.source['name']}"
+        + (f" at {revision}" if revision else "")
+        + f", {epochs:.2f} epochs of {index.total('num_tokens', 'train'):,} training tokens",
+        f"- Hardware: {device}; torch {torch.__version__}",
+        "",
+        "Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), "
+        "`checkpoints/` (safetensors).",
+        "",
+        f"    forge-sample {run}",
+        f"    forge-export {run} {run.name}-hf",
+    ]
+    if sample:
+        lines += [
+            "",
+            "A sample at the last evaluation:",
+            "",
+            "> " + sample["text"].replace("\n", "\n> "),
+        ]
+    write_whole(run / README_FILE, ("\n".join(lines) + "\n").encode())
