@@ -3,7 +3,8 @@
 Before: nothing, which is the point: no download. After: sources.py reads the JSON Lines file.
 
 Documents are the docstrings of each module of the standard library and pydoc's topics (the language
-reference), of both the paragraphs that are prose. About 1 MB; enough to see the whole program work, not to learn from.
+reference), of both the paragraphs that are prose. About 1 MB: enough to see the whole program work,
+not to learn from.
 """
 
 import ast
@@ -23,9 +24,9 @@ def documents() -> Iterator[dict[str, str]]:
     library = Path(sysconfig.get_paths()["stdlib"])
     found = {}
     for path in sorted(library.rglob("*.py")):
-        name = path.relative_to(library)
-        if NOT_PROSE.isdisjoint(name.parts):
-            found[str(name)] = docstrings(path)
+        inside = path.relative_to(library)
+        if NOT_PROSE.isdisjoint(inside.parts):
+            found[str(inside)] = docstrings(path)
     with contextlib.suppress(ImportError):  # some distributions leave it out
         from pydoc_data import topics
 

@@ -5,17 +5,18 @@ Before: config.py, memory.py and the folder of shards. After: a person.
 
 from pathlib import Path
 
-from trainer import loop, memory
+from trainer import memory
 from trainer.config import Config
 from trainer.metrics import hardware
 from trainer.ranks import Ranks
+from trainer.run import open_data
 
 CARD_GIB = 24
 
 
 def report(config: Config, name: str, folder: Path) -> str:
     """Check config and data; return parameters, tokens a step, accumulation, memory as text."""
-    data = loop.open_data(config, folder)
+    data = open_data(config, folder)
     ranks = Ranks.from_environment()
     device = ranks.device()
     plan = memory.plan_step(config, ranks, device)

@@ -96,6 +96,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # its type for a full disk, too
         raise OSError(f"cannot write {path}: {error}") from error
+    path.chmod(0o644)  # the library makes it readable to its owner only
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -9,7 +9,6 @@ print: a step's figures are read when the next step has been queued.
 
 import contextlib
 import math
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -24,61 +23,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import shards
 from pipeline.errors import ForgeError
-from pipeline.shards import Index
 from trainer import checkpoint, memory
-from trainer.config import Config, load
-from trainer.metrics import Metrics, duration, hardware, peak_flops, step_line, write_readme
+from trainer.config import Config
+from trainer.metrics import Metrics, duration, hardware, peak_flops, step_line
 from trainer.model import GPT2
 from trainer.optimizer import learning_rate, make_optimizer, update
 from trainer.ranks import Ranks, process_group, sum_over_ranks
-from trainer.windows import MicroBatch, Windows, prefetch, to_device, windows_at
+from trainer.run import Data, make_folder, open_data, open_run, write_readme
+from trainer.windows import MicroBatch, prefetch, to_device, windows_at
 
-CONFIG_FILE = "config.toml"
-DATA_FILE = "data_index.json"  # index.json of the shards, as they were
 VALIDATION_SEED = 0  # one choice of validation windows for every run
 PRINT_SECONDS = 1.0  # at most one step line in so long
-
-
-@dataclass(frozen=True)
-class Data:
-    """The two splits, checked, and the bytes of each token (V,) for bits per byte."""
-
-    index: Index
-    train: Windows
-    val: Windows
-    vocabulary: list[bytes]
-
-
-def open_data(config: Config, folder: Path) -> Data:
-    """Open and check a folder of shards against what the config asks of it."""
-    index = shards.load_index(folder)
-    if index.tokenizer["vocab_size"] > config.model.vocab_size:
-        raise ForgeError(
-            f"the shards have {index.tokenizer['vocab_size']:,} token ids, the model "
-            f"{config.model.vocab_size:,}",
-            where=folder,
-            fix="--set model.vocab_size=50257",
-        )
-    vocabulary = shards.read_vocabulary(folder / shards.VOCABULARY_FILE)
-    train, val = (Windows(index, split, config.model.context_length) for split in shards.SPLITS)
-    train.check()
-    val.check()
-    needs = [
-        (train, config.windows_per_step(), "batch.tokens_per_step"),
-        (val, config.evaluate.num_tokens // config.model.context_length, "evaluate.num_tokens"),
-    ]
-    for windows, wanted, key in needs:
-        if windows.num_windows < wanted:
-            most = windows.num_windows * config.model.context_length
-            raise ForgeError(
-                f"{key} asks for {wanted:,} windows, the {windows.split} split has "
-                f"{windows.num_windows:,}",
-                where=folder,
-                fix=f"--set {key}={most} at most"
-                if most
-                else "tokenize more text, or with a larger --val-fraction",
-            )
-    return Data(index, train, val, vocabulary)
 
 
 class StopSignal:
@@ -213,40 +168,6 @@ def train(config: Config, name: str, data_folder: Path, run: Path, resume: bool)
         Trainer(config, name, data, run, ranks, device, plan).train(last)
 
 
-def open_run(config: Config, data: Data, run: Path, resume: bool) -> int | None:
-    """Step of the checkpoint to go on from, None for a new run. ForgeError if it may not."""
-    exists = run.is_dir() and any(run.iterdir())
-    if not exists:
-        return None
-    if not (run / CONFIG_FILE).is_file():
-        raise ForgeError("--out is a folder with other things in it", where=run, fix="name another")
-    if not resume:
-        raise ForgeError(
-            "--out holds a run already",
-            where=run,
-            fix="add --resume to go on, or name another --out",
-        )
-    before = load(str(run / CONFIG_FILE))
-    fixed = ("model", "seed")
-    changed = [key for key in fixed if getattr(before, key) != getattr(config, key)]
-    if before.batch.tokens_per_step != config.batch.tokens_per_step:
-        changed.append("batch.tokens_per_step")
-    if changed:
-        raise ForgeError(
-            f"the run was made with another {' and '.join(changed)}",
-            where=run / CONFIG_FILE,
-            fix="use the same config, or start a new run with another --out",
-        )
-    if (run / DATA_FILE).read_bytes() != (data.index.folder / shards.INDEX_FILE).read_bytes():
-        raise ForgeError(
-            "the run was trained on other shards: the index is another",
-            where=data.index.folder,
-            fix="give the folder that it was trained on, or start a new run",
-        )
-    found = checkpoint.steps(run)
-    return found[-1] if found else None
-
-
 class Trainer:
     def __init__(
         self,
@@ -305,7 +226,7 @@ class Trainer:
         if last is not None:
             self.resume(last)
         if self.ranks.is_first:
-            self.make_folder()
+            make_folder(self.run, self.config, self.data.index)
         self.metrics = Metrics(self.run, self.ranks.is_first, last)
         self.introduce()
         num_steps = self.config.num_steps()
@@ -429,7 +350,8 @@ class Trainer:
             self.autocast,
             self.ranks,
         )
-        self.log("evaluate", loss=loss, bits_per_byte=bits)
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        self.log("evaluate", loss=loss, bits_per_byte=bits, peak_memory_bytes=peak)
         self.say(
             f"step {self.step}/{self.config.num_steps()}  validation loss {loss:.4f}  "
             f"bits per byte {bits:.4f}"
@@ -441,22 +363,9 @@ class Trainer:
                 )
             self.log("sample", text=text)
             self.say("  | " + text.strip().replace("\n", "\n  | "))
-        self.write_readme()
+        write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
 
     # -- the run folder
-
-    def make_folder(self) -> None:
-        source = self.data.index.folder
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / shards.VOCABULARY_FILE, self.run / shards.VOCABULARY_FILE)
-            shutil.copyfile(source / shards.INDEX_FILE, self.run / DATA_FILE)
-            shards.write_whole(self.run / CONFIG_FILE, self.config.to_toml().encode())
-        except OSError as error:
-            raise ForgeError(f"cannot write: {error.strerror}", where=error.filename) from error
-
-    def write_readme(self) -> None:
-        write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
 
     def resume(self, step: int) -> None:
         state = checkpoint.load_state(self.run, step)
@@ -487,7 +396,7 @@ class Trainer:
             except OSError as error:
                 problem = error
                 self.say(f"WARNING: step {self.step}: checkpoint not saved: {error}")
-        self.write_readme()
+        write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
         failed = torch.tensor(float(problem is not None), device=self.device)
         if must and sum_over_ranks(failed, self.ranks).item():
             raise ForgeError(

@@ -1,4 +1,4 @@
-"""Tokens/s, MFU, metrics.jsonl, what the terminal shows, the run's README.
+"""Tokens/s, MFU, metrics.jsonl, what the terminal shows.
 
 Before: loop.py. After: people, and programs that read metrics.jsonl.
 
@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 
-from pipeline.shards import Index, write_whole
-from trainer.config import Config
+from pipeline.shards import write_whole
 
 METRICS_FILE = "metrics.jsonl"
-README_FILE = "README.md"
 
 # Dense bfloat16 tensor-core peak with float32 accumulation, in FLOP/s, by a part of the card's
 # name; the first match counts. NVIDIA's datasheets (H200, H100, A100, L40S, L4) and the appendices
@@ -109,54 +107,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
-
-
-def write_readme(
-    run: Path, config: Config, name: str, index: Index, metrics: Metrics, device: str
-) -> None:
-    """The page that a person reads first: what this run is and how far it came."""
-    if not metrics.enabled:
-        return
-    step = metrics.last.get("step", {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None})
-    evaluated, first = metrics.last.get("evaluate"), metrics.first.get("evaluate")
-    loss = f"{evaluated['loss']:.4f}" if evaluated else "-"
-    train_loss = f"{step['loss']:.4f}" if step["loss"] is not None else "-"
-    epochs = step["tokens"] / max(1, index.total("num_tokens", "train"))
-    lines = [
-        f"# {name}, trained from scratch",
-        "",
-        "| model | time | steps | tokens | parameters | loss |",
-        "|---|---|---|---|---|---|",
-        f"| {name} | {duration(step['seconds'])} | {step['step']:,} of {config.num_steps():,} | "
-        f"{step['tokens'] / 1e9:.3f} B | {config.model.num_parameters() / 1e6:.1f} M | {loss} |",
-        "",
-        "Loss is the mean over the fixed validation tokens, in nats a token.",
-        "",
-    ]
-    if evaluated and first:
-        lines.append(
-            f"- Validation loss {first['loss']:.4f} -> {evaluated['loss']:.4f}, "
-            f"{evaluated['bits_per_byte']:.4f} bits a byte; training loss {train_loss}"
-        )
-    revision = (index.source.get("hub") or {}).get("revision")
-    sample = metrics.last.get("sample")
-    lines += [
-        f"- Data: {index.source['name']}"
-        + (f" at {revision}" if revision else "")
-        + f", {epochs:.2f} epochs of {index.total('num_tokens', 'train'):,} training tokens",
-        f"- Hardware: {device}; torch {torch.__version__}",
-        "",
-        "Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), "
-        "`checkpoints/` (safetensors).",
-        "",
-        f"    forge-sample {run}",
-        f"    forge-export {run} {run.name}-hf",
-    ]
-    if sample:
-        lines += [
-            "",
-            "A sample at the last evaluation:",
-            "",
-            "> " + sample["text"].replace("\n", "\n> "),
-        ]
-    write_whole(run / README_FILE, ("\n".join(lines) + "\n").encode())

@@ -1,0 +1,180 @@
+"""Checkpoint -> other people's formats: the Hugging Face layout.
+
+Before: a run (trainer/checkpoint.py). After: transformers, and all that reads its GPT-2 folders.
+
+OUT gets config.json, generation_config.json, model.safetensors, tokenizer.json, vocab.json,
+merges.txt, tokenizer_config.json and README.md (the model card). It loads with no custom code.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import shards, tokenizer
+from pipeline.errors import ForgeError
+from sampler.generate import load_run
+from trainer import checkpoint
+from trainer.config import ModelConfig, load
+from trainer.metrics import METRICS_FILE, duration
+from trainer.model import GPT2
+from trainer.run import CONFIG_FILE, DATA_FILE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export(run: Path, out: Path, step: int | None, dtype: str) -> None:
+    """Write a run's checkpoint to `out` in transformers' GPT-2 layout, whole or not at all."""
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise ForgeError("the folder for the export is not empty", where=out, fix="name a new one")
+    model, _, state = load_run(run, step, torch.device("cpu"))
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        weights = {name: w.to(DTYPES[dtype]) for name, w in transformers_weights(model).items()}
+        checkpoint.save_tensors(weights, partial / checkpoint.MODEL_FILE)
+        files = {
+            "config.json": model_config(model.config, dtype),
+            "generation_config.json": {
+                "bos_token_id": shards.EOT_TOKEN,
+                "eos_token_id": shards.EOT_TOKEN,
+                "do_sample": True,
+            },
+            "tokenizer.json": tokenizer_json(),
+            "tokenizer_config.json": {
+                "tokenizer_class": "GPT2Tokenizer",
+                "model_max_length": model.config.context_length,
+                "add_prefix_space": False,
+                **dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.EOT_TEXT),
+            },
+        }
+        for name, content in files.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (partial / name).write_text(text + "\n", encoding="utf-8")
+        # OpenAI's own files are transformers' two under other names.
+        shutil.copyfile(tokenizer.package_data() / "encoder.json", partial / "vocab.json")
+        shutil.copyfile(tokenizer.package_data() / "vocab.bpe", partial / "merges.txt")
+        (partial / "README.md").write_text(model_card(run, state), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ForgeError(f"cannot write: {error.strerror or error}", where=out) from error
+
+
+def transformers_weights(model: GPT2) -> dict[str, Tensor]:
+    """Weights under GPT2LMHeadModel's names. Its Conv1D layers store the transpose of a Linear."""
+    named = {}
+    for name, weight in model.named_parameters():
+        is_linear = weight.ndim == 2 and not name.startswith(("wte", "wpe"))
+        value = weight.detach().T if is_linear else weight.detach()
+        named[f"transformer.{name}"] = value.contiguous()
+        has_bias = not name.startswith(("wte", "wpe"))
+        if has_bias and not model.config.bias:  # transformers' GPT-2 always has them
+            named[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(len(weight))
+    return named
+
+
+def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_ctx": config.context_length,
+        "n_embd": config.embedding_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "layer_norm_epsilon": 1e-5,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": shards.EOT_TOKEN,
+        "eos_token_id": shards.EOT_TOKEN,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+    }
+
+
+def tokenizer_json() -> dict[str, Any]:
+    """GPT-2's tokenizer in the format of the `tokenizers` library."""
+    data = tokenizer.package_data()
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": shards.EOT_TOKEN,
+                "content": tokenizer.EOT_TEXT,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {**byte_level, "use_regex": True},
+        "post_processor": {**byte_level, "trim_offsets": False},
+        "decoder": {**byte_level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "vocab": json.loads((data / "encoder.json").read_text(encoding="utf-8")),
+            "merges": (data / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1],
+        },
+    }
+
+
+def model_card(run: Path, state: checkpoint.State) -> str:
+    """README.md of the export: data, tokens, losses, hours, hardware."""
+    config = load(str(run / CONFIG_FILE))
+    data = json.loads((run / DATA_FILE).read_text())["source"]
+    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    before = [row for row in rows if row["step"] <= state.step]
+    evaluated = [row for row in before if row["kind"] == "evaluate"][-1:]
+    started = [row for row in before if row["kind"] == "start"][-1:]
+    hub = data.get("hub") or {}
+    revision = f" at {hub['revision']}" if hub else ""
+    facts = [
+        f"- {config.model.num_parameters():,} parameters: {config.model.num_layers} layers, "
+        f"{config.model.num_heads} heads, {config.model.embedding_size} channels, context "
+        f"{config.model.context_length}; GPT-2's architecture and tokenizer",
+        f"- Trained from scratch on {state.tokens:,} tokens of {data['name']}{revision}, "
+        f"in {state.step:,} steps and {duration(state.seconds)} hours",
+        *(f"- Hardware: {row['hardware']}" for row in started),
+        *(
+            f"- Validation loss {row['loss']:.4f} nats a token, {row['bits_per_byte']:.4f} bits a "
+            "byte, on held-out documents of the same data"
+            for row in evaluated
+        ),
+    ]
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
+    use = [
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        "```",
+        "",
+        "Full config of the run:",
+        "",
+        "```toml",
+        config.to_toml().rstrip(),
+        "```",
+    ]
+    return "\n".join([*head, f"# {run.name}", "", *facts, *use]) + "\n"

@@ -1,0 +1,111 @@
+"""Real text in small amounts: Python's own documentation, as shards and as files."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+from pipeline import prepare, pydocs, shards, sources
+from pipeline.prepare import Options
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+HOSTILE = [
+    "a<|endoftext|>b",
+    "<|endoftext|>",
+    " \u00a0\u2003\t\r\n\n  x  ",
+    "it's I'LL we've 'tis 's''s",
+    "naïve café — “quotes” … ½ ²",
+    "中文字符 日本語テキスト 한국어 العربية עברית ไทย हिन्दी",
+    "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\u200d\ufeff",
+    "x" * 5000,
+    " " * 3000 + "end",
+    "\n" * 2000,
+    "1234567890" * 300,
+    "\x00\x01\x7f control",
+    "def f(x):\n    return {'a': [1, 2.5e-3]}  # ok\n",
+]
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """Some 60 real documents, and hostile ones among them."""
+    texts = [document["text"] for document in pydocs.documents()][:60]
+    return texts + HOSTILE
+
+
+@pytest.fixture(scope="session")
+def make_parquet() -> Callable[..., Path]:
+    def make(path: Path, texts: list[str | None], rows: int = 7, column: str = "text") -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({column: texts, "id": list(range(len(texts)))}), path, rows)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_shards() -> Callable[..., shards.Index]:
+    def make(source: Path, folder: Path, workers: int = 1, **options: object) -> shards.Index:
+        options = {"val_fraction": 0.2} | options
+        found = sources.resolve(str(source), None, "train", None)
+        outcome = prepare.tokenize(found, folder, Options(**options), workers=workers)  # type: ignore[arg-type]
+        return outcome.index
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory, make_shards, make_parquet) -> Path:
+    """A folder of shards of all of Python's prose: about 250,000 train and 70,000 val tokens."""
+    root = tmp_path_factory.mktemp("small")
+    texts = [document["text"] for document in pydocs.documents()]
+    make_parquet(root / "source" / "a.parquet", texts[:200], rows=50)
+    make_parquet(root / "source" / "b.parquet", texts[200:], rows=50)
+    make_shards(root / "source", root / "shards")
+    return root / "shards"
+
+
+@pytest.fixture
+def forge() -> Callable[..., Result]:
+    """Run one of the programs in this process: forge("prep", "info", DIR)."""
+
+    def run(program: str, *arguments: object) -> Result:
+        import pipeline.cli
+        import sampler.cli
+        import trainer.cli
+
+        commands = {
+            "prep": pipeline.cli.main,
+            "train": trainer.cli.main,
+            "sample": sampler.cli.sample,
+            "export": sampler.cli.export,
+        }
+        return CliRunner().invoke(commands[program], [str(a) for a in arguments])
+
+    return run
+
+
+@pytest.fixture
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(
+        ranks: int, *arguments: object, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *launcher, "-m", "trainer.cli", *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False
+        )
+
+    return run
+
+
+def metrics_of(run: Path, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]

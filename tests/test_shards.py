@@ -1,0 +1,128 @@
+"""Laws of the format."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import shards
+from pipeline.errors import ForgeError
+from pipeline.shards import DocumentLengths, ShardWriter
+
+
+def write(path: Path, tokens: list[int]) -> str:
+    writer = ShardWriter(path)
+    writer.write(np.array(tokens, np.uint16))
+    return writer.commit()
+
+
+def test_a_shard_is_an_llm_c_token_file_byte_for_byte(tmp_path: Path) -> None:
+    write(tmp_path / "x.bin", [50256, 1, 258])
+    data = (tmp_path / "x.bin").read_bytes()
+    # magic 20240520, version 1, three tokens, zeros up to byte 1024, then 50256, 1, 258
+    assert data.hex() == "88d834010100000003000000" + "00" * 1012 + "50c401000201"
+
+
+def test_tokens_come_back_as_they_went_in(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 50257, 10_000).astype(np.uint16)
+    write(tmp_path / "x.bin", tokens.tolist())
+    assert shards.check_header(tmp_path / "x.bin") == 10_000
+    mapped = shards.map_shard(tmp_path / "x.bin", 10_000)
+    assert np.array_equal(mapped, tokens)
+
+
+def test_a_shard_that_is_not_committed_is_not_there(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "x.bin")
+    writer.write(np.zeros(10, np.uint16))
+    assert not (tmp_path / "x.bin").exists()
+    writer.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: data[:-2], "shorter than its header says"),
+        (lambda data: data + b"\0\0", "longer than its header says"),
+        (lambda data: b"\0" + data[1:], "not a shard: magic"),
+        (lambda data: data[:500], "no header"),
+        (lambda data: data[:100] + b"\1" + data[101:], "header are not zero"),
+    ],
+)
+def test_a_damaged_header_or_size_is_named(tmp_path: Path, damage, says: str) -> None:
+    path = tmp_path / "x.bin"
+    write(path, [50256, 1, 2, 3])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ForgeError, match=says) as caught:
+        shards.check_header(path)
+    assert caught.value.where == path
+
+
+def test_the_index_survives_a_round_trip(small_shards: Path) -> None:
+    index = shards.load_index(small_shards)
+    assert index.to_json() == (small_shards / "index.json").read_text()
+
+
+def test_lengths_add_up_like_the_lengths_themselves() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(1, 9000, 500), rng.integers(1, 300, 80)
+    both = DocumentLengths.of(np.concatenate([a, b]))
+    assert DocumentLengths.of(a) + DocumentLengths.of(b) == both
+    assert DocumentLengths() + both == both + DocumentLengths() == both
+    exact = np.quantile(np.concatenate([a, b]), 0.5)
+    assert abs(both.percentile(0.5) / exact - 1) < 0.1
+
+
+@pytest.fixture
+def copy(small_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_shards, tmp_path / "copy"))
+
+
+def problems(folder: Path) -> str:
+    return "\n".join(shards.verify(shards.load_index(folder), 2, lambda count: None))
+
+
+def test_verify_finds_nothing_in_a_sound_folder(copy: Path) -> None:
+    assert problems(copy) == ""
+
+
+def test_verify_finds_a_flipped_bit(copy: Path) -> None:
+    path = copy / "train_000000.bin"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    assert "train_000000.bin: checksum" in problems(copy)
+
+
+def test_verify_finds_truncated_missing_and_strange_shards(copy: Path) -> None:
+    train, val = copy / "train_000000.bin", copy / "val_000000.bin"
+    train.write_bytes(train.read_bytes()[:-10])
+    shutil.move(val, copy / "val_000077.bin")
+    found = problems(copy)
+    assert "train_000000.bin: the shard is shorter" in found
+    assert "val_000000.bin: cannot read" in found
+    assert "val_000077.bin: a stranger" in found
+
+
+def test_verify_finds_tokens_outside_the_vocabulary_and_wrong_counts(copy: Path) -> None:
+    path = copy / "train_000000.bin"
+    data = bytearray(path.read_bytes())
+    data[1024:1028] = (60000).to_bytes(2, "little") * 2
+    path.write_bytes(data)
+    found = problems(copy)
+    assert "token 60000 is outside" in found
+    assert "documents, the index says" in found
+    assert "does not start with <|endoftext|>" in found
+
+
+def test_a_folder_without_index_is_not_finished(copy: Path) -> None:
+    (copy / "index.json").unlink()
+    with pytest.raises(ForgeError, match="not finished"):
+        shards.load_index(copy)
+
+
+def test_a_damaged_index_is_an_error_not_a_traceback(copy: Path) -> None:
+    (copy / "index.json").write_text('{"format": "llm-forge shards"')
+    with pytest.raises(ForgeError, match="damaged"):
+        shards.load_index(copy)

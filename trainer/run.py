@@ -1,0 +1,166 @@
+"""A run's two folders: the shards that it reads, checked, and RUN/, which it writes.
+
+Before: pipeline/shards.py's folder and an earlier run, if any. After: loop.py.
+
+    RUN/README.md             what a person reads first
+    RUN/config.toml           the resolved config
+    RUN/metrics.jsonl         one object a line (metrics.py)
+    RUN/data_index.json       index.json of the shards, as they were
+    RUN/r50k_base.tiktoken    the vocabulary
+    RUN/checkpoints/          weights and optimizer state (checkpoint.py)
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline import shards
+from pipeline.errors import ForgeError
+from pipeline.shards import Index, write_whole
+from trainer import checkpoint
+from trainer.config import Config, load
+from trainer.metrics import Metrics, duration
+from trainer.windows import Windows
+
+CONFIG_FILE = "config.toml"
+DATA_FILE = "data_index.json"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two splits, checked, and the bytes of each token (V,) for bits per byte."""
+
+    index: Index
+    train: Windows
+    val: Windows
+    vocabulary: list[bytes]
+
+
+def open_data(config: Config, folder: Path) -> Data:
+    """Open and check a folder of shards against what the config asks of it."""
+    index = shards.load_index(folder)
+    if index.tokenizer["vocab_size"] > config.model.vocab_size:
+        raise ForgeError(
+            f"the shards have {index.tokenizer['vocab_size']:,} token ids, the model "
+            f"{config.model.vocab_size:,}",
+            where=folder,
+            fix="--set model.vocab_size=50257",
+        )
+    vocabulary = shards.read_vocabulary(folder / shards.VOCABULARY_FILE)
+    train, val = (Windows(index, split, config.model.context_length) for split in shards.SPLITS)
+    train.check()
+    val.check()
+    needs = [
+        (train, config.windows_per_step(), "batch.tokens_per_step"),
+        (val, config.evaluate.num_tokens // config.model.context_length, "evaluate.num_tokens"),
+    ]
+    for windows, wanted, key in needs:
+        if windows.num_windows < wanted:
+            most = windows.num_windows * config.model.context_length
+            raise ForgeError(
+                f"{key} asks for {wanted:,} windows, the {windows.split} split has "
+                f"{windows.num_windows:,}",
+                where=folder,
+                fix=f"--set {key}={most} at most"
+                if most
+                else "tokenize more text, or with a larger --val-fraction",
+            )
+    return Data(index, train, val, vocabulary)
+
+
+def open_run(config: Config, data: Data, run: Path, resume: bool) -> int | None:
+    """Step of the checkpoint to go on from, None for a new run. ForgeError if it may not."""
+    exists = run.is_dir() and any(run.iterdir())
+    if not exists:
+        return None
+    if not (run / CONFIG_FILE).is_file():
+        raise ForgeError("--out is a folder with other things in it", where=run, fix="name another")
+    if not resume:
+        raise ForgeError(
+            "--out holds a run already",
+            where=run,
+            fix="add --resume to go on, or name another --out",
+        )
+    before = load(str(run / CONFIG_FILE))
+    fixed = ("model", "seed")
+    changed = [key for key in fixed if getattr(before, key) != getattr(config, key)]
+    if before.batch.tokens_per_step != config.batch.tokens_per_step:
+        changed.append("batch.tokens_per_step")
+    if changed:
+        raise ForgeError(
+            f"the run was made with another {' and '.join(changed)}",
+            where=run / CONFIG_FILE,
+            fix="use the same config, or start a new run with another --out",
+        )
+    if (run / DATA_FILE).read_bytes() != (data.index.folder / shards.INDEX_FILE).read_bytes():
+        raise ForgeError(
+            "the run was trained on other shards: the index is another",
+            where=data.index.folder,
+            fix="give the folder that it was trained on, or start a new run",
+        )
+    found = checkpoint.steps(run)
+    return found[-1] if found else None
+
+
+def make_folder(run: Path, config: Config, index: Index) -> None:
+    """Make RUN/ with everything that is known before the first step."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(index.folder / shards.VOCABULARY_FILE, run / shards.VOCABULARY_FILE)
+        shutil.copyfile(index.folder / shards.INDEX_FILE, run / DATA_FILE)
+        write_whole(run / CONFIG_FILE, config.to_toml().encode())
+    except OSError as error:
+        raise ForgeError(f"cannot write: {error.strerror}", where=error.filename) from error
+
+
+def write_readme(
+    run: Path, config: Config, name: str, index: Index, metrics: Metrics, device: str
+) -> None:
+    """The page that a person reads first: what this run is and how far it came."""
+    if not metrics.enabled:
+        return
+    step = metrics.last.get("step", {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None})
+    evaluated, first = metrics.last.get("evaluate"), metrics.first.get("evaluate")
+    loss = f"{evaluated['loss']:.4f}" if evaluated else "-"
+    train_loss = f"{step['loss']:.4f}" if step["loss"] is not None else "-"
+    epochs = step["tokens"] / max(1, index.total("num_tokens", "train"))
+    lines = [
+        f"# {name}, trained from scratch",
+        "",
+        "| model | time | steps | tokens | parameters | loss |",
+        "|---|---|---|---|---|---|",
+        f"| {name} | {duration(step['seconds'])} | {step['step']:,} of {config.num_steps():,} | "
+        f"{step['tokens'] / 1e9:.3f} B | {config.model.num_parameters() / 1e6:.1f} M | {loss} |",
+        "",
+        "Loss is the mean over the fixed validation tokens, in nats a token.",
+        "",
+    ]
+    if evaluated and first:
+        lines.append(
+            f"- Validation loss {first['loss']:.4f} -> {evaluated['loss']:.4f}, "
+            f"{evaluated['bits_per_byte']:.4f} bits a byte; training loss {train_loss}"
+        )
+    revision = (index.source.get("hub") or {}).get("revision")
+    sample = metrics.last.get("sample")
+    lines += [
+        f"- Data: {index.source['name']}"
+        + (f" at {revision}" if revision else "")
+        + f", {epochs:.2f} epochs of {index.total('num_tokens', 'train'):,} training tokens",
+        f"- Hardware: {device}; torch {torch.__version__}",
+        "",
+        "Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), "
+        "`checkpoints/` (safetensors).",
+        "",
+        f"    forge-sample {run}",
+        f"    forge-export {run} {run.name}-hf",
+    ]
+    if sample:
+        lines += [
+            "",
+            "A sample at the last evaluation:",
+            "",
+            "> " + sample["text"].replace("\n", "\n> "),
+        ]
+    write_whole(run / "README.md", ("\n".join(lines) + "\n").encode())
