@@ -12,7 +12,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +54,25 @@ class StopSignal:
                 signal.signal(number, handler)
 
 
-@dataclass
 class StepResult:
-    """Figures of one step, still on the device: [loss, ranks that want to stop] and the norm."""
+    """A step's [loss, ranks that want to stop, norm], on its way from the device to here."""
 
-    step: int
-    lr: float
-    loss_and_stop: Tensor
-    norm: Tensor
+    def __init__(self, step: int, lr: float, figures: Tensor) -> None:
+        self.step, self.lr = step, lr
+        self.arrived: torch.cuda.Event | None = None
+        self.figures = figures
+        if figures.is_cuda:  # reading it directly would wait for all that is queued behind it, too
+            self.figures = torch.empty(3, pin_memory=True)
+            self.figures.copy_(figures, non_blocking=True)
+            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.arrived.record()
+
+    def read(self) -> tuple[float, bool, float]:
+        """(loss, whether any rank wants to stop, norm); waits until this step is done."""
+        if self.arrived:
+            self.arrived.synchronize()
+        loss, stop, norm = self.figures.tolist()
+        return loss, stop > 0, norm
 
 
 def train_step(
@@ -75,11 +85,11 @@ def train_step(
     autocast: Any,
     ranks: Ranks,
     wants_stop: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """One optimizer update: forward, loss, backward, clip, update.
 
-    Returns ([mean loss over the global batch, number of ranks that want to stop], gradient norm
-    before clipping), on the device. A non-finite loss or norm leaves the weights as they were.
+    Returns [mean loss over the global batch, number of ranks that want to stop, gradient norm
+    before clipping], on the device. A non-finite loss or norm leaves the weights as they were.
     """
     inputs, targets = next(batches)
     total = torch.zeros((), device=inputs.device)
@@ -100,7 +110,7 @@ def train_step(
     loss_and_stop = sum_over_ranks(torch.stack([mean, stop]), ranks)
     update(optimizer, lr, torch.isfinite(loss_and_stop[0]) & torch.isfinite(norm))
     optimizer.zero_grad(set_to_none=True)
-    return loss_and_stop, norm
+    return torch.cat([loss_and_stop, norm.reshape(1)])
 
 
 @torch.no_grad()
@@ -259,7 +269,7 @@ class Trainer:
         self.step_ended_at = time.perf_counter()
         while self.step < num_steps and not stopping:
             lr = learning_rate(self.step + 1, self.config)
-            figures, norm = train_step(
+            figures = train_step(
                 self.model,
                 self.optimizer,
                 batches,
@@ -273,7 +283,7 @@ class Trainer:
             self.step += 1
             if pending:
                 stopping = self.settle(pending)
-            pending = StepResult(self.step, lr, figures, norm)
+            pending = StepResult(self.step, lr, figures)
             evaluates = self.step % every_evaluation == 0 or self.step == num_steps
             saves = self.step % every_checkpoint == 0 or self.step == num_steps
             if evaluates or saves or stopping or self.device.type == "cpu":
@@ -293,9 +303,7 @@ class Trainer:
 
     def settle(self, result: StepResult) -> bool:
         """Read a step's figures, log them, and say whether all ranks are to stop."""
-        loss, num_stopping = result.loss_and_stop.tolist()
-        stop = bool(num_stopping > 0)
-        norm = result.norm.item()
+        loss, stop, norm = result.read()
         now = time.perf_counter()
         elapsed, self.step_ended_at = now - self.step_ended_at, now
         num_steps, step_tokens = self.config.num_steps(), self.config.batch.tokens_per_step

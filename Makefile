@@ -1,0 +1,54 @@
+# make demo   the whole program on text that Python carries: no download, under 4 minutes on 2 cores
+# make test   everything that CI runs
+# make check  formatting, lint, types
+# make bench  the benchmarks that run here
+
+# The newest Python from 3.11 on that is installed; or name one: make demo PYTHON=python3.12
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell \
+	$(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $(p))))
+BIN = .venv/bin
+DATA = data_cache/python_docs
+RUN = runs/demo
+# One process a GPU, or two on a CPU, which is what the real job looks like.
+RANKS = $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+.venv/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found. Install one, or: make demo PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/ready
+	@echo; echo "== 1 of 5: text that Python carries, as documents"
+	$(BIN)/forge-prep python-docs $(DATA).jsonl
+	@echo; echo "== 2 of 5: tokenize it into shards"
+	$(BIN)/forge-prep tokenize $(DATA).jsonl --out $(DATA) --val-fraction 0.1 --overwrite
+	@echo; echo "== 3 of 5: look at them"
+	$(BIN)/forge-prep info $(DATA)
+	@echo; echo "== 4 of 5: train configs/tiny.toml from scratch on $(RANKS) ranks"
+	@rm -rf $(RUN)
+	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) --no-python $(BIN)/forge-train tiny --data $(DATA) --out $(RUN)
+	@echo; echo "== 5 of 5: let it write"
+	$(BIN)/forge-sample $(RUN) --prompt "The function returns" --max-tokens 60 --top-k 50
+	@echo; echo "Made: $(DATA)/ (shards, index.json) and $(RUN)/ (read $(RUN)/README.md first)."
+	@echo "Next: source .venv/bin/activate"
+	@echo "      forge-sample $(RUN) --prompt 'If the argument is'"
+	@echo "      forge-export $(RUN) $(RUN)-hf"
+	@echo "      and the real job, step by step: README.md, 'A real model in a day'"
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: .venv/ready
+	$(BIN)/python -m tests.benchmarks.tokenize
+
+clean:
+	rm -rf .venv runs data_cache/python_docs data_cache/python_docs.jsonl

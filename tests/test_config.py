@@ -1,0 +1,141 @@
+"""A config is checked whole, before anything runs."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ForgeError
+from trainer import config as configs
+from trainer.memory import estimate_bytes, plan_step
+from trainer.optimizer import learning_rate
+from trainer.ranks import Ranks
+
+
+@pytest.mark.parametrize("name", configs.available())
+def test_every_config_loads_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = configs.load(name)
+    path = tmp_path / "copy.toml"
+    path.write_text(config.to_toml())
+    assert configs.load(str(path)) == config
+
+
+def test_a_config_is_found_from_any_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert configs.load("gpt2").model.embedding_size == 768
+
+
+def test_set_changes_one_key_in_tomls_notation() -> None:
+    config = configs.load("tiny", ("optimizer.peak_lr=3e-4", "compile=block", "seed=7"))
+    assert (config.optimizer.peak_lr, config.compile, config.seed) == (3e-4, "block", 7)
+
+
+def test_all_problems_are_reported_together_with_what_was_meant() -> None:
+    settings = (
+        "optimizer.peek_lr=1",
+        "modle.num_layers=2",
+        "batch.tokens_per_step=many",
+        "model.bias=1",
+        "compile=fast",
+    )
+    with pytest.raises(ForgeError) as caught:
+        configs.load("tiny", settings)
+    for part in (
+        "5 problems",
+        "did you mean optimizer.peak_lr?",
+        "did you mean model?",
+        "batch.tokens_per_step must be a whole number, not 'many'",
+        "model.bias must be true or false, not 1",
+        'compile must be "auto" or "full"',
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("model.num_heads=3", "multiple of model.num_heads"),
+        ("batch.tokens_per_step=1000", "multiple of model.context_length"),
+        ("optimizer.peak_lr=0", "more than 0"),
+        ("optimizer.peak_lr=nan", "more than 0"),
+        ("batch.micro_batch_size=-1", "more than 0"),
+        ("schedule.max_steps=0", "more than 0"),
+        ("optimizer.betas=[0.9]", "list of 2 numbers"),
+        ("model.vocab_size=70000", "16 bits"),
+        ("nonsense", "key=value"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(setting: str, says: str) -> None:
+    with pytest.raises(ForgeError, match=says):
+        configs.load("tiny", (setting,))
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[model]\nnum_layers = 1\n")
+    with pytest.raises(ForgeError) as caught:
+        configs.load(str(tmp_path / "x.toml"))
+    for name in ("model.num_heads", "batch.tokens_per_step", "optimizer.peak_lr"):
+        assert f"{name} is missing" in str(caught.value)
+
+
+def test_an_unknown_config_suggests_a_known_one() -> None:
+    with pytest.raises(ForgeError, match="did you mean gpt2_medium"):
+        configs.load("gpt2-medium")
+
+
+def test_whichever_limit_comes_first_ends_the_run() -> None:
+    base = configs.load("tiny")
+    step = base.batch.tokens_per_step
+    for max_steps, max_tokens, steps in (
+        (10, None, 10),
+        (None, 7 * step - 1, 7),
+        (10, 3 * step, 3),
+    ):
+        schedule = replace(base.schedule, max_steps=max_steps, max_tokens=max_tokens)
+        assert replace(base, schedule=schedule).num_steps() == steps
+
+
+def test_the_learning_rate_warms_up_peaks_and_ends_where_the_config_says() -> None:
+    config = configs.load("gpt2_medium")
+    peak, last = config.optimizer.peak_lr, config.num_steps()
+    rates = [learning_rate(step, config) for step in range(1, last + 1)]
+    warm = config.schedule.warmup_steps
+    assert rates[0] == pytest.approx(peak / warm)
+    assert max(rates) == rates[warm - 1] == peak
+    assert all(a > b for a, b in zip(rates[warm - 1 :], rates[warm:], strict=False))
+    assert rates[-1] == pytest.approx(0.1 * peak)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_machine_never_changes_tokens_per_step(world_size: int) -> None:
+    import torch
+
+    config = configs.load("gpt2_medium")
+    plan = plan_step(config, Ranks(0, 0, world_size), torch.device("cpu"))
+    windows = plan.micro_batch_size * plan.accumulation_steps * world_size
+    assert windows * config.model.context_length == config.batch.tokens_per_step
+
+
+def test_a_batch_that_cannot_be_shared_out_says_what_could() -> None:
+    import torch
+
+    config = configs.load("gpt2")
+    with pytest.raises(ForgeError, match="cannot be shared out evenly among 7 ranks"):
+        plan_step(config, Ranks(0, 0, 7), torch.device("cpu"))
+    uneven = replace(config, batch=replace(config.batch, micro_batch_size=7))
+    with pytest.raises(ForgeError, match="does not divide"):
+        plan_step(uneven, Ranks(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"), [("gpt2", True), ("gpt2_large", True), ("gpt2_xl", False)]
+)
+def test_the_memory_estimate_knows_what_fits_24_gib(name: str, fits: bool) -> None:
+    assert (estimate_bytes(configs.load(name), 1) < 24 * 2**30) == fits
+
+
+def test_flops_follow_the_published_formula() -> None:
+    # 6 * (12 L C^2 + V C) + 12 L C T with L = 12, C = 768, T = 1024, V = 50257
+    assert configs.load("gpt2").model.flops_per_token() == 854_438_400
+    assert math.isclose(configs.load("gpt2_medium").model.flops_per_token(), 2423e6, rel_tol=1e-3)

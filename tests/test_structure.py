@@ -1,0 +1,109 @@
+"""Imports run one way, and one document can be followed through the whole program."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from pipeline import info, shards, tokenizer
+from trainer.windows import Windows, permute
+
+PACKAGES = ("pipeline", "trainer", "sampler")
+ALLOWED = {
+    "pipeline": {"pipeline"},
+    "trainer": {"trainer", "pipeline.shards", "pipeline.errors"},
+    "sampler": {"sampler", "trainer", "pipeline.shards", "pipeline.errors", "pipeline.tokenizer"},
+}
+FORBIDDEN = {
+    "pipeline": {"torch"},
+    "trainer": {"datasets", "tiktoken", "pyarrow", "gigatoken", "transformers"},
+    "sampler": {"datasets", "pyarrow", "gigatoken", "transformers"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at the top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package: str) -> None:
+    for path in (ROOT / package).glob("*.py"):
+        for name in imports(path):
+            first = name.split(".")[0]
+            assert first not in FORBIDDEN[package], f"{path.name} imports {name}"
+            if first in PACKAGES:
+                allowed = any(name == a or name.startswith(f"{a}.") for a in ALLOWED[package])
+                assert allowed, f"{path.name} imports {name}"
+
+
+def test_packages_import_nothing_by_themselves() -> None:
+    assert all((ROOT / p / "__init__.py").read_text() == "" for p in PACKAGES)
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    for module in ("pipeline.cli", "trainer.cli", "sampler.cli"):
+        heavy = "('torch', 'pyarrow', 'datasets', 'transformers')"
+        code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        )
+        assert done.stdout.strip() == "[]", module
+
+
+def test_every_module_says_its_place_in_the_walk() -> None:
+    for package in PACKAGES:
+        for path in (ROOT / package).glob("*.py"):
+            if path.name not in ("__init__.py", "cli.py", "errors.py"):
+                text = ast.get_docstring(ast.parse(path.read_text())) or ""
+                assert "Before: " in text, path
+                assert "After: " in text, path
+
+
+def test_follow_one_token(tmp_path: Path, make_parquet, make_shards, forge) -> None:
+    """README's walk: text -> tokens -> shard -> window -> micro-batch -> model -> text."""
+    import torch
+
+    from trainer.config import ModelConfig
+    from trainer.model import GPT2
+
+    text = "Fruits are good for you because they have vitamins. " * 30
+    others = [f"Document {n}: " + "plain words that fill a window. " * 40 for n in range(9)]
+    source = make_parquet(tmp_path / "source.parquet", [text, *others])
+    index = make_shards(source, tmp_path / "shards", val_fraction=0.0)
+
+    # The shard holds the document's tokens behind <|endoftext|>, and they decode to its bytes.
+    shard, start, tokens = info.find_document(index, "train", 0)
+    assert tokens.tolist() == tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text.encode()
+    mapped = shards.map_shard(index.folder / shard.file, shard.num_tokens)
+    assert mapped[start - 1] == shards.EOT_TOKEN
+
+    # Its sixth token, " you", is target 5 of window 0, which comes once in an epoch.
+    token = tokenizer.encode(" you")[0]
+    assert mapped[start + 5] == token
+    windows = Windows(index, "train", 32)
+    order = permute(np.arange(windows.num_windows), windows.num_windows, (1337, 0))
+    position = order.tolist().index(0)
+    window = windows.read(order[position : position + 1])[0]
+    inputs, targets = window[:-1], window[1:]
+    assert targets[start + 4] == token == inputs[start + 5]
+
+    # The model reads the inputs and gives a loss; what it would say decodes to text.
+    model = GPT2(ModelConfig(num_layers=1, num_heads=2, embedding_size=16, context_length=32))
+    model.init_weights(0)
+    batch = [torch.from_numpy(x.astype(np.int64))[None] for x in (inputs, targets)]
+    assert model(*batch).item() == pytest.approx(np.log(50257), abs=0.1)
+    said = model.logits(model.hidden(batch[0])).argmax(-1)[0].tolist()
+    assert isinstance(tokenizer.decode(said).decode("utf-8", "replace"), str)

@@ -1,0 +1,290 @@
+"""forge-train end to end on the CPU: one rank and two, to the end, stopped, resumed, refused."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, metrics_of
+from safetensors.torch import load_file
+
+from trainer import checkpoint
+
+QUICK = [
+    "--set=model.num_layers=2",
+    "--set=model.embedding_size=32",
+    "--set=model.context_length=64",
+    "--set=batch.tokens_per_step=256",
+    "--set=schedule.max_steps=8",
+    "--set=schedule.warmup_steps=2",
+    "--set=evaluate.every_steps=4",
+    "--set=evaluate.num_tokens=640",
+    "--set=evaluate.sample_tokens=4",
+    "--set=checkpoint.every_steps=4",
+]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    last = checkpoint.checkpoint_path(run, checkpoint.steps(run)[-1])
+    return load_file(last / checkpoint.MODEL_FILE)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    x, y = weights(a), weights(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.fixture(scope="module")
+def finished(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of 8 steps in one process."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train_alone(small_shards, run)
+    return run
+
+
+def train_alone(data: Path, run: Path, *more: str) -> None:
+    from click.testing import CliRunner
+
+    from trainer.cli import main
+
+    result = CliRunner().invoke(
+        main, ["tiny", "--data", str(data), "--out", str(run), *QUICK, *more]
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_a_run_folder_is_complete(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "README.md",
+        "config.toml",
+        "metrics.jsonl",
+        "data_index.json",
+        "r50k_base.tiktoken",
+        "checkpoints",
+    }
+    assert checkpoint.steps(finished) == [4, 8]
+    readme = (finished / "README.md").read_text()
+    assert "| model | time | steps | tokens | parameters | loss |" in readme
+    evaluated = metrics_of(finished, "evaluate")
+    assert f"{evaluated[-1]['loss']:.4f}" in readme
+
+
+def test_metrics_tell_the_whole_story(finished: Path) -> None:
+    steps = metrics_of(finished, "step")
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert all(row["tokens"] == 256 * row["step"] for row in steps)
+    assert all(
+        {"loss", "lr", "norm", "tokens_per_second", "mfu", "seconds"} <= {*row} for row in steps
+    )
+    assert [row["step"] for row in metrics_of(finished, "evaluate")] == [0, 4, 8]
+    assert [row["step"] for row in metrics_of(finished, "checkpoint")] == [4, 8]
+    assert all(row["text"] for row in metrics_of(finished, "sample"))
+    first = metrics_of(finished, "evaluate")[0]
+    assert abs(first["loss"] - math.log(50257)) < 0.1
+    assert 0 < first["bits_per_byte"] < first["loss"] / math.log(2)
+
+
+def test_a_complete_run_is_left_alone(finished: Path, small_shards: Path, forge) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    result = forge("train", "tiny", "--data", small_shards, "--out", finished, "--resume", *QUICK)
+    assert result.exit_code == 0
+    assert "complete" in result.output
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_is_not_overwritten(finished: Path, small_shards: Path, forge) -> None:
+    result = forge("train", "tiny", "--data", small_shards, "--out", finished, *QUICK)
+    assert result.exit_code == 1
+    assert "add --resume" in result.output
+
+
+def test_another_model_cannot_resume_a_run(finished: Path, small_shards: Path, forge) -> None:
+    arguments = ["--data", small_shards, "--out", finished, "--resume", *QUICK]
+    result = forge("train", "tiny", *arguments, "--set=model.num_layers=3")
+    assert result.exit_code == 1
+    assert "another model" in result.output
+
+
+def test_other_shards_cannot_resume_a_run(
+    finished: Path, tmp_path: Path, make_parquet, make_shards, documents, forge
+) -> None:
+    make_shards(make_parquet(tmp_path / "x.parquet", documents), tmp_path / "shards")
+    result = forge(
+        "train", "tiny", "--data", tmp_path / "shards", "--out", finished, "--resume", *QUICK
+    )
+    assert result.exit_code == 1
+    assert "other shards" in result.output
+
+
+def test_resume_gives_the_same_bits(finished: Path, small_shards: Path, tmp_path: Path) -> None:
+    """A run cut off after its first checkpoint, with its last metrics line cut in half."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "step_00000008")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text[:-25])
+    train_alone(small_shards, run, "--resume")
+    assert same_weights(run, finished)
+    losses = [[row["loss"] for row in metrics_of(r, "step")] for r in (run, finished)]
+    assert losses[0] == losses[1]
+    assert [row["step"] for row in metrics_of(run, "evaluate")] == [0, 4, 8]
+
+
+def test_evaluation_changes_nothing_about_training(
+    finished: Path, small_shards: Path, tmp_path: Path
+) -> None:
+    quiet = ["--set=evaluate.every_steps=100", "--set=evaluate.sample_tokens=0"]
+    train_alone(small_shards, tmp_path / "run", *quiet)
+    assert same_weights(tmp_path / "run", finished)
+
+
+def test_validation_loss_does_not_depend_on_the_micro_batch(
+    finished: Path, small_shards: Path, tmp_path: Path
+) -> None:
+    """10 windows of validation in micro-batches of 4 and of 1."""
+    train_alone(small_shards, tmp_path / "run", "--set=batch.micro_batch_size=1")
+    ours, theirs = (metrics_of(r, "evaluate")[0]["loss"] for r in (tmp_path / "run", finished))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_two_ranks_learn_what_one_learns(
+    finished: Path, small_shards: Path, tmp_path: Path, torchrun
+) -> None:
+    run = tmp_path / "run"
+    done = torchrun(2, "tiny", "--data", small_shards, "--out", run, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 8/8  loss") == 1  # rank 0 speaks for all
+    for kind in ("step", "evaluate"):
+        losses = [[row["loss"] for row in metrics_of(r, kind)] for r in (run, finished)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_damaged_checkpoint_is_not_loaded(
+    finished: Path, small_shards: Path, tmp_path: Path, forge
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = run / "checkpoints" / "step_00000008" / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    arguments = ["--data", small_shards, "--out", run, "--resume", *QUICK]
+    result = forge("train", "tiny", *arguments, "--set=schedule.max_steps=12")
+    assert result.exit_code == 1
+    assert "checksum differs" in result.output
+    assert "optimizer.safetensors" in result.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_cleanly(small_shards: Path, tmp_path: Path, number: int) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards)]
+    command += ["--out", str(run), *QUICK, "--set=schedule.max_steps=100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (
+        (run / "metrics.jsonl").exists() and len(metrics_of(run, "step")) >= 3
+    ):
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "--resume goes on" in output
+    stopped = metrics_of(run, "stop")[0]
+    assert stopped["signal"] == number.name
+    assert checkpoint.steps(run)[-1] == stopped["step"]
+
+
+def test_a_run_that_cannot_become_finite_stops_with_advice(
+    small_shards: Path, tmp_path: Path, forge
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["--data", small_shards, "--out", run, *QUICK, "--set=schedule.warmup_steps=0"]
+    result = forge(
+        "train",
+        "tiny",
+        *arguments,
+        "--set=optimizer.peak_lr=1e30",
+        "--set=guard.max_skipped_steps=3",
+    )
+    assert result.exit_code == 1
+    assert "3 steps in a row were not finite" in result.output
+    assert "last good checkpoint" in result.output
+    assert len(metrics_of(run, "skip")) == 3
+
+
+def test_a_full_disk_in_mid_run_is_a_warning_and_at_the_end_an_error(
+    small_shards: Path, tmp_path: Path, monkeypatch, forge
+) -> None:
+    calls = []
+
+    def full(*arguments: object, **more: object) -> None:
+        calls.append(arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    result = forge("train", "tiny", "--data", small_shards, "--out", tmp_path / "run", *QUICK)
+    assert len(calls) == 2
+    assert "WARNING: step 4: checkpoint not saved" in result.output
+    assert result.exit_code == 1
+    assert "make room" in result.output
+
+
+BAD_INPUT = {
+    "no such folder": (["--data", "nowhere"], "no such folder of shards"),
+    "unknown key": (["--set=optimizer.lr=1"], "optimizer.lr does not exist"),
+    "too many windows": (["--set=evaluate.num_tokens=64000000"], "evaluate.num_tokens asks for"),
+    "one step too long": (
+        ["--set=batch.tokens_per_step=64000000"],
+        "batch.tokens_per_step asks for",
+    ),
+    "small vocabulary": (["--set=model.vocab_size=1000"], "the model 1,000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_error(case: str, small_shards: Path, tmp_path: Path, forge) -> None:
+    more, says = BAD_INPUT[case]
+    result = forge("train", "tiny", "--data", small_shards, "--out", tmp_path / "r", *QUICK, *more)
+    assert result.exit_code == 1
+    assert says in result.output
+    assert isinstance(result.exception, SystemExit)  # no traceback
+    assert not (tmp_path / "r").exists()  # nothing half-written
+
+
+def test_bad_input_is_an_error_on_every_rank(small_shards: Path, tmp_path: Path, torchrun) -> None:
+    run = tmp_path / "run"
+    done = torchrun(2, "tiny", "--data", small_shards, "--out", run, *QUICK, "--set=seed=x")
+    assert done.returncode == 1
+    assert "seed must be a whole number" in done.stderr
+    assert not run.exists()
+
+
+def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> None:
+    quick = ["--set=evaluate.num_tokens=1024", "--set=batch.tokens_per_step=61440"]
+    result = forge("train", "gpt2_medium", "--data", small_shards, "--check", *quick)
+    assert result.exit_code == 0, result.output
+    for part in (
+        "354,823,168",
+        "61,440 = 60 windows",
+        "accumulation steps",
+        "GiB a card",
+        "epochs",
+    ):
+        assert part in result.output
+
+
+def test_out_is_needed_to_train(small_shards: Path, forge) -> None:
+    result = forge("train", "tiny", "--data", small_shards)
+    assert result.exit_code == 2
+    assert "--out is missing" in result.output
+
+
+def test_every_line_of_metrics_is_one_json_object(finished: Path) -> None:
+    for line in (finished / "metrics.jsonl").read_text().splitlines():
+        assert {"kind", "step", "tokens", "seconds"} <= json.loads(line).keys()

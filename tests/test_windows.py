@@ -1,0 +1,103 @@
+"""Laws of the window order: a pure function of (seed, position), shared out among the ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import shards
+from pipeline.errors import ForgeError
+from trainer.windows import Windows, permute, prefetch, step_positions, windows_at
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])
+def test_the_permutation_meets_every_number_once(size: int) -> None:
+    permuted = permute(np.arange(size), size, (7, 0))
+    assert sorted(permuted.tolist()) == list(range(size))
+
+
+def test_the_permutation_depends_on_seed_and_epoch_and_looks_shuffled() -> None:
+    numbers = np.arange(10_000)
+    a, b, c = (permute(numbers, 10_000, key) for key in ((1, 0), (1, 1), (2, 0)))
+    for x, y in ((a, b), (a, c), (b, c)):
+        assert np.mean(x == y) < 0.001
+    assert abs(np.corrcoef(numbers, a)[0, 1]) < 0.05
+    assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 0.05
+
+
+def test_one_position_at_a_time_gives_the_same_order() -> None:
+    together = windows_at(np.arange(300), 100, 3)
+    alone = [windows_at(np.array([n]), 100, 3)[0] for n in range(300)]
+    assert together.tolist() == alone
+
+
+def test_each_window_comes_once_an_epoch() -> None:
+    order = windows_at(np.arange(300), 100, 3).reshape(3, 100)
+    assert all(sorted(epoch.tolist()) == list(range(100)) for epoch in order)
+    assert not np.array_equal(order[0], order[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_ranks_share_the_windows_without_overlap(world_size: int, micro_batch_size: int) -> None:
+    shares = [
+        step_positions(5, 24, micro_batch_size, rank, world_size) for rank in range(world_size)
+    ]
+    assert all(share.shape[1] == micro_batch_size for share in shares)
+    together = np.concatenate([share.ravel() for share in shares])
+    assert together.tolist() == list(range(5 * 24, 6 * 24))
+
+
+@pytest.fixture(scope="module")
+def windows(small_shards: Path) -> Windows:
+    return Windows(shards.load_index(small_shards), "train", 64)
+
+
+def test_each_token_is_a_target_once_an_epoch(windows: Windows) -> None:
+    read = windows.read(np.arange(windows.num_windows))
+    at = 0
+    for shard in windows.shards:
+        tokens = shards.map_shard(windows.index.folder / shard.file, shard.num_tokens)
+        count = (shard.num_tokens - 1) // 64
+        assert np.array_equal(read[at : at + count, 1:].ravel(), tokens[1 : count * 64 + 1])
+        assert np.array_equal(read[at : at + count, :-1].ravel(), tokens[: count * 64])
+        at += count
+    assert at == windows.num_windows
+
+
+def test_a_window_can_be_found_on_the_disk(windows: Windows) -> None:
+    for number in (0, windows.num_windows // 2, windows.num_windows - 1):
+        file, start = windows.locate(number)
+        shard = next(shard for shard in windows.shards if shard.file == file)
+        tokens = shards.map_shard(windows.index.folder / file, shard.num_tokens)
+        assert np.array_equal(tokens[start : start + 65], windows.read(np.array([number]))[0])
+
+
+def test_reading_ahead_gives_what_the_arguments_say(windows: Windows) -> None:
+    with prefetch(windows, 9, 2, 8, 4, 1, 2, CPU) as batches:
+        inputs, targets = next(batches)
+    wanted = windows.read(windows_at(step_positions(2, 8, 4, 1, 2)[0], windows.num_windows, 9))
+    assert inputs.tolist() == wanted[:, :-1].tolist()
+    assert targets.tolist() == wanted[:, 1:].tolist()
+
+
+def test_an_error_in_the_reading_thread_is_raised_where_the_batch_is_asked_for(
+    windows: Windows, tmp_path: Path
+) -> None:
+    broken = Windows(shards.load_index(windows.index.folder), "train", 64)
+    object.__setattr__(broken.index, "folder", tmp_path)
+    with prefetch(broken, 0, 0, 4, 2, 0, 1, CPU) as batches, pytest.raises(ForgeError, match="map"):
+        next(batches)
+
+
+def test_a_truncated_shard_is_found_before_the_first_step(windows: Windows, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(windows.index.folder, tmp_path / "copy"))
+    path = folder / windows.shards[0].file
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ForgeError, match="shorter than its header says"):
+        Windows(shards.load_index(folder), "train", 64).check()
