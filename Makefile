@@ -3,9 +3,9 @@
 # make check  formatting, lint, types
 # make bench  the benchmarks that run here
 
-# The newest Python from 3.11 on that is installed; or name one: make demo PYTHON=python3.12
-PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell \
-	$(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $(p))))
+# A Python from 3.11 on that is installed; or name one: make demo PYTHON=python3.12
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3.14 python3 python,$(shell \
+	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 BIN = .venv/bin
 DATA = data_cache/python_docs
 RUN = runs/demo
@@ -16,7 +16,7 @@ RANKS = $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found. Install one, or: make demo PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or: make demo PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
