@@ -27,6 +27,7 @@ QUICK = [
     "--set=evaluate.num_tokens=640",
     "--set=evaluate.sample_tokens=4",
     "--set=checkpoint.every_steps=4",
+    "--set=compile=off",
 ]
 
 

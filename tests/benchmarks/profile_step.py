@@ -1,0 +1,107 @@
+"""Where a training step's GPU time goes: kinds of kernels, idle time, exposed communication.
+
+    python -m tests.benchmarks.profile_step gpt2 --data DIR [--set KEY=VALUE]...
+    torchrun --standalone --nproc_per_node=2 -m tests.benchmarks.profile_step gpt2 --data DIR
+
+It runs forge-train's own step under torch.profiler and prints milliseconds a step (rank 0).
+"""
+
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from trainer import config as configs
+from trainer import loop, memory
+from trainer.ranks import Ranks, process_group
+from trainer.run import open_data
+from trainer.windows import prefetch
+
+KINDS = {
+    "communication": ("nccl",),
+    "attention": ("flash", "fmha", "sdpa", "cudnn_generated"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
+    "optimizer": ("adam", "multi_tensor"),
+    "copies": ("memcpy", "memset"),
+}
+Intervals = list[tuple[float, float]]
+
+
+def union(intervals: Intervals) -> Intervals:
+    merged: Intervals = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def length(intervals: Intervals) -> float:
+    return sum(end - start for start, end in union(intervals))
+
+
+@click.command()
+@click.argument("config")
+@click.option("--data", required=True, type=click.Path(path_type=Path))
+@click.option("--set", "settings", multiple=True)
+@click.option("--steps", default=3, show_default=True)
+def main(config: str, data: Path, settings: tuple[str, ...], steps: int) -> None:
+    chosen = configs.load(config, ("evaluate.num_tokens=65536", *settings))
+    ranks = Ranks.from_environment()
+    device = ranks.device()
+    opened = open_data(chosen, data)
+    with process_group(ranks, device), tempfile.TemporaryDirectory() as folder:
+        plan = memory.plan_step(chosen, ranks, device)
+        trainer = loop.Trainer(chosen, config, opened, Path(folder), ranks, device, plan)
+        windows = (chosen.windows_per_step(), plan.micro_batch_size)
+        reader = prefetch(opened.train, 0, 0, *windows, ranks.rank, ranks.world_size, device)
+        with reader as batches:
+
+            def step() -> None:
+                loop.train_step(
+                    trainer.model,
+                    trainer.optimizer,
+                    batches,
+                    plan.accumulation_steps,
+                    1e-4,
+                    chosen.optimizer.max_norm,
+                    trainer.autocast,
+                    ranks,
+                    False,
+                )
+
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                for _ in range(steps):
+                    step()
+                torch.cuda.synchronize()
+    if not ranks.is_first:
+        return
+    by_kind: dict[str, Intervals] = {}
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA:
+            name = event.name.lower()
+            kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other")
+            by_kind.setdefault(kind, []).append((event.time_range.start, event.time_range.end))
+    everything = [interval for intervals in by_kind.values() for interval in intervals]
+    total = max(end for _, end in everything) - min(start for start, _ in everything)
+    compute = [
+        i for kind, intervals in by_kind.items() if kind != "communication" for i in intervals
+    ]
+    click.echo(f"{config}, micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}:")
+    for kind, intervals in sorted(by_kind.items(), key=lambda item: -length(item[1])):
+        click.echo(f"  {kind:24}{length(intervals) / steps / 1e3:>10.2f} ms a step")
+    exposed = length(everything) - length(compute)
+    click.echo(f"  {'exposed communication':24}{exposed / steps / 1e3:>10.2f} ms a step")
+    click.echo(f"  {'idle':24}{(total - length(everything)) / steps / 1e3:>10.2f} ms a step")
+    click.echo(f"  {'a step':24}{total / steps / 1e3:>10.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
