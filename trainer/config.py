@@ -105,7 +105,7 @@ class Config:
     seed: int = 1337
     compile: Literal["auto", "full", "block", "off"] = "auto"  # auto: full on a GPU, off on a CPU
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where it is native
-    reduce_precision: Literal["bfloat16", "float32"] = "float32"  # of gradients between ranks
+    reduce_precision: Literal["bfloat16", "float32"] = "float32"  # gradients between GPUs
 
     def windows_per_step(self) -> int:
         return self.batch.tokens_per_step // self.model.context_length

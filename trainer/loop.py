@@ -205,7 +205,9 @@ class Trainer:
             self.model = DistributedDataParallel(
                 self.raw, device_ids=ids, gradient_as_bucket_view=True
             )
-            if config.reduce_precision == "bfloat16":  # half the traffic, where cards have no P2P
+            if (
+                config.reduce_precision == "bfloat16" and device.type == "cuda"
+            ):  # half the traffic, where cards have no P2P
                 self.model.register_comm_hook(None, default_hooks.bf16_compress_hook)
         self.hardware = hardware(device, ranks.world_size)
         self.peak = peak_flops(device)
