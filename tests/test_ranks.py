@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, metrics_of
-from test_train import QUICK, same_weights
+from test_train import QUICK, weights
 
 from trainer import checkpoint
 
@@ -56,6 +56,17 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in children]
 
 
+def assert_same_run(run: Path, undisturbed: Path) -> None:
+    """The same bits on CPUs. On GPUs sums are not always added in the same order."""
+    tolerance = 1e-3 if torch.cuda.is_available() else 0.0
+    losses = [[row["loss"] for row in metrics_of(r, "step")] for r in (run, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance, abs=0)
+    ours, theirs = weights(run), weights(undisturbed)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=tolerance), name
+
+
 @pytest.fixture(scope="module")
 def undisturbed(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("ranks") / "undisturbed"
@@ -76,9 +87,7 @@ def test_a_killed_rank_brings_the_group_back_by_itself(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "Resuming from step" in output
-    assert same_weights(run, undisturbed)
-    losses = [[row["loss"] for row in metrics_of(r, "step")] for r in (run, undisturbed)]
-    assert losses[0] == losses[1]
+    assert_same_run(run, undisturbed)
 
 
 def test_a_killed_group_goes_on_with_the_same_command(
@@ -94,7 +103,7 @@ def test_a_killed_group_goes_on_with_the_same_command(
     again = start(*arguments)
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
-    assert same_weights(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_sigterm_to_torchrun_saves_on_the_way_out(
