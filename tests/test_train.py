@@ -266,6 +266,15 @@ def test_bad_input_is_an_error_on_every_rank(small_shards: Path, tmp_path: Path,
     assert not run.exists()
 
 
+def test_out_that_is_a_file_is_refused(small_shards: Path, tmp_path: Path, forge) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = forge("train", "tiny", "--data", small_shards, "--out", out, *QUICK)
+        assert result.exit_code == 1
+        assert "--out cannot be made" in result.output
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> None:
     quick = ["--set=evaluate.num_tokens=1024", "--set=batch.tokens_per_step=61440"]
     result = forge("train", "gpt2_medium", "--data", small_shards, "--check", *quick)

@@ -205,9 +205,8 @@ class Trainer:
             self.model = DistributedDataParallel(
                 self.raw, device_ids=ids, gradient_as_bucket_view=True
             )
-            if (
-                config.reduce_precision == "bfloat16" and device.type == "cuda"
-            ):  # half the traffic, where cards have no P2P
+            # Half the traffic, for cards that have no P2P.
+            if config.reduce_precision == "bfloat16" and device.type == "cuda":
                 self.model.register_comm_hook(None, default_hooks.bf16_compress_hook)
         self.hardware = hardware(device, ranks.world_size)
         self.peak = peak_flops(device)
@@ -318,11 +317,9 @@ class Trainer:
             return stop
         self.skipped = 0
         speed = step_tokens / elapsed
-        # The first step compiles; after it, each new step moves the estimate a little.
-        recent = 0.05 if self.step_seconds else 1.0
-        self.step_seconds += (
-            recent * (elapsed - self.step_seconds) * (result.step > self.first_step)
-        )
+        if result.step > self.first_step:  # the first one compiles
+            recent = 0.05 if self.step_seconds else 1.0
+            self.step_seconds += recent * (elapsed - self.step_seconds)
         mfu = None
         if self.peak:
             mfu = speed * self.config.model.flops_per_token() / (self.peak * self.ranks.world_size)

@@ -80,8 +80,11 @@ class Metrics:
             k: _brief(v) for k, v in values.items()
         }
         self._note(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk must not end a day's training
+            print(f"WARNING: step {step}: not written to {self.path}: {error}", flush=True)
 
     def _note(self, row: dict[str, Any]) -> None:
         self.last[row["kind"]] = row

@@ -10,6 +10,7 @@ Before: pipeline/shards.py's folder and an earlier run, if any. After: loop.py.
     RUN/checkpoints/          weights and optimizer state (checkpoint.py)
 """
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,14 @@ def open_data(config: Config, folder: Path) -> Data:
 
 
 def open_run(config: Config, data: Data, run: Path, resume: bool) -> int | None:
-    """Step of the checkpoint to go on from, None for a new run. ForgeError if it may not."""
-    exists = run.is_dir() and any(run.iterdir())
-    if not exists:
+    """Step of the checkpoint to go on from, None for a new run. ForgeError if it may not.
+
+    Only looks, so that every rank sees the same: rank 0 makes the folder once all have looked.
+    """
+    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ForgeError("--out cannot be made or written there", where=nearest, fix="name another")
+    if not run.exists() or not any(run.iterdir()):
         return None
     if not (run / CONFIG_FILE).is_file():
         raise ForgeError("--out is a folder with other things in it", where=run, fix="name another")
@@ -163,4 +169,7 @@ def write_readme(
             "",
             "> " + sample["text"].replace("\n", "\n> "),
         ]
-    write_whole(run / "README.md", ("\n".join(lines) + "\n").encode())
+    try:
+        write_whole(run / "README.md", ("\n".join(lines) + "\n").encode())
+    except OSError as error:  # a full disk must not end a day's training
+        print(f"WARNING: {run / 'README.md'} not written: {error}", flush=True)
