@@ -308,7 +308,7 @@ def read_texts(kind: str, path: Path, part: Part, text_column: str) -> Iterator[
 def read_parquet(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
     fix = "fetch or copy the file again and run the same command; finished slices are kept"
     try:
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except pa.ArrowException as error:
         raise ForgeError(f"not a whole parquet file: {error}", where=path, fix=fix) from error
     with file:
@@ -331,20 +331,19 @@ def read_parquet(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
 
 def read_jsonl(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
     with path.open("rb") as raw, _decompressed(raw, path) as lines:
-        texts: list[str | None] = []
+        texts: dict[int, str | None] = {}  # by line number
         size, read_before = 0, 0
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            text = parse_line(line, text_column, f"{path}, line {number}")
-            texts.append(text)
+            texts[number] = parse_line(line, text_column, f"{path}, line {number}")
             size += len(line)
             if size >= BATCH_BYTES:
-                yield large_strings(texts, path, number), raw.tell() - read_before
+                yield large_strings(texts, path), raw.tell() - read_before
                 read_before = raw.tell()
-                texts, size = [], 0
+                texts, size = {}, 0
         if texts:
-            yield large_strings(texts, path, number), raw.tell() - read_before
+            yield large_strings(texts, path), raw.tell() - read_before
 
 
 def _decompressed(raw: IO[bytes], path: Path) -> Any:
@@ -380,13 +379,14 @@ def parse_line(line: bytes, text_column: str, where: str) -> str | None:
     return text
 
 
-def large_strings(texts: list[str | None], path: Path, line: int) -> pa.LargeStringArray:
+def large_strings(texts: dict[int, str | None], path: Path) -> pa.LargeStringArray:
     try:
-        return pa.array(texts, pa.large_string())
+        return pa.array(texts.values(), pa.large_string())
     except UnicodeEncodeError as error:
+        line = next(number for number, text in texts.items() if text == error.object)
         raise ForgeError(
             f"a lone surrogate ({error.object[error.start]!r}) is no text",
-            where=f"{path}, before line {line + 1}",
+            where=f"{path}, line {line}",
             fix="repair the \\u escapes of this file",
         ) from error
 
