@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import xxhash
+from benchmarks import kill_prep
 from conftest import HOSTILE
 
 from pipeline import prepare, shards, sources, tokenizer
@@ -342,3 +343,11 @@ def test_progress_ends_at_the_whole_of_the_plan(
     assert {each.total_bytes for each in seen} == {seen[0].total_bytes}
     assert 0.9 < done[-1] / seen[0].total_bytes <= 1
     assert seen[-1].num_tokens == outcome.index.total("num_tokens")
+
+
+def test_kills_change_no_byte_and_redo_no_finished_slice(tmp_path: Path) -> None:
+    tally = kill_prep.torment(tmp_path, kills=4, workers=2)
+    assert tally.kills.total() == 4
+    assert tally.redone_slices == 0
+    assert tally.half_written == 0
+    assert tally.identical
