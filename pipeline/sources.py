@@ -43,12 +43,12 @@ ENOUGH_SLICES = 64
 class SourceFile:
     """One file of the source.
 
-    `tail_checksum` notices a change: xxh3_64 of the last 64 KiB, or the hub's own hash.
+    `checksum` notices a change: xxh3_64 of a local file's last 64 KiB, or the hub's own hash.
     """
 
     name: str
     bytes: int
-    tail_checksum: str
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
     infos = {path: hub.info(path) for path in paths}
     parsed: list[Any] = [hub.resolve_path(path) for path in paths]
     files = tuple(
-        SourceFile(p.path_in_repo, int(infos[path]["size"]), str(infos[path].get("blob_id") or ""))
+        SourceFile(p.path_in_repo, int(infos[path]["size"]), hub_checksum(infos[path]))
         for p, path in zip(parsed, paths, strict=True)
     )
     kinds = {kind_of(file.name) for file in files}
@@ -195,6 +195,12 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
     commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
     commit |= {"config": config} if config else {}
     return Source(name, str(kinds.pop()), "", files, commit)
+
+
+def hub_checksum(info: dict[str, Any]) -> str:
+    """sha256 of a large file, git's sha1 of a small one, as the hub lists them."""
+    lfs = info.get("lfs")
+    return str(lfs["sha256"] if lfs else info.get("blob_id") or "")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 It serves one dataset from a folder. `faults` holds, by file name, what the next downloads of that
 file shall suffer: a status (429, 503), "break" (the connection ends in mid-file) or "change" (bytes
-of another hash). `requests` lists what was asked: (method, path, Authorization header).
+of another hash); "footer of NAME" is for reads of a piece of it. `requests` lists what was asked:
+(method, path, Authorization header).
 """
 
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -110,16 +112,16 @@ class Hub:
         etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         headers |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(data))}
-        fault = (
-            self.faults[name].pop(0) if http.command == "GET" and self.faults.get(name) else None
-        )
+        asked = http.headers.get("Range", "")
+        key = f"footer of {name}" if re.search(r"\d$", asked) else name
+        fault = self.faults[key].pop(0) if http.command == "GET" and self.faults.get(key) else None
         if isinstance(fault, int):
             self.send(http, fault, {"error": "busy"}, {"Retry-After": "0"})
             return
         if fault == "change":
             data = bytes(len(data))
         status, content = 200, data
-        if asked := http.headers.get("Range"):
+        if asked:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             start = int(first) if first else len(data) - int(last)
             stop = min(int(last) + 1, len(data)) if first and last else len(data)

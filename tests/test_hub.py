@@ -49,10 +49,17 @@ Tokenize = Callable[..., subprocess.CompletedProcess[str]]
 def tokenize(hub: Hub, tmp_path: Path) -> Tokenize:
     """forge-prep tokenize of the dataset, in a process of its own that knows this hub alone."""
 
-    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, tries: int = 6, slice_bytes: int = 2**24, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        program = (
+            f"from pipeline import cli, downloads, sources; downloads.DOWNLOAD_TRIES = {tries}\n"
+            f"downloads.FIRST_PAUSE_SECONDS = 0.05; sources.MIN_SLICE_BYTES = {slice_bytes}\n"
+            "cli.main()"
+        )
         settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
         settings |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-        command = [sys.executable, "-m", "pipeline.cli", "tokenize", DATASET]
+        command = [sys.executable, "-c", program, "tokenize", DATASET]
         command += ["--config", "fineweb-edu-dedup", "--out", tmp_path / "out", *arguments]
         return subprocess.run(
             [*map(str, command), "--workers", "1", "--val-fraction", "0.2"],
@@ -67,12 +74,20 @@ def tokenize(hub: Hub, tmp_path: Path) -> Tokenize:
     return run
 
 
+@pytest.fixture(scope="module")
+def local(dataset: Path, tmp_path_factory: pytest.TempPathFactory, make_shards) -> dict[str, bytes]:
+    """The shards that the dataset's files make when they lie on the disk."""
+    out = tmp_path_factory.mktemp("local")
+    make_shards(dataset / "fineweb-edu-dedup", out)
+    return shard_bytes(out)
+
+
 def shard_bytes(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.glob("*.bin")}
 
 
 def test_a_hub_dataset_gives_the_shards_of_its_files_at_one_commit(
-    tokenize: Tokenize, hub: Hub, dataset: Path, tmp_path: Path, make_shards
+    tokenize: Tokenize, hub: Hub, local: dict[str, bytes], tmp_path: Path
 ) -> None:
     ran = tokenize(HF_TOKEN="hf_secret")
     assert ran.returncode == 0, ran.stderr
@@ -85,8 +100,7 @@ def test_a_hub_dataset_gives_the_shards_of_its_files_at_one_commit(
         "revision": COMMIT,
     }
     assert [file["name"] for file in index.source["files"]] == NAMES
-    make_shards(dataset / "fineweb-edu-dedup", tmp_path / "local")
-    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "local")
+    assert shard_bytes(tmp_path / "out") == local
     sent = {authorization for _, path, authorization in hub.requests if DATASET in path}
     assert sent == {"Bearer hf_secret"}, [r for r in hub.requests if r[2] is None]
     assert all(f"/{COMMIT}/" in path for name in NAMES for path in hub.downloads(name))
@@ -110,3 +124,43 @@ def test_what_the_hub_does_not_have_is_an_error(
     assert ran.returncode == 1
     assert says in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_bad_days_of_the_hub_change_no_byte(
+    tokenize: Tokenize, hub: Hub, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    faults: list[list[int | str]] = [["break", "break"], [429, 429], [503], ["change"]]
+    hub.faults = dict(zip(NAMES, faults, strict=True))
+    hub.faults[f"footer of {NAMES[0]}"] = [503, "break"]
+    hub.faults[f"footer of {NAMES[1]}"] = [429]
+    ran = tokenize("--keep-downloads")
+    assert ran.returncode == 0, ran.stderr
+    assert not any(hub.faults.values()), "every fault was met"
+    assert shard_bytes(tmp_path / "out") == local
+
+
+def test_a_file_that_stays_wrong_is_an_error_and_the_next_run_goes_on(
+    tokenize: Tokenize, hub: Hub, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.faults[NAMES[2]] = ["change"] * 99
+    ran = tokenize(tries=2)
+    assert ran.returncode == 1
+    assert "do not have the hash that the hub lists" in ran.stderr
+    assert NAMES[2] in ran.stderr
+    assert "Traceback" not in ran.stderr
+    hub.faults.clear()
+    assert tokenize().returncode == 0
+    assert shard_bytes(tmp_path / "out") == local
+
+
+def test_a_limited_run_takes_no_more_files_than_it_needs(
+    tokenize: Tokenize, hub: Hub, tmp_path: Path
+) -> None:
+    ran = tokenize("--max-tokens", "100", slice_bytes=1000)
+    assert ran.returncode == 0, ran.stderr
+    index = shards.load_index(tmp_path / "out")
+    assert index.total("num_tokens", "train") >= 100
+    whole = [
+        path for method, path, _ in hub.requests if method == "HEAD" and path.endswith(".parquet")
+    ]
+    assert 1 <= len(set(whole)) <= 3, "one file, and two ahead"

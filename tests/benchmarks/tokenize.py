@@ -239,9 +239,8 @@ def print_table(speed: dict[str, float], runs: dict[int, Run]) -> None:
     print()
     if speed:
         series = 1 / (1 / speed["a"] + 1 / speed["b"])
-        print(
-            f"c / (a and b in series): {first.whole / series:.2f}  (steady {first.steady / series:.2f})"
-        )
+        whole, steady = first.whole / series, first.steady / series
+        print(f"c / (a and b in series): {whole:.2f}  (steady {steady:.2f})")
         print(f"c / e: {first.whole / speed['e']:.1f}   c / f: {first.whole / speed['f']:.1f}")
     for count, run in list(runs.items())[1:]:
         print(
@@ -250,8 +249,9 @@ def print_table(speed: dict[str, float], runs: dict[int, Run]) -> None:
     for count, run in runs.items():
         marks = ", ".join(f"{mib:.0f} after {mark}" for mark, mib in run.worker_mib.items())
         print(
-            f"{count} workers: first token on the disk after {run.first_token_seconds:.2f} s; MiB a "
-            f"worker by slices: {marks}; peak {run.peak_worker_mib:.0f}; parent {run.parent_mib:.0f}"
+            f"{count} workers: first token on the disk after {run.first_token_seconds:.2f} s; "
+            f"MiB a worker by slices: {marks}; peak {run.peak_worker_mib:.0f}; "
+            f"parent {run.parent_mib:.0f}"
         )
 
 
