@@ -22,7 +22,6 @@ from concurrent.futures import (
     FIRST_COMPLETED,
     Future,
     ProcessPoolExecutor,
-    ThreadPoolExecutor,
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
@@ -36,6 +35,7 @@ import pyarrow as pa
 import xxhash
 
 from pipeline import shards, sources, tokenizer
+from pipeline.downloads import Downloads
 from pipeline.errors import ForgeError
 from pipeline.shards import DocumentLengths, Index, Shard, ShardWriter, Tokens
 from pipeline.sources import Slice, Source
@@ -43,8 +43,6 @@ from pipeline.sources import Slice, Source
 WORK_FOLDER = ".work"
 TIMING_FILE = "timing.json"
 SHUFFLE_SEED = 1
-FILES_AHEAD = 2  # downloads beyond the files that workers are reading
-DOWNLOAD_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -443,7 +441,10 @@ class _Run:
         self.all_slices = self.slices = slices  # max_tokens shortens the second
         self.last_limit: int | None = None  # of the last slice, once max_tokens makes it the last
         self.on_progress = on_progress
-        self.downloads = _Downloads(source, folder, slices, keep_downloads) if source.hub else None
+        self.downloads: Downloads | None = None
+        if source.hub:
+            fetched = folder / WORK_FOLDER / "downloads"
+            self.downloads = Downloads(source, fetched, slices, keep_downloads)
         self.records: dict[int, Record] = {}
         self.counted_bytes = self.counted_tokens = 0
         self.total_bytes = sum(each.bytes for each in slices)
@@ -554,72 +555,3 @@ class _Run:
         done = min(total, self.kept_bytes + self.counted_bytes)
         kept = sum(record.num_tokens("train") for record in self.records.values())
         self.on_progress(Progress(done, total, max(kept, self.counted_tokens)))
-
-
-class _Downloads:
-    """Files of a hub dataset, fetched a few ahead of the workers and removed behind them."""
-
-    def __init__(
-        self, source: Source, folder: Path, slices: list[Slice], keep_downloads: bool
-    ) -> None:
-        assert source.hub is not None
-        self.source, self.hub, self.keep = source, source.hub, keep_downloads
-        self.folder = folder / WORK_FOLDER / "downloads"
-        self.slices = slices
-        self.users: dict[int, int] = {}  # slices left that read a file
-        for each in slices:
-            for part in each.parts:
-                self.users[part.file] = self.users.get(part.file, 0) + 1
-        self.pool = ThreadPoolExecutor(FILES_AHEAD)
-        self.fetched: dict[int, Future[Path]] = {}
-
-    def paths(self, each: Slice) -> tuple[Path, ...] | None:
-        """Paths of the files of a slice, once they are here; starts those that come next."""
-        wanted = [part.file for part in each.parts]
-        coming = [
-            p.file for later in self.slices if later.number > each.number for p in later.parts
-        ]
-        ahead = [file for file in dict.fromkeys(coming) if file not in wanted][:FILES_AHEAD]
-        for file in [*wanted, *ahead]:
-            if file not in self.fetched:
-                self.fetched[file] = self.pool.submit(self._fetch, file)
-        if not all(self.fetched[file].done() for file in wanted):
-            return None
-        return tuple(self.fetched[file].result() for file in wanted)
-
-    def _fetch(self, file: int) -> Path:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
-        wanted = self.source.files[file]
-        for attempt in range(DOWNLOAD_TRIES):
-            try:
-                path = hf_hub_download(
-                    self.hub["dataset"],
-                    wanted.name,
-                    repo_type="dataset",
-                    revision=self.hub["revision"],
-                    local_dir=self.folder,
-                )
-                if Path(path).stat().st_size == wanted.bytes:
-                    return Path(path)
-                problem = f"{Path(path).stat().st_size:,} bytes came, not {wanted.bytes:,}"
-                Path(path).unlink()
-            except Exception as error:  # network trouble has a dozen unrelated types
-                problem = f"{type(error).__name__}: {error}"
-            time.sleep(min(60.0, 2.0**attempt) if attempt + 1 < DOWNLOAD_TRIES else 0)
-        raise ForgeError(
-            f"cannot download a file of the dataset: {problem}",
-            where=f"{self.hub['dataset']} {wanted.name}",
-            fix="check the network and run the same command again; finished slices are kept",
-        )
-
-    def release(self, each: Slice) -> None:
-        for part in each.parts:
-            self.users[part.file] -= 1
-            if self.users[part.file] == 0 and not self.keep and part.file in self.fetched:
-                self.fetched[part.file].result().unlink(missing_ok=True)
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)

@@ -12,15 +12,16 @@ import contextlib
 import json
 import re
 import sysconfig
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 MIN_CHARACTERS = 200
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
-def documents() -> Iterator[dict[str, str]]:
-    """Yield {"text", "id"} in a fixed order for one version of Python."""
+@cache
+def documents() -> tuple[dict[str, str], ...]:
+    """All documents, as {"text", "id"}, in a fixed order for one version of Python."""
     library = Path(sysconfig.get_paths()["stdlib"])
     found = {}
     for path in sorted(library.rglob("*.py")):
@@ -31,9 +32,10 @@ def documents() -> Iterator[dict[str, str]]:
         from pydoc_data import topics
 
         found |= {f"topic {name}": text for name, text in sorted(topics.topics.items())}
-    for name, text in found.items():
-        if len(text := prose(text)) >= MIN_CHARACTERS:
-            yield {"text": text, "id": name}
+    texts = {name: prose(text) for name, text in found.items()}
+    return tuple(
+        {"text": text, "id": name} for name, text in texts.items() if len(text) >= MIN_CHARACTERS
+    )
 
 
 def docstrings(path: Path) -> str:

@@ -43,12 +43,12 @@ ENOUGH_SLICES = 64
 class SourceFile:
     """One file of the source.
 
-    `tail_checksum` notices a change: xxh3_64 of the last 64 KiB, or the hub's own hash.
+    `checksum` notices a change: xxh3_64 of a local file's last 64 KiB, or the hub's own hash.
     """
 
     name: str
     bytes: int
-    tail_checksum: str
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
     infos = {path: hub.info(path) for path in paths}
     parsed: list[Any] = [hub.resolve_path(path) for path in paths]
     files = tuple(
-        SourceFile(p.path_in_repo, int(infos[path]["size"]), str(infos[path].get("blob_id") or ""))
+        SourceFile(p.path_in_repo, int(infos[path]["size"]), hub_checksum(infos[path]))
         for p, path in zip(parsed, paths, strict=True)
     )
     kinds = {kind_of(file.name) for file in files}
@@ -195,6 +195,12 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
     commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
     commit |= {"config": config} if config else {}
     return Source(name, str(kinds.pop()), "", files, commit)
+
+
+def hub_checksum(info: dict[str, Any]) -> str:
+    """sha256 of a large file, git's sha1 of a small one, as the hub lists them."""
+    lfs = info.get("lfs")
+    return str(lfs["sha256"] if lfs else info.get("blob_id") or "")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,7 +314,7 @@ def read_texts(kind: str, path: Path, part: Part, text_column: str) -> Iterator[
 def read_parquet(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
     fix = "fetch or copy the file again and run the same command; finished slices are kept"
     try:
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except pa.ArrowException as error:
         raise ForgeError(f"not a whole parquet file: {error}", where=path, fix=fix) from error
     with file:
@@ -331,20 +337,19 @@ def read_parquet(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
 
 def read_jsonl(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
     with path.open("rb") as raw, _decompressed(raw, path) as lines:
-        texts: list[str | None] = []
+        texts: dict[int, str | None] = {}  # by line number
         size, read_before = 0, 0
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            text = parse_line(line, text_column, f"{path}, line {number}")
-            texts.append(text)
+            texts[number] = parse_line(line, text_column, f"{path}, line {number}")
             size += len(line)
             if size >= BATCH_BYTES:
-                yield large_strings(texts, path, number), raw.tell() - read_before
+                yield large_strings(texts, path), raw.tell() - read_before
                 read_before = raw.tell()
-                texts, size = [], 0
+                texts, size = {}, 0
         if texts:
-            yield large_strings(texts, path, number), raw.tell() - read_before
+            yield large_strings(texts, path), raw.tell() - read_before
 
 
 def _decompressed(raw: IO[bytes], path: Path) -> Any:
@@ -380,13 +385,14 @@ def parse_line(line: bytes, text_column: str, where: str) -> str | None:
     return text
 
 
-def large_strings(texts: list[str | None], path: Path, line: int) -> pa.LargeStringArray:
+def large_strings(texts: dict[int, str | None], path: Path) -> pa.LargeStringArray:
     try:
-        return pa.array(texts, pa.large_string())
+        return pa.array(texts.values(), pa.large_string())
     except UnicodeEncodeError as error:
+        line = next(number for number, text in texts.items() if text == error.object)
         raise ForgeError(
             f"a lone surrogate ({error.object[error.start]!r}) is no text",
-            where=f"{path}, before line {line + 1}",
+            where=f"{path}, line {line}",
             fix="repair the \\u escapes of this file",
         ) from error
 

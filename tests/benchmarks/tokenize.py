@@ -1,0 +1,259 @@
+"""How fast text becomes shards: python -m tests.benchmarks.tokenize [--workers 1,2] [--repeat 5]
+
+Prints MB/s of text, best of --tries, of
+
+    a  reading the parquet column alone
+    b  encoding alone, from a fresh encoder on
+    c  forge-prep tokenize, one worker; then with each other number of --workers
+    e  c's inner loop with tiktoken (encode_to_numpy) as the encoder
+    f  tiktoken's encode_ordinary_batch into arrays, as nanoGPT and llm.c prepare their data
+
+and of c: seconds to the first token on the disk, and the memory of workers and parent after 1, 10
+and 50 slices a worker. `whole` counts from the start of the process to its end, `steady` from the
+first finished slices on. The text is --source, read --repeat times over.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline import prepare, shards, sources, tokenizer
+from pipeline.prepare import Job, Options
+
+ROOT = Path(__file__).parents[2]
+TIKTOKEN_BYTES = 30_000_000  # enough text for the slow rows
+MARKS = (1, 10, 50)  # slices a worker
+
+
+def batches(source: sources.Source) -> Iterator[pa.LargeStringArray]:
+    for each in sources.plan(source, "text", 2**40, None):
+        for part in each.parts:
+            path = source.local_path(part.file)
+            for texts, _ in sources.read_texts(source.kind, path, part, "text"):
+                yield texts
+
+
+def text_bytes(texts: pa.LargeStringArray) -> int:
+    ends = np.frombuffer(texts.buffers()[1], np.int64)
+    return int(ends[texts.offset + len(texts)] - ends[texts.offset])
+
+
+def best(tries: int, work: Callable[[], int]) -> float:
+    """The best MB/s of some tries of `work`, which returns the bytes of text it did."""
+    speeds = []
+    for _ in range(tries):
+        started = time.perf_counter()
+        speeds.append(work() / 1e6 / (time.perf_counter() - started))
+    return max(speeds)
+
+
+class TiktokenEncoder:
+    """In place of tokenizer.BulkEncoder."""
+
+    def encode(self, texts: pa.LargeStringArray) -> tuple[shards.Tokens, npt.NDArray[np.int64]]:
+        encoding = tokenizer.reference()
+        each = [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts.to_pylist()]
+        starts = np.cumsum([0, *map(len, each)])
+        return np.concatenate(each, dtype=np.uint16, casting="unsafe"), starts
+
+
+def run_with_tiktoken(source: sources.Source, folder: Path) -> int:
+    """One slice through prepare's own worker code, in this process."""
+    context = multiprocessing.get_context("spawn")
+    prepare._encoder = TiktokenEncoder()  # type: ignore[assignment]
+    prepare._done_bytes, prepare._done_tokens = context.Value("q"), context.Value("q")
+    first = sources.plan(source, "text", TIKTOKEN_BYTES, None)[0]
+    (folder / prepare.WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+    paths = tuple(source.local_path(part.file) for part in first.parts)
+    made = prepare.tokenize_slice(Job(first, source.kind, paths, folder, Options(), None))
+    return sum(shard.text_bytes for shard in made.shards)
+
+
+@dataclass
+class Run:
+    """One forge-prep tokenize, watched from outside."""
+
+    num_bytes: int
+    seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    first_slices_seconds: float = 0.0
+    first_slices: int = 0
+    num_slices: int = 0
+    worker_mib: dict[int, float] = field(default_factory=dict)  # by slices a worker
+    parent_mib: float = 0.0
+    peak_worker_mib: float = 0.0
+
+    @property
+    def whole(self) -> float:
+        return self.num_bytes / 1e6 / self.seconds
+
+    @property
+    def steady(self) -> float:
+        """MB/s between the first finished slices and the end."""
+        left = 1 - self.first_slices / max(1, self.num_slices)
+        return self.num_bytes * left / 1e6 / (self.seconds - self.first_slices_seconds)
+
+
+def memory_mib(process: int) -> float:
+    """Resident memory without mapped files (the source's pages are the page cache's)."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0.0
+    anonymous = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
+    return int(anonymous[0]) / 1024 if anonymous else 0.0
+
+
+def children(process: int) -> list[int]:
+    try:
+        return [
+            int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        ]
+    except OSError:
+        return []
+
+
+def run_forge_prep(source: Path, out: Path, workers: int, shard_tokens: int) -> Run:
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "pipeline.cli", "tokenize", source, "--out", out]
+    command += ["--workers", workers, "--shard-tokens", shard_tokens]
+    run = Run(0)
+    started = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        seconds = time.perf_counter() - started
+        if not run.first_token_seconds and out.exists():
+            written = (p.stat().st_size for p in out.glob("train_*.partial"))
+            if any(size > shards.HEADER.size for size in written):
+                run.first_token_seconds = seconds
+        finished = len(list(out.glob("train_*.bin")))
+        if finished >= workers and not run.first_slices:
+            run.first_slices, run.first_slices_seconds = finished, seconds
+        now = max(map(memory_mib, children(process.pid)), default=0.0)
+        run.peak_worker_mib = max(run.peak_worker_mib, now)
+        run.parent_mib = max(run.parent_mib, memory_mib(process.pid))
+        for mark in MARKS:
+            if finished >= mark * workers:
+                run.worker_mib.setdefault(mark, now)
+        time.sleep(0.01)
+    run.seconds = time.perf_counter() - started
+    if process.returncode:
+        sys.exit(process.returncode)
+    index = shards.load_index(out)
+    run.num_bytes, run.num_slices = index.total("text_bytes"), len(index.of("train"))
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = ROOT.parent / "shared" / "data" / "fineweb-edu-dedup"
+    parser.add_argument("--source", type=Path, default=default)
+    parser.add_argument("--workers", default="1,2", help="numbers of workers, as in 1,2,4")
+    parser.add_argument("--repeat", type=int, default=5, help="copies of the source to read")
+    parser.add_argument("--tries", type=int, default=3)
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000)
+    parser.add_argument("--out", type=Path, help="where shards go [default: a temporary folder]")
+    parser.add_argument("--only-runs", action="store_true", help="leave out a, b, e and f")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.out) as name:
+        folder = Path(name)
+        for copy, path in itertools.product(
+            range(arguments.repeat), sorted(arguments.source.glob("*.parquet"))
+        ):
+            (folder / "source" / str(copy)).mkdir(parents=True, exist_ok=True)
+            (folder / "source" / str(copy) / path.name).symlink_to(path.resolve())
+        speed = {} if arguments.only_runs else measure_parts(arguments, folder)
+        counts = [int(count) for count in arguments.workers.split(",")]
+        runs: dict[int, Run] = {}
+        for _, count in itertools.product(range(arguments.tries), counts):
+            run = run_forge_prep(folder / "source", folder / "out", count, arguments.shard_tokens)
+            runs[count] = max(runs.get(count, run), run, key=lambda each: each.whole)
+    print_table(speed, runs)
+
+
+def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Rows a, b, e and f."""
+    source = sources.resolve(str(arguments.source), None, "train", None)
+    texts = list(batches(source))
+    vocabulary = folder / shards.VOCABULARY_FILE
+    vocabulary.write_bytes(tokenizer.vocabulary())
+
+    def encode() -> int:
+        encoder = tokenizer.BulkEncoder(vocabulary)
+        return sum(text_bytes(t) for t in texts if len(encoder.encode(t)[1]))
+
+    def encode_as_others_do() -> int:
+        done = 0
+        for batch in texts:
+            encoded = tokenizer.reference().encode_ordinary_batch(
+                batch.to_pylist(), num_threads=len(os.sched_getaffinity(0))
+            )
+            for ids in encoded:
+                np.array(ids, np.uint16)
+            done += text_bytes(batch)
+            if done >= TIKTOKEN_BYTES:
+                break
+        return done
+
+    tokenizer.encode("loaded before the clock starts")
+    return {
+        "a": best(arguments.tries, lambda: sum(map(text_bytes, batches(source)))),
+        "b": best(arguments.tries, encode),
+        "e": best(arguments.tries, lambda: run_with_tiktoken(source, folder / "tiktoken")),
+        "f": best(arguments.tries, encode_as_others_do),
+    }
+
+
+def print_table(speed: dict[str, float], runs: dict[int, Run]) -> None:
+    first = next(iter(runs.values()))
+    names = {
+        "a": "reading the column alone",
+        "b": "encoding alone",
+        "e": "forge-prep's loop with tiktoken",
+        "f": "tiktoken encode_ordinary_batch, all cores",
+    }
+    print(f"{first.num_bytes / 1e9:.2f} GB of text, {len(os.sched_getaffinity(0))} cores\n")
+    print(f"{'':52}{'whole':>8}{'steady':>8}  MB/s")
+    for key in "ab":
+        if key in speed:
+            print(f"{key}  {names[key]:49}{speed[key]:8.0f}")
+    for count, run in runs.items():
+        label = f"forge-prep tokenize, {count} worker{'s' * (count > 1)}"
+        print(f"{'c' if run is first else 'd'}  {label:49}{run.whole:8.0f}{run.steady:8.0f}")
+    for key in "ef":
+        if key in speed:
+            print(f"{key}  {names[key]:49}{speed[key]:8.1f}")
+    print()
+    if speed:
+        series = 1 / (1 / speed["a"] + 1 / speed["b"])
+        whole, steady = first.whole / series, first.steady / series
+        print(f"c / (a and b in series): {whole:.2f}  (steady {steady:.2f})")
+        print(f"c / e: {first.whole / speed['e']:.1f}   c / f: {first.whole / speed['f']:.1f}")
+    for count, run in list(runs.items())[1:]:
+        print(
+            f"{count} workers / {next(iter(runs))}: {run.steady / first.steady:.2f} in steady state"
+        )
+    for count, run in runs.items():
+        marks = ", ".join(f"{mib:.0f} after {mark}" for mark, mib in run.worker_mib.items())
+        print(
+            f"{count} workers: first token on the disk after {run.first_token_seconds:.2f} s; "
+            f"MiB a worker by slices: {marks}; peak {run.peak_worker_mib:.0f}; "
+            f"parent {run.parent_mib:.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Hub datasets against a hub on loopback: one commit, every file whole, on good days and on bad."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hub import COMMIT, Hub
+
+from pipeline import shards
+
+DATASET = "somebody/corpus"
+README = """---
+configs:
+- config_name: cosmopedia
+  data_files: cosmopedia/*.parquet
+- config_name: fineweb-edu-dedup
+  data_files: fineweb-edu-dedup/train-*.parquet
+---
+# A corpus
+"""
+NAMES = [f"fineweb-edu-dedup/train-{n:05}-of-00004.parquet" for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, documents, make_parquet) -> Path:
+    root: Path = tmp_path_factory.mktemp("dataset")
+    (root / "README.md").write_text(README)
+    make_parquet(root / "cosmopedia" / "train-0.parquet", ["another config"])
+    for n, name in enumerate(NAMES):
+        make_parquet(root / name, documents[n::4])
+    return root
+
+
+@pytest.fixture
+def hub(dataset: Path) -> Iterator[Hub]:
+    with Hub(DATASET, dataset) as served:
+        yield served
+
+
+Tokenize = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def tokenize(hub: Hub, tmp_path: Path) -> Tokenize:
+    """forge-prep tokenize of the dataset, in a process of its own that knows this hub alone."""
+
+    def run(
+        *arguments: object, tries: int = 6, slice_bytes: int = 2**24, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        program = (
+            f"from pipeline import cli, downloads, sources; downloads.DOWNLOAD_TRIES = {tries}\n"
+            f"downloads.FIRST_PAUSE_SECONDS = 0.05; sources.MIN_SLICE_BYTES = {slice_bytes}\n"
+            "cli.main()"
+        )
+        settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        settings |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        command = [sys.executable, "-c", program, "tokenize", DATASET]
+        command += ["--config", "fineweb-edu-dedup", "--out", tmp_path / "out", *arguments]
+        return subprocess.run(
+            [*map(str, command), "--workers", "1", "--val-fraction", "0.2"],
+            env=os.environ | settings | environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def local(dataset: Path, tmp_path_factory: pytest.TempPathFactory, make_shards) -> dict[str, bytes]:
+    """The shards that the dataset's files make when they lie on the disk."""
+    out = tmp_path_factory.mktemp("local")
+    make_shards(dataset / "fineweb-edu-dedup", out)
+    return shard_bytes(out)
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("*.bin")}
+
+
+def test_a_hub_dataset_gives_the_shards_of_its_files_at_one_commit(
+    tokenize: Tokenize, hub: Hub, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    ran = tokenize(HF_TOKEN="hf_secret")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    index = shards.load_index(tmp_path / "out")
+    assert index.source["hub"] == {
+        "dataset": DATASET,
+        "config": "fineweb-edu-dedup",
+        "split": "train",
+        "revision": COMMIT,
+    }
+    assert [file["name"] for file in index.source["files"]] == NAMES
+    assert shard_bytes(tmp_path / "out") == local
+    sent = {authorization for _, path, authorization in hub.requests if DATASET in path}
+    assert sent == {"Bearer hf_secret"}, [r for r in hub.requests if r[2] is None]
+    assert all(f"/{COMMIT}/" in path for name in NAMES for path in hub.downloads(name))
+    assert not list(tmp_path.glob("out/**/*.parquet")), "downloads are removed behind the run"
+    assert "hf_secret" not in (tmp_path / "out" / shards.INDEX_FILE).read_text()
+    again = json.loads(tokenize("--json").stdout)
+    assert again["up_to_date"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config", "nonsense"], "cannot resolve the hub dataset"),
+        (["--split", "test"], "no split 'test' (it has train)"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_an_error(
+    tokenize: Tokenize, arguments: list[str], says: str
+) -> None:
+    ran = tokenize(*arguments)
+    assert ran.returncode == 1
+    assert says in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_bad_days_of_the_hub_change_no_byte(
+    tokenize: Tokenize, hub: Hub, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    faults: list[list[int | str]] = [["break", "break"], [429, 429], [503], ["change"]]
+    hub.faults = dict(zip(NAMES, faults, strict=True))
+    hub.faults[f"footer of {NAMES[0]}"] = [503, "break"]
+    hub.faults[f"footer of {NAMES[1]}"] = [429]
+    ran = tokenize("--keep-downloads")
+    assert ran.returncode == 0, ran.stderr
+    assert not any(hub.faults.values()), "every fault was met"
+    assert shard_bytes(tmp_path / "out") == local
+
+
+def test_a_file_that_stays_wrong_is_an_error_and_the_next_run_goes_on(
+    tokenize: Tokenize, hub: Hub, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.faults[NAMES[2]] = ["change"] * 99
+    ran = tokenize(tries=2)
+    assert ran.returncode == 1
+    assert "do not have the hash that the hub lists" in ran.stderr
+    assert NAMES[2] in ran.stderr
+    assert "Traceback" not in ran.stderr
+    hub.faults.clear()
+    assert tokenize().returncode == 0
+    assert shard_bytes(tmp_path / "out") == local
+
+
+def test_a_limited_run_takes_no_more_files_than_it_needs(
+    tokenize: Tokenize, hub: Hub, tmp_path: Path
+) -> None:
+    ran = tokenize("--max-tokens", "100", slice_bytes=1000)
+    assert ran.returncode == 0, ran.stderr
+    index = shards.load_index(tmp_path / "out")
+    assert index.total("num_tokens", "train") >= 100
+    whole = [
+        path for method, path, _ in hub.requests if method == "HEAD" and path.endswith(".parquet")
+    ]
+    assert 1 <= len(set(whole)) <= 3, "one file, and two ahead"

@@ -1,0 +1,173 @@
+"""forge-prep as people and scripts meet it: exit codes, messages, JSON; never a traceback."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from conftest import ROOT
+
+from pipeline import shards, tokenizer
+from pipeline.cli import default_name
+
+
+@pytest.fixture
+def source(tmp_path: Path, make_parquet) -> Path:
+    texts = [None, *(f"document number {n}" for n in range(40)), ""]
+    return Path(make_parquet(tmp_path / "text.parquet", texts))
+
+
+def assert_error(result: Result, *says: str) -> None:
+    """Exit code 1, one message with a cure, nothing on stdout, no traceback."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("Error: ")
+    assert "what to do:" in result.stderr
+    assert "Traceback" not in result.output
+    for words in says:
+        assert words in result.stderr
+    assert result.stdout == ""
+
+
+def test_tokenize_says_what_it_made_and_what_to_do_next(
+    forge, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = forge("prep", "tokenize", source, "--out", out, "--val-fraction", 0.2, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert "of 40 documents" in result.stdout
+    assert "2 null or empty documents skipped" in result.stdout
+    assert f"forge-prep info {out}" in result.stdout
+    again = forge("prep", "tokenize", source, "--out", out, "--val-fraction", 0.2)
+    assert again.exit_code == 0
+    assert f"{out} is up to date." in again.stdout
+    other = forge("prep", "tokenize", source, "--out", out, "--val-fraction", 0.3)
+    assert_error(other, "val_fraction: 0.2, now 0.3")
+
+
+def test_tokenize_json_is_one_object_and_nothing_else(forge, source: Path, tmp_path: Path) -> None:
+    result = forge("prep", "tokenize", source, "--out", tmp_path / "out", "--json", "--workers", 1)
+    summary = json.loads(result.stdout)
+    index = shards.load_index(tmp_path / "out")
+    assert summary["documents"] == 40
+    assert summary["train_tokens"] == index.total("num_tokens", "train")
+    assert (summary["null_documents"], summary["empty_documents"]) == (1, 1)
+    assert summary["up_to_date"] is False
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["tokenize", "nowhere.parquet"], "no such file, folder or glob"),
+        (["info", "nowhere"], "no such folder of shards"),
+        (["verify", "nowhere"], "no such folder of shards"),
+        (["show", "nowhere", "0"], "no such folder of shards"),
+        (["info", "."], "not finished"),
+    ],
+)
+def test_what_is_not_there_is_exit_code_1(
+    forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_error(forge("prep", *arguments), says)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tokenize"],
+        ["tokenize", "x", "--max-tokens", "many"],
+        ["tokenize", "x", "--max-tokens", "0"],
+        ["tokenize", "x", "--val-fraction", "1"],
+        ["tokenize", "x", "--workers", "0"],
+        ["show", "x", "-1"],
+        ["frobnicate"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(forge, arguments: list[str]) -> None:
+    result = forge("prep", *arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("7", 7), ("500k", 500_000), ("2.5M", 2_500_000), ("1_0B", 10**10)]
+)
+def test_counts_are_written_as_people_write_them(written: str, meant: int) -> None:
+    from pipeline.cli import Count
+
+    assert Count()(written) == meant
+
+
+def test_info_counts_what_is_there(forge, small_shards: Path) -> None:
+    index = shards.load_index(small_shards)
+    text = forge("prep", "info", small_shards)
+    assert text.exit_code == 0
+    assert f"{index.total('num_tokens', 'train'):,}" in text.stdout
+    facts = json.loads(forge("prep", "info", small_shards, "--json").stdout)
+    for split in shards.SPLITS:
+        for name in ("num_tokens", "num_documents", "text_bytes"):
+            assert facts["splits"][split][name] == index.total(name, split)
+    assert facts["index_sha256"] == index.sha256
+
+
+def test_show_gives_the_bytes_of_any_document(forge, tmp_path: Path, make_parquet) -> None:
+    texts = [f"document {n} — \u00fc\n" for n in range(40)]
+    source, out = make_parquet(tmp_path / "a.parquet", texts), tmp_path / "out"
+    forge("prep", "tokenize", source, "--out", out, "--val-fraction", 0.3, "--workers", 1)
+    index = shards.load_index(out)
+    shown = set()
+    for split in shards.SPLITS:
+        last = index.total("num_documents", split) - 1
+        for number in (0, last):
+            result = forge("prep", "show", out, number, "--split", split, "--tokens")
+            assert result.exit_code == 0
+            shown.add(result.stdout_bytes)
+            ids = [int(word) for word in result.stderr.splitlines()[1].split()]
+            assert tokenizer.decode(ids) + b"\n" == result.stdout_bytes
+        beyond = forge("prep", "show", out, last + 1, "--split", split)
+        assert beyond.exit_code == 1
+        assert f"the last is {last:,}" in beyond.stderr
+    assert len(shown) == 4
+    assert shown <= {text.encode() + b"\n" for text in texts}
+
+
+def test_verify_is_exit_code_0_or_1(forge, small_shards: Path, tmp_path: Path) -> None:
+    sound = forge("prep", "verify", small_shards)
+    assert sound.exit_code == 0
+    assert sound.stdout.startswith("Sound: ")
+    copy = Path(shutil.copytree(small_shards, tmp_path / "copy"))
+    with (copy / "train_000000.bin").open("r+b") as file:
+        file.seek(3000)
+        file.write(b"\1\1")
+    assert_error(forge("prep", "verify", copy), "1 problems", "train_000000.bin: checksum")
+    report = forge("prep", "verify", copy, "--json")
+    assert report.exit_code == 1
+    assert len(json.loads(report.stdout)["problems"]) == 1
+
+
+def test_the_folder_is_named_after_the_source() -> None:
+    assert default_name("HuggingFaceTB/smollm-corpus", "fineweb-edu-dedup") == "fineweb-edu-dedup"
+    assert default_name("a/b/books.jsonl.zst", None) == "books"
+    assert default_name("books/*.jsonl.gz", None) == "shards"
+    assert default_name("books/", None) == "books"
+
+
+def test_a_real_process_is_quiet_off_a_terminal_and_needs_no_hub_library(
+    source: Path, tmp_path: Path
+) -> None:
+    """Its stderr is empty, and a local source never imports `datasets` (seconds of start-up)."""
+    program = (
+        "import sys; from pipeline.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "heavy = {'datasets', 'huggingface_hub', 'torch'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    command = [sys.executable, "-c", program, "tokenize", source, "--out", tmp_path / "out"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""

@@ -1,0 +1,353 @@
+"""Laws of the whole offline stage: the same bytes always, and no byte of text lost."""
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+from benchmarks import kill_prep
+from conftest import HOSTILE
+
+from pipeline import prepare, shards, sources, tokenizer
+from pipeline.errors import ForgeError
+from pipeline.prepare import Options
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice a row group or two, so that little text makes many slices."""
+    monkeypatch.setattr(sources, "MIN_SLICE_BYTES", 40_000)
+
+
+@pytest.fixture(scope="module")
+def folder_of_text(tmp_path_factory: pytest.TempPathFactory, documents, make_parquet) -> Path:
+    """Two files, 10 row groups, about a dozen small slices."""
+    root = tmp_path_factory.mktemp("text")
+    make_parquet(root / "a.parquet", documents[:40])
+    make_parquet(root / "b.parquet", documents[40:])
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every byte of a finished folder, but for the timing record."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != prepare.TIMING_FILE]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def texts_of(folder: Path, split: str) -> list[bytes]:
+    """The documents of a split, decoded, in order."""
+    texts: list[bytes] = []
+    for shard in shards.load_index(folder).of(split):
+        tokens = shards.map_shard(folder / shard.file, shard.num_tokens)
+        pieces = np.split(tokens, np.flatnonzero(tokens == shards.EOT_TOKEN))
+        assert len(pieces[0]) == 0, "a shard starts with <|endoftext|>"
+        texts += [tokenizer.decode(piece[1:]) for piece in pieces[1:]]
+    return texts
+
+
+def is_val(text: str, fraction: float) -> bool:
+    return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
+
+
+# ---------------------------------------------------------------------------------------------
+# The same bytes
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize(("most_workers", "max_tokens"), [(8, None), (3, 30_000)])
+def test_any_number_of_workers_gives_the_same_bytes(
+    tmp_path: Path, folder_of_text: Path, make_shards, most_workers: int, max_tokens: int | None
+) -> None:
+    made = []
+    for workers in (1, 2, most_workers):
+        out = tmp_path / str(workers)
+        index = make_shards(folder_of_text, out, workers=workers, max_tokens=max_tokens)
+        made.append(contents(out))
+    assert len(index.of("train")) > 3
+    assert made[0] == made[1] == made[2]
+    wanted = {"index.json", shards.VOCABULARY_FILE, *(shard.file for shard in index.shards)}
+    assert set(made[0]) == wanted
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_max_tokens_stops_at_the_first_document_that_reaches_it(
+    tmp_path: Path, folder_of_text: Path, make_shards
+) -> None:
+    make_shards(folder_of_text, tmp_path / "all", max_tokens=10**9)
+    index = make_shards(folder_of_text, tmp_path / "some", max_tokens=30_000)
+    everything, some = (texts_of(tmp_path / name, "train") for name in ("all", "some"))
+    assert some == everything[: len(some)]
+    last = len(tokenizer.encode(some[-1].decode())) + 1
+    assert index.total("num_tokens", "train") - last < 30_000 <= index.total("num_tokens", "train")
+
+
+def test_files_are_taken_in_one_shuffled_order_when_tokens_are_limited(
+    tmp_path: Path, make_parquet, make_shards
+) -> None:
+    for n in range(8):
+        make_parquet(tmp_path / "in" / f"{n}.parquet", [f"file {n} says something"])
+    make_shards(tmp_path / "in", tmp_path / "out", max_tokens=20, val_fraction=0.0)
+    taken = texts_of(tmp_path / "out", "train")
+    assert 1 < len(taken) < 8
+    assert taken != [f"file {n} says something".encode() for n in range(len(taken))]
+
+
+def test_an_error_keeps_finished_slices_and_the_next_run_goes_on(
+    tmp_path: Path, folder_of_text: Path, make_shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MIN_SLICE_BYTES", 40_000)
+    monkeypatch.setattr(sources, "TAIL_BYTES", 1000)  # the files are small
+    source = Path(shutil.copytree(folder_of_text, tmp_path / "in"))
+    path, out = source / "b.parquet", tmp_path / "out"
+    sound = path.read_bytes()
+    column = pq.read_metadata(path).row_group(2).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    path.write_bytes(sound[:start] + b"\xff" * 40 + sound[start + 40 :])
+    with pytest.raises(ForgeError, match="damaged row group") as caught:
+        make_shards(source, out)
+    assert str(caught.value.where) == f"{path}, row group 2"
+    assert not (out / shards.INDEX_FILE).exists()
+    assert not list(out.rglob("*.partial"))
+    finished = {p: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
+    assert finished
+    path.write_bytes(sound)
+    make_shards(source, out)
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    make_shards(source, tmp_path / "straight")
+    assert contents(out) == contents(tmp_path / "straight")
+
+
+# ---------------------------------------------------------------------------------------------
+# No byte lost
+
+
+def test_every_document_comes_back_byte_for_byte_on_its_side(
+    tmp_path: Path, documents, make_parquet, make_shards
+) -> None:
+    ten_megabytes = (" ".join(documents) * 100)[:10_000_000]
+    texts = [*documents, ten_megabytes, *HOSTILE]
+    make_parquet(tmp_path / "a.parquet", texts)
+    index = make_shards(tmp_path / "a.parquet", tmp_path / "out", val_fraction=0.3)
+    sides = {
+        split: [text.encode() for text in texts if is_val(text, 0.3) == (split == "val")]
+        for split in shards.SPLITS
+    }
+    for split, wanted in sides.items():
+        assert texts_of(tmp_path / "out", split) == wanted
+        assert index.total("text_bytes", split) == sum(map(len, wanted))
+        assert index.total("num_documents", split) == len(wanted) > 5
+        lengths = [len(tokenizer.encode(text.decode())) for text in wanted]
+        assert index.document_tokens[split].min == min(lengths)
+        assert index.document_tokens[split].max == max(lengths)
+        assert index.total("num_tokens", split) == sum(lengths) + len(lengths)
+
+
+def test_the_same_text_is_never_on_both_sides(tmp_path: Path, make_parquet, make_shards) -> None:
+    texts = [f"text number {n % 50}" for n in range(200)]
+    for name, part in (("b", texts[:100]), ("a", texts[100:])):
+        make_parquet(tmp_path / "in" / f"{name}.parquet", part)
+    make_shards(tmp_path / "in", tmp_path / "out", val_fraction=0.4)
+    train, val = (set(texts_of(tmp_path / "out", split)) for split in shards.SPLITS)
+    assert train
+    assert val
+    assert not train & val
+    assert len(train | val) == 50
+
+
+def test_val_fraction_zero_holds_nothing_out(tmp_path: Path, documents, make_parquet, make_shards):
+    make_parquet(tmp_path / "a.parquet", documents)
+    index = make_shards(tmp_path / "a.parquet", tmp_path / "out", val_fraction=0.0)
+    assert index.of("val") == ()
+    assert index.total("num_documents", "train") == len(documents)
+
+
+def test_null_and_empty_documents_are_skipped_and_counted(
+    tmp_path: Path, make_parquet, make_shards
+) -> None:
+    make_parquet(tmp_path / "a.parquet", ["one", None, "", "two", "", None, None, "three"] * 3)
+    index = make_shards(tmp_path / "a.parquet", tmp_path / "out", val_fraction=0.0)
+    assert index.skipped == {"null_documents": 9, "empty_documents": 6}
+    assert texts_of(tmp_path / "out", "train") == [b"one", b"two", b"three"] * 3
+
+
+def test_a_source_without_text_is_an_error(tmp_path: Path, make_parquet, make_shards) -> None:
+    make_parquet(tmp_path / "a.parquet", [None, "", ""])
+    with pytest.raises(ForgeError, match="every document is null or empty"):
+        make_shards(tmp_path / "a.parquet", tmp_path / "out")
+    assert not (tmp_path / "out" / shards.INDEX_FILE).exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# The folder
+
+
+@pytest.fixture
+def finished(tmp_path: Path, make_parquet, make_shards) -> Path:
+    make_parquet(tmp_path / "a.parquet", [f"document {n}" for n in range(30)])
+    make_shards(tmp_path / "a.parquet", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_a_finished_folder_is_left_alone(finished: Path) -> None:
+    source = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
+    before = stamps(finished)
+    outcome = prepare.tokenize(source, finished, Options(val_fraction=0.2), workers=2)
+    assert outcome.up_to_date
+    assert outcome.index == shards.load_index(finished)
+    assert stamps(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "old"),
+    [
+        ("val_fraction", 0.1, "0.2"),
+        ("max_tokens", 10, "None"),
+        ("shard_tokens", 1000, "100000000"),
+        ("text_column", "id", "'text'"),
+    ],
+)
+def test_other_options_are_refused_and_named(
+    finished: Path, make_shards, option: str, value: object, old: str
+) -> None:
+    before = stamps(finished)
+    with pytest.raises(ForgeError) as caught:
+        make_shards(finished.parent / "a.parquet", finished, **{option: value})
+    assert f"{option}: {old}, now {value!r}" in caught.value.what
+    assert stamps(finished) == before
+
+
+def test_another_source_is_refused_and_named(finished: Path, make_parquet, make_shards) -> None:
+    make_parquet(finished.parent / "b.parquet", ["other"])
+    with pytest.raises(ForgeError, match=r"source name: 'a\.parquet', now 'b\.parquet'"):
+        make_shards(finished.parent / "b.parquet", finished)
+    make_parquet(finished.parent / "a.parquet", ["changed"])
+    with pytest.raises(ForgeError, match="source files"):
+        make_shards(finished.parent / "a.parquet", finished)
+
+
+def test_an_unfinished_run_with_other_options_is_refused_and_named(
+    tmp_path: Path, make_parquet, make_shards
+) -> None:
+    source = make_parquet(tmp_path / "a.parquet", [""])
+    with pytest.raises(ForgeError, match="no text"):
+        make_shards(source, tmp_path / "out")
+    with pytest.raises(ForgeError, match=r"val_fraction: 0\.2, now 0\.5"):
+        make_shards(source, tmp_path / "out", val_fraction=0.5)
+
+
+def test_a_folder_of_other_files_is_refused_and_untouched(
+    tmp_path: Path, make_parquet, make_shards
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    before = stamps(out)
+    with pytest.raises(ForgeError, match="holds no unfinished run"):
+        make_shards(make_parquet(tmp_path / "a.parquet", ["a"]), out)
+    assert stamps(out) == before
+
+
+def test_overwrite_removes_shards_and_nothing_else(finished: Path) -> None:
+    (finished / "notes.md").write_text("mine")
+    (finished / "train_000077.bin").write_bytes(b"old")
+    source = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
+    with pytest.raises(ForgeError, match="not empty"):
+        prepare.tokenize(source, finished, Options(), workers=1, overwrite=True)
+    assert [p.name for p in finished.iterdir()] == ["notes.md"]
+    (finished / "notes.md").unlink()
+    outcome = prepare.tokenize(source, finished, Options(), workers=1, overwrite=True)
+    assert shards.verify(outcome.index, 1, lambda count: None) == []
+
+
+def test_an_out_that_cannot_be_written_is_an_error(
+    tmp_path: Path, make_parquet, make_shards
+) -> None:
+    source = make_parquet(tmp_path / "a.parquet", ["a"])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ForgeError, match="cannot write"):
+        make_shards(source, tmp_path / "file" / "out")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    if not os.access(closed, os.W_OK):  # root may write anywhere
+        with pytest.raises(ForgeError, match="cannot write"):
+            make_shards(source, closed / "out")
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path, make_parquet, make_shards) -> None:
+    work = tmp_path / "out" / prepare.WORK_FOLDER
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ForgeError, match="another forge-prep"):
+            make_shards(make_parquet(tmp_path / "a.parquet", ["a"]), tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------
+# The machine
+
+
+@pytest.fixture
+def smallest_files() -> Iterator[None]:
+    """Files end at 1.5 MB: a write beyond it fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_write_that_fails_in_a_worker_is_an_error_and_leaves_nothing_half_done(
+    tmp_path: Path, documents, make_shards, request: pytest.FixtureRequest
+) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text(json.dumps({"text": " ".join(documents) * 15}) + "\n")
+    request.getfixturevalue("smallest_files")
+    with pytest.raises(ForgeError, match="cannot write: File too large") as caught:
+        make_shards(source, tmp_path / "out", val_fraction=0.0)
+    assert "finished slices are kept" in str(caught.value.fix)
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_too_little_room_is_said_before_the_work(
+    tmp_path: Path, documents, make_parquet, make_shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_parquet(tmp_path / "a.parquet", documents)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ForgeError, match="too little room"):
+        make_shards(source, tmp_path / "out")
+
+
+def test_progress_ends_at_the_whole_of_the_plan(
+    tmp_path: Path, folder_of_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MIN_SLICE_BYTES", 40_000)
+    source = sources.resolve(str(folder_of_text), None, "train", None)
+    seen: list[prepare.Progress] = []
+    outcome = prepare.tokenize(
+        source, tmp_path / "out", Options(), workers=2, on_progress=seen.append
+    )
+    done = [each.done_bytes for each in seen]
+    assert done == sorted(done)
+    assert {each.total_bytes for each in seen} == {seen[0].total_bytes}
+    assert 0.9 < done[-1] / seen[0].total_bytes <= 1
+    assert seen[-1].num_tokens == outcome.index.total("num_tokens")
+
+
+def test_kills_change_no_byte_and_redo_no_finished_slice(tmp_path: Path) -> None:
+    tally = kill_prep.torment(tmp_path, kills=4, workers=2)
+    assert tally.kills.total() == 4
+    assert tally.redone_slices == 0
+    assert tally.half_written == 0
+    assert tally.identical

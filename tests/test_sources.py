@@ -1,0 +1,267 @@
+"""Every kind of source gives the same documents; every broken one is named with its place."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from pipeline import sources
+from pipeline.errors import ForgeError
+from pipeline.sources import Part, Slice
+
+TEXTS = ["one", None, "zwei — две", "", "a\nb", "quatre"]
+
+
+def lines_of(texts: list[str | None], key: str = "text") -> bytes:
+    return b"".join(
+        json.dumps({key: text, "id": n}).encode() + b"\n" for n, text in enumerate(texts)
+    )
+
+
+def read(path: Path, column: str = "text") -> list[str | None]:
+    """All texts of a source, slice by slice, as prepare.py reads them."""
+    source = sources.resolve(str(path), None, "train", None)
+    texts = []
+    for each in sources.plan(source, column, 2**30, None):
+        for part in each.parts:
+            for batch, _ in sources.read_texts(
+                source.kind, source.local_path(part.file), part, column
+            ):
+                texts += batch.to_pylist()
+    return texts
+
+
+def failure(action: Callable[..., object], *arguments: object) -> ForgeError:
+    with pytest.raises(ForgeError) as caught:
+        action(*arguments)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [
+        (".jsonl", bytes),
+        (".jsonl.gz", gzip.compress),
+        (".jsonl.zst", zstandard.ZstdCompressor().compress),
+        (".JSONL", bytes),
+    ],
+)
+def test_every_form_of_json_lines_gives_the_same_documents(
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(pack(lines_of(TEXTS)))
+    assert read(path) == TEXTS
+
+
+def test_members_of_a_joined_archive_are_all_read(tmp_path: Path) -> None:
+    for suffix, pack in ((".gz", gzip.compress), (".zst", zstandard.ZstdCompressor().compress)):
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(pack(lines_of(["one", "two"])) + pack(lines_of(["three"])))
+        assert read(path) == ["one", "two", "three"], suffix
+
+
+def test_blank_lines_and_a_missing_last_newline_are_no_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n\n   \n{"text": "two"}')
+    assert read(path) == ["one", "two"]
+
+
+def test_parquet_gives_its_documents_in_order(tmp_path: Path, make_parquet) -> None:
+    assert read(make_parquet(tmp_path / "a.parquet", TEXTS, rows=2)) == TEXTS
+    assert read(make_parquet(tmp_path / "b.parquet", TEXTS, column="body"), "body") == TEXTS
+
+
+def test_both_types_of_strings_read_alike(tmp_path: Path) -> None:
+    for kind in (pa.string(), pa.large_string()):
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"text": pa.array(TEXTS, kind)}), path)
+        assert read(path) == TEXTS
+
+
+def test_a_txt_file_is_one_document_with_its_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes("naïve\r\nline\n\n".encode())
+    (tmp_path / "a.txt").write_bytes(b"first")
+    assert read(tmp_path) == ["first", "naïve\r\nline\n\n"]
+
+
+def test_a_folder_is_read_in_the_order_of_names_at_any_depth(tmp_path: Path) -> None:
+    for name in ("b/x.jsonl", "a.jsonl", "b/a/z.jsonl", "README.md", "b/.cache.lock"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(lines_of([name]))
+    assert read(tmp_path) == ["a.jsonl", "b/a/z.jsonl", "b/x.jsonl"]
+    assert read(tmp_path / "**" / "z*.jsonl") == ["b/a/z.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "says"),
+    [
+        (lambda d: None, "nowhere.parquet", "no such file, folder or glob"),
+        (lambda d: None, "*.parquet", "no file matches"),
+        (lambda d: (d / "x.csv").write_text("a"), "x.csv", "unknown kind of file"),
+        (lambda d: (d / "sub").mkdir(), "sub", "holds no text files"),
+    ],
+)
+def test_a_source_that_is_not_there_is_an_error_with_a_cure(
+    tmp_path: Path, make, name: str, says: str
+) -> None:
+    make(tmp_path)
+    error = failure(sources.resolve, str(tmp_path / name), None, "train", None)
+    assert says in error.what
+    assert error.where is not None
+    assert error.fix
+
+
+def test_kinds_are_not_mixed(tmp_path: Path, make_parquet) -> None:
+    make_parquet(tmp_path / "a.parquet", ["a"])
+    (tmp_path / "b.jsonl").write_bytes(lines_of(["b"]))
+    error = failure(sources.resolve, str(tmp_path), None, "train", None)
+    assert "mixes kinds of files: jsonl, parquet" in error.what
+
+
+def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path: Path, make_parquet) -> None:
+    parquet = make_parquet(tmp_path / "a.parquet", ["a"], column="body")
+    jsonl = tmp_path / "a.jsonl"
+    jsonl.write_bytes(lines_of(["a"], key="body"))
+    for path, where in ((parquet, "a.parquet"), (jsonl, "a.jsonl, line 1")):
+        error = failure(read, path)
+        assert error.what == "no column 'text'; there are: body, id"
+        assert str(error.where).endswith(where)
+        assert "--text-column" in str(error.fix)
+
+
+def test_a_column_of_another_type_is_named(tmp_path: Path, make_parquet) -> None:
+    parquet = make_parquet(tmp_path / "a.parquet", ["a"])
+    assert "column 'id' holds int64, not strings" in failure(read, parquet, "id").what
+    jsonl = tmp_path / "a.jsonl"
+    jsonl.write_bytes(b'{"text": "fine"}\n{"text": ["no"]}\n')
+    error = failure(read, jsonl)
+    assert error.what == "column 'text' holds list, not a string"
+    assert str(error.where).endswith("line 2")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"text": "caf\xe9"}', "invalid UTF-8"),
+        (b'{"text": "a"', "invalid JSON"),
+        (b"[1, 2]", "no column 'text'; there are: list"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: bytes, says: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of(["fine", "fine"]) + line + b"\n" + lines_of(["fine"]))
+    error = failure(read, path)
+    assert says in error.what
+    assert str(error.where) == f"{path}, line 3"
+
+
+def test_invalid_utf8_in_a_txt_file_is_named_with_its_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"abc\xff")
+    error = failure(read, path)
+    assert "invalid UTF-8" in error.what
+    assert "byte 3" in error.what
+
+
+def test_invalid_utf8_in_a_parquet_file_is_named_with_its_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    offsets, data = pa.py_buffer(b"\0\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")
+    array = pa.StringArray.from_buffers(1, offsets, data)
+    pq.write_table(pa.table({"text": array}), path)
+    error = failure(read, path)
+    assert str(error.where) == f"{path}, row group 0"
+    assert "UTF8" in error.what or "UTF-8" in error.what
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path: Path, make_parquet) -> None:
+    path = make_parquet(tmp_path / "a.parquet", ["some text"] * 100)
+    path.write_bytes(path.read_bytes()[:-40])
+    error = failure(read, path)
+    assert "not a whole parquet file" in error.what
+    assert str(error.where) == str(path)
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 20, b"\0"], ids=["20 bytes", "1 byte"])
+def test_a_corrupt_row_group_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "a.parquet"
+    texts = pa.table({"text": [f"document {n} " * 50 for n in range(40)]})
+    pq.write_table(texts, path, row_group_size=10, use_dictionary=False, write_page_checksum=True)
+    column = pq.read_metadata(path).row_group(2).column(0)
+    data = bytearray(path.read_bytes())
+    start = column.data_page_offset + column.total_compressed_size - 100  # behind the page header
+    data[start : start + len(damage)] = damage
+    path.write_bytes(data)
+    error = failure(read, path)
+    assert "damaged row group" in error.what
+    assert str(error.where) == f"{path}, row group 2"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_truncated_archive_is_an_error_not_an_end(tmp_path: Path, suffix: str) -> None:
+    packers = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(packers[suffix](lines_of([str(n) * 50 for n in range(3000)]))[:-30])
+    error = failure(read, path)
+    assert "cannot read a source file" in error.what
+    assert error.where == path
+
+
+def test_a_plan_covers_every_row_group_once_in_order(tmp_path: Path, make_parquet) -> None:
+    for name in "abc":
+        make_parquet(
+            tmp_path / f"{name}.parquet", [f"{name} {n} " * 500 for n in range(60)], rows=10
+        )
+    source = sources.resolve(str(tmp_path), None, "train", None)
+    whole = sources.plan(source, "text", 2**30, None)
+    assert [each.number for each in whole] == [0]
+    assert [(part.start, part.stop) for part in whole[0].parts] == [(0, 6)] * 3
+    largest = max(part.bytes for part in whole[0].parts)
+    cut = cut_at(source, largest // 2)
+    covered = [
+        (part.file, g) for each in cut for part in each.parts for g in range(part.start, part.stop)
+    ]
+    assert covered == [(file, g) for file in range(3) for g in range(6)]
+    assert sum(each.bytes for each in cut) == whole[0].bytes
+    assert all(each.bytes <= largest // 2 for each in cut)
+
+
+def cut_at(source: sources.Source, slice_bytes: int) -> list[Slice]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "MIN_SLICE_BYTES", slice_bytes)
+        return sources.plan(source, "text", slice_bytes, None)
+
+
+def test_a_seed_shuffles_the_files_and_nothing_else(tmp_path: Path, make_parquet) -> None:
+    for n in range(12):
+        make_parquet(tmp_path / f"{n:02}.parquet", [f"text {n}"] * 10)
+    source = sources.resolve(str(tmp_path), None, "train", None)
+    orders = [
+        [part.file for each in sources.plan(source, "text", 2**30, seed) for part in each.parts]
+        for seed in (None, 1, 1, 2)
+    ]
+    assert orders[0] == list(range(12))
+    assert orders[1] == orders[2] != orders[3]
+    assert sorted(orders[1]) == orders[0] != orders[1]
+
+
+def test_blank_documents_are_dropped_and_counted() -> None:
+    texts = pa.array(["a", None, "", "b", None, "", ""], pa.large_string())
+    kept, nulls, empty = sources.drop_blank(texts)
+    assert (kept.to_pylist(), nulls, empty) == (["a", "b"], 2, 3)
+
+
+def test_a_file_that_vanishes_is_an_error_with_its_name(tmp_path: Path) -> None:
+    part = Part(0, 0, 1, 10)
+    for kind in ("jsonl", "txt", "parquet"):
+        path = tmp_path / f"gone.{kind}"
+        error = failure(list, sources.read_texts(kind, path, part, "text"))
+        assert "cannot read a source file" in error.what
+        assert error.where == path
