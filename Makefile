@@ -9,8 +9,8 @@ PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3.14 py
 BIN = .venv/bin
 DATA = data_cache/python_docs
 RUN = runs/demo
-# One process a GPU, or two on a CPU, which is what the real job looks like.
-RANKS = $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+# Two ranks, as in the real job; one on a machine with a single GPU.
+RANKS = $$($(BIN)/python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 
 .PHONY: demo test check bench clean
 .DELETE_ON_ERROR:

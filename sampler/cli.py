@@ -42,7 +42,13 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
     help="Draw from the likeliest tokens that together reach this probability.",
 )
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**62),
+    default=0,
+    show_default=True,
+    help="Same seed, same text.",
+)
 @click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a sample, not streamed.")
 @click.version_option(package_name="llm-forge")

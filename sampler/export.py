@@ -19,7 +19,7 @@ from pipeline.errors import ForgeError
 from sampler.generate import load_run
 from trainer import checkpoint
 from trainer.config import ModelConfig, load
-from trainer.metrics import METRICS_FILE, duration
+from trainer.metrics import METRICS_FILE, duration, read_metrics
 from trainer.model import GPT2
 from trainer.run import CONFIG_FILE, DATA_FILE
 
@@ -28,9 +28,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def export(run: Path, out: Path, step: int | None, dtype: str) -> None:
     """Write a run's checkpoint to `out` in transformers' GPT-2 layout, whole or not at all."""
+    out = out.resolve()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ForgeError("the folder for the export is not empty", where=out, fix="name a new one")
     model, _, state = load_run(run, step, torch.device("cpu"))
+    card = model_card(run.resolve(), state)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -58,7 +60,7 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> None:
         # OpenAI's own files are transformers' two under other names.
         shutil.copyfile(tokenizer.package_data() / "encoder.json", partial / "vocab.json")
         shutil.copyfile(tokenizer.package_data() / "vocab.bpe", partial / "merges.txt")
-        (partial / "README.md").write_text(model_card(run, state), encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -141,8 +143,15 @@ def tokenizer_json() -> dict[str, Any]:
 def model_card(run: Path, state: checkpoint.State) -> str:
     """README.md of the export: data, tokens, losses, hours, hardware."""
     config = load(str(run / CONFIG_FILE))
-    data = json.loads((run / DATA_FILE).read_text())["source"]
-    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    try:
+        data = json.loads((run / DATA_FILE).read_text())["source"]
+        rows = read_metrics(run)
+    except (OSError, ValueError, KeyError) as error:
+        raise ForgeError(
+            f"the run folder is not whole: {error!r}",
+            where=run,
+            fix=f"restore its {DATA_FILE} and {METRICS_FILE}",
+        ) from error
     before = [row for row in rows if row["step"] <= state.step]
     evaluated = [row for row in before if row["kind"] == "evaluate"][-1:]
     started = [row for row in before if row["kind"] == "start"][-1:]

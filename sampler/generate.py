@@ -4,6 +4,7 @@ Before: trainer/checkpoint.py, the weights of a run. After: the terminal, by way
 """
 
 import codecs
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ForgeError
-from pipeline.shards import EOT_TOKEN, VOCABULARY_FILE, read_vocabulary
+from pipeline.shards import EOT_TOKEN, VOCAB_SIZE, VOCABULARY_FILE, read_vocabulary
 from trainer import checkpoint
 from trainer.config import ModelConfig, load
 from trainer.model import GPT2
 from trainer.run import CONFIG_FILE
+
+MIN_TEMPERATURE = 1e-3  # below it, the likeliest token is taken
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Sampling:
     temperature: float = 0.8
     top_k: int | None = None  # of so many likeliest tokens only
     top_p: float | None = None  # of the likeliest tokens that together reach this probability
+
+    def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("top-p", self.top_p)):
+            if value is not None and not math.isfinite(value):
+                raise ForgeError(f"--{name} must be a number, not {value}")
 
 
 class KVCache:
@@ -96,7 +104,8 @@ def generate(
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token from logits (V,)."""
-    if sampling.temperature == 0:
+    logits[VOCAB_SIZE:] = -torch.inf  # rows that a config may have added
+    if sampling.temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(logits):

@@ -13,7 +13,7 @@ from sampler.generate import KVCache
 from trainer import config as configs
 from trainer.config import ModelConfig
 from trainer.loop import autocast_for
-from trainer.model import GPT2, HeadLoss
+from trainer.model import GPT2, HeadLoss, softmax_gradient
 from trainer.optimizer import make_optimizer, update
 
 SMALL = ModelConfig(num_layers=2, num_heads=4, embedding_size=32, context_length=64)
@@ -110,7 +110,7 @@ def test_head_loss_is_cross_entropy_of_the_head(device: str) -> None:
     (F.cross_entropy(x64 @ weight64.T, targets) * 3).backward()
 
     ours = [t.to(device).requires_grad_() for t in (x, weight)]
-    loss = HeadLoss.apply(*ours, targets.to(device))
+    loss = HeadLoss.apply(*ours, targets.to(device), softmax_gradient)
     (loss * 3).backward()
     assert torch.allclose(
         loss.cpu().double(), F.cross_entropy(x64 @ weight64.T, targets), rtol=1e-3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer import memory
 from trainer.config import Config
-from trainer.metrics import hardware
+from trainer.metrics import amount, hardware
 from trainer.ranks import Ranks
 from trainer.run import open_data
 
@@ -27,7 +27,7 @@ def report(config: Config, name: str, folder: Path) -> str:
         f"{model.embedding_size} channels, context {model.context_length}",
         f"parameters    {model.num_parameters():,}",
         f"tokens/step   {tokens:,} = {config.windows_per_step()} windows of {model.context_length}",
-        f"steps         {config.num_steps():,} = {config.num_tokens() / 1e9:.3f} B tokens = "
+        f"steps         {config.num_steps():,} = {amount(config.num_tokens())} tokens = "
         f"{config.num_tokens() / train_tokens:.2f} epochs of {folder}",
         f"compute       {model.flops_per_token() / 1e6:,.1f} MFLOP a token, "
         f"{model.flops_per_token() * config.num_tokens():.3g} FLOP in all",

@@ -104,7 +104,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def load_state(run: Path, step: int) -> State:
     """state.json of a checkpoint, after checking both files against it."""
     path = checkpoint_path(run, step)
-    fix = "resume from an older checkpoint: remove this folder"
+    fix = "use an older one: --checkpoint STEP; for training, remove this folder"
     try:
         state = State(**json.loads((path / STATE_FILE).read_text()))
         for name, wanted in state.checksums.items():

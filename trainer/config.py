@@ -166,7 +166,9 @@ def load(name: str, settings: tuple[str, ...] = ()) -> Config:
     if name.endswith(".toml") or "/" in name:
         path: Any = Path(name)
         if not path.is_file():
-            raise ForgeError("no such config file", where=name)
+            raise ForgeError(
+                "no such config file", where=name, fix=f"or name one of: {', '.join(available())}"
+            )
     else:
         path = files("configs") / f"{name}.toml"
         if not path.is_file():
@@ -327,7 +329,11 @@ def _check(config: Config) -> list[str]:
         problems.append("schedule.max_steps or schedule.max_tokens must say when to end")
     if schedule.warmup_steps < 0 or not 0 <= schedule.final_lr_fraction <= 1:
         problems.append("schedule.warmup_steps must be >= 0 and final_lr_fraction between 0 and 1")
-    if config.optimizer.weight_decay < 0 or not all(0 <= b < 1 for b in config.optimizer.betas):
+    if not 0 <= config.seed < 2**63:
+        problems.append(f"seed must be from 0 to 2**63 - 1, not {config.seed}")
+    if not 0 <= config.optimizer.weight_decay < math.inf or not all(
+        0 <= b < 1 for b in config.optimizer.betas
+    ):
         problems.append("optimizer.weight_decay must be >= 0 and each of betas in [0, 1)")
     if config.evaluate.sample_tokens < 0:
         problems.append("evaluate.sample_tokens must be >= 0")

@@ -25,7 +25,7 @@ from pipeline import shards
 from pipeline.errors import ForgeError
 from trainer import checkpoint, memory
 from trainer.config import Config
-from trainer.metrics import Metrics, duration, hardware, peak_flops, step_line
+from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
 from trainer.model import GPT2
 from trainer.optimizer import learning_rate, make_optimizer, update
 from trainer.ranks import Ranks, process_group, sum_over_ranks
@@ -85,7 +85,7 @@ def train_step(
     max_norm: float,
     autocast: Any,
     ranks: Ranks,
-    wants_stop: bool,
+    stop: StopSignal,
 ) -> Tensor:
     """One optimizer update: forward, loss, backward, clip, update.
 
@@ -107,8 +107,8 @@ def train_step(
     # DDP has averaged the gradients over the ranks by now: the norm is that of the global batch.
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     mean = total / (accumulation_steps * ranks.world_size)
-    stop = torch.full_like(mean, float(wants_stop))
-    loss_and_stop = sum_over_ranks(torch.stack([mean, stop]), ranks)
+    wants_stop = torch.full_like(mean, float(bool(stop.name)))
+    loss_and_stop = sum_over_ranks(torch.stack([mean, wants_stop]), ranks)
     update(optimizer, lr, torch.isfinite(loss_and_stop[0]) & torch.isfinite(norm))
     optimizer.zero_grad(set_to_none=True)
     return torch.cat([loss_and_stop, norm.reshape(1)])
@@ -154,6 +154,7 @@ def sample_text(model: GPT2, vocabulary: list[bytes], num_tokens: int, step: int
     # Always the full length, which is causal all the same: new shapes cost a GPU more.
     for n in range(length):
         logits = model.logits(model.hidden(tokens)[:, n]).float().cpu() / 0.8
+        logits[:, shards.VOCAB_SIZE :] = -math.inf  # rows that a config may have added
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         tokens[0, n + 1] = drawn.item()
         if drawn.item() == shards.EOT_TOKEN:
@@ -174,9 +175,17 @@ def train(config: Config, name: str, data_folder: Path, run: Path, resume: bool)
     device = ranks.device()
     data = open_data(config, data_folder)
     last = open_run(config, data, run, resume)
-    with process_group(ranks, device):
-        plan = memory.plan_step(config, ranks, device)
-        Trainer(config, name, data, run, ranks, device, plan).train(last)
+    try:
+        with process_group(ranks, device):
+            plan = memory.plan_step(config, ranks, device)
+            Trainer(config, name, data, run, ranks, device, plan).train(last)
+    except torch.OutOfMemoryError as error:
+        raise ForgeError(
+            f"out of GPU memory with a micro-batch of {plan.micro_batch_size}",
+            where=f"rank {ranks.rank}, {device}: {str(error).splitlines()[0][:120]}",
+            fix="the same command with --resume --set batch.micro_batch_size=N, with a smaller N; "
+            "tokens a step stay the same",
+        ) from error
 
 
 class Trainer:
@@ -237,16 +246,18 @@ class Trainer:
 
     def train(self, last: int | None) -> None:
         self.started = time.perf_counter()
+        num_steps = self.config.num_steps()
         if last is not None:
             self.resume(last)
+            if self.step >= num_steps:
+                self.say(f"The run is complete: {self.run}")
+                return
+        problem: object = None
         if self.ranks.is_first:
-            make_folder(self.run, self.config, self.data.index)
+            problem = make_folder(self.run, self.config, self.data.index)
+        self.fail_together(problem, "name another --out, or make it writable")
         self.metrics = Metrics(self.run, self.ranks.is_first, last)
         self.introduce()
-        num_steps = self.config.num_steps()
-        if self.step >= num_steps:
-            self.say(f"The run is complete: {self.run}")
-            return
         self.log("start", world_size=self.ranks.world_size, hardware=self.hardware)
         if last is None:
             self.evaluate()
@@ -282,7 +293,7 @@ class Trainer:
                 self.config.optimizer.max_norm,
                 self.autocast,
                 self.ranks,
-                bool(stop.name),
+                stop,
             )
             self.step += 1
             if pending:
@@ -387,7 +398,7 @@ class Trainer:
 
     def save(self, must: bool) -> None:
         """Save on rank 0. What fails in mid-run is a warning; `must` makes it an error."""
-        problem = None
+        problem: object = None
         if self.ranks.is_first:
             started = time.perf_counter()
             try:
@@ -407,13 +418,15 @@ class Trainer:
                 problem = error
                 self.say(f"WARNING: step {self.step}: checkpoint not saved: {error}")
         write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
+        if must:
+            self.fail_together(problem, "make room and run the same command with --resume")
+
+    def fail_together(self, problem: object, fix: str) -> None:
+        """A ForgeError on all ranks if rank 0 has a problem with the run folder."""
         failed = torch.tensor(float(problem is not None), device=self.device)
-        if must and sum_over_ranks(failed, self.ranks).item():
-            raise ForgeError(
-                f"the last checkpoint could not be saved: {problem or 'see rank 0'}",
-                where=self.run,
-                fix="make room and run the same command with --resume",
-            )
+        if sum_over_ranks(failed, self.ranks).item():
+            what = f"cannot write the run folder: {problem or 'rank 0 says why'}"
+            raise ForgeError(what, where=self.run, fix=fix)
 
     def introduce(self) -> None:
         config, plan, index = self.config, self.plan, self.data.index
@@ -423,7 +436,7 @@ class Trainer:
             f"{config.batch.tokens_per_step:,} tokens a step = {plan.micro_batch_size} windows of "
             f"{config.model.context_length} x {plan.accumulation_steps} accumulation steps x "
             f"{self.ranks.world_size} ranks\n"
-            f"{config.num_steps():,} steps, {config.num_tokens() / 1e9:.3f} B tokens, "
+            f"{config.num_steps():,} steps, {amount(config.num_tokens())} tokens, "
             f"{epochs:.2f} epochs of {index.folder}"
         )
 
@@ -442,6 +455,8 @@ def compile_model(model: GPT2, config: Config, device: torch.device) -> None:
         how = "full" if device.type == "cuda" else "off"
     if how == "full":
         model.trunk = torch.compile(model.hidden, dynamic=False)
+        model.softmax_gradient = torch.compile(model.softmax_gradient, dynamic=False)
     elif how == "block":
         for block in model.h:
             block.compile(dynamic=False)
+        model.softmax_gradient = torch.compile(model.softmax_gradient, dynamic=False)

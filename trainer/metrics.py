@@ -6,10 +6,12 @@ metrics.jsonl has one object a line: `kind` (start, step, evaluate, sample, chec
 and always `step`, `tokens`, `seconds` (of training, over all starts).
 """
 
+import contextlib
 import json
 import math
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -41,13 +44,17 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    for part, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{part}\b(?! Ti| SUPER| Laptop| D\b)", name):
+            return peak
+    return None
 
 
 def hardware(device: torch.device, world_size: int) -> str:
     if device.type == "cuda":
         return f"{world_size}x {torch.cuda.get_device_name(device)}"
-    return f"CPU ({os.cpu_count()} cores, {platform.machine()}), {world_size} processes"
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    return f"CPU ({os.cpu_count()} cores, {platform.machine()}), {processes}"
 
 
 class Metrics:
@@ -62,14 +69,9 @@ class Metrics:
             return
         kept: list[str] = []
         if resume_step is not None and self.path.exists():
-            # What came after the checkpoint will happen again.
-            for line in self.path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # half a line, cut off by a kill
-                if row["step"] <= resume_step:
-                    kept.append(line)
+            for row in read_metrics(run):
+                if row["step"] <= resume_step:  # what came after the checkpoint happens again
+                    kept.append(json.dumps(row))
                     self._note(row)
         write_whole(self.path, "".join(line + "\n" for line in kept).encode())
 
@@ -91,6 +93,15 @@ class Metrics:
         self.first.setdefault(row["kind"], row)
 
 
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, without a last line that a kill cut in half."""
+    rows = []
+    for line in (run / METRICS_FILE).read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def _brief(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
@@ -104,6 +115,14 @@ def step_line(row: dict[str, Any], num_steps: int, eta_seconds: float) -> str:
         f"lr {row['lr']:.2e}  norm {row['norm']:7.3f}  "
         f"{row['tokens_per_second']:>9,.0f} tok/s{mfu}  eta {duration(eta_seconds)}"
     )
+
+
+def amount(count: int) -> str:
+    """A count for people: 7.2 M, 1.25 B."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return str(count)
 
 
 def duration(seconds: float) -> str:

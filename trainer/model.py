@@ -9,7 +9,6 @@ embedding. Modules carry the names of transformers' GPT2LMHeadModel, so that exp
 Dimensions: B batch, T time, C embedding, H heads, D = C / H, V vocabulary.
 """
 
-import functools
 import math
 from typing import Any, Protocol
 
@@ -87,7 +86,9 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.context_length, config.embedding_size)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.embedding_size, bias=config.bias)
-        self.trunk = self.hidden  # what training runs; loop.py may put a compiled one here
+        # What training runs; loop.py may put compiled ones here.
+        self.trunk = self.hidden
+        self.softmax_gradient = softmax_gradient
 
     def init_weights(self, seed: int) -> None:
         """GPT-2's initialization, the same on every rank and device.
@@ -128,7 +129,9 @@ class GPT2(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean loss in nats per token, over targets (B, T) that are not -100."""
         x = self.trunk(tokens).flatten(0, 1)
-        loss: Tensor = HeadLoss.apply(x, self.wte.weight, targets.flatten())  # type: ignore[no-untyped-call]
+        loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
+            x, self.wte.weight, targets.flatten(), self.softmax_gradient
+        )
         return loss
 
 
@@ -141,7 +144,9 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softmax_gradient: Any
+    ) -> Tensor:
         kind, num_tokens = x.device.type, len(x)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         wants_gradient = any(ctx.needs_input_grad)
@@ -159,7 +164,9 @@ class HeadLoss(torch.autograd.Function):
                 part = slice(start, start + HEAD_CHUNK[kind])
                 xs = x[part].to(dtype)
                 logits = xs @ w.T  # (chunk, V and its padding)
-                loss += softmax_gradient(logits, targets[part], size)
+                right = targets[part].clamp(min=0).unsqueeze(1)  # (chunk, 1)
+                counts = (targets[part] != -100).unsqueeze(1)
+                loss += softmax_gradient(logits[:, :size], right, counts)
                 if wants_gradient:
                     torch.mm(logits, w, out=dx[part])
                     if dtype == dw.dtype:
@@ -172,45 +179,34 @@ class HeadLoss(torch.autograd.Function):
             return loss / num_targets
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx, dw, num_targets = ctx.saved_tensors
         scale = gradients[0] / num_targets
-        return dx.to(ctx.dtype) * scale, dw * scale, None
+        return dx.to(ctx.dtype) * scale, dw * scale, None, None
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor, size: int) -> Tensor:
-    """Sum of the losses of n tokens; `logits` (n, >= size) become softmax - one-hot, in place.
+def softmax_gradient(logits: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    """Sum of the losses of n tokens; `logits` (n, V) become softmax - one-hot, in place.
 
-    Rows whose target is -100 count for nothing. Columns from `size` on are padding and stay zero.
+    `right` (n, 1) are the targets; rows where `counts` (n, 1) is false count for nothing.
     """
-    z = logits[:, :size]
-    counts = (targets != -100).unsqueeze(1)
-    right = targets.clamp(min=0).unsqueeze(1)  # (n, 1)
-    if z.is_cuda:
-        return _softmax_gradient_fused(z, right, counts)
-    z -= z.amax(1, keepdim=True)
-    score = z.gather(1, right)
-    z.exp_()
-    total = z.sum(1, keepdim=True)
-    z *= counts / total
-    z.scatter_add_(1, right, -counts.to(z.dtype))
+    if logits.dtype == torch.float32 and not logits.is_cuda:
+        return _softmax_gradient_in_cache(logits, right, counts)
+    # For the compiler: one pass for the sums and one for the gradient.
+    wide = logits.float()
+    log_total = wide.logsumexp(1, keepdim=True)
+    score = wide.gather(1, right)
+    is_right = torch.arange(logits.shape[1], device=logits.device) == right
+    logits.copy_((torch.exp(wide - log_total) - is_right.float()) * counts)
+    return ((log_total - score) * counts).sum()
+
+
+def _softmax_gradient_in_cache(logits: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    """The same without a second array of that size, for a CPU's cache."""
+    logits -= logits.amax(1, keepdim=True)
+    score = logits.gather(1, right)
+    logits.exp_()
+    total = logits.sum(1, keepdim=True)
+    logits *= counts / total
+    logits.scatter_add_(1, right, -counts.to(logits.dtype))
     return ((total.log() - score) * counts).sum()
-
-
-@functools.cache
-def _compiled_gradient() -> Any:
-    def gradient(z: Tensor, right: Tensor, counts: Tensor) -> Tensor:
-        wide = z.float()
-        log_total = wide.logsumexp(1, keepdim=True)
-        score = wide.gather(1, right)
-        is_right = torch.arange(z.shape[1], device=z.device) == right
-        z.copy_((torch.exp(wide - log_total) - is_right.float()) * counts)
-        return ((log_total - score) * counts).sum()
-
-    return torch.compile(gradient, dynamic=False)
-
-
-def _softmax_gradient_fused(z: Tensor, right: Tensor, counts: Tensor) -> Tensor:
-    """The same by the compiler: one pass for the sums and one for the gradient."""
-    loss: Tensor = _compiled_gradient()(z, right, counts)
-    return loss

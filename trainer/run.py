@@ -10,8 +10,8 @@ Before: pipeline/shards.py's folder and an earlier run, if any. After: loop.py.
     RUN/checkpoints/          weights and optimizer state (checkpoint.py)
 """
 
+import fcntl
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from pipeline.errors import ForgeError
 from pipeline.shards import Index, write_whole
 from trainer import checkpoint
 from trainer.config import Config, load
-from trainer.metrics import Metrics, duration
+from trainer.metrics import Metrics, amount, duration
 from trainer.windows import Windows
 
 CONFIG_FILE = "config.toml"
@@ -82,7 +82,7 @@ def open_run(config: Config, data: Data, run: Path, resume: bool) -> int | None:
     if not run.exists() or not any(run.iterdir()):
         return None
     if not (run / CONFIG_FILE).is_file():
-        raise ForgeError("--out is a folder with other things in it", where=run, fix="name another")
+        raise ForgeError("--out is a folder with other things", where=run, fix="name another")
     if not resume:
         raise ForgeError(
             "--out holds a run already",
@@ -100,7 +100,8 @@ def open_run(config: Config, data: Data, run: Path, resume: bool) -> int | None:
             where=run / CONFIG_FILE,
             fix="use the same config, or start a new run with another --out",
         )
-    if (run / DATA_FILE).read_bytes() != (data.index.folder / shards.INDEX_FILE).read_bytes():
+    index = data.index.folder / shards.INDEX_FILE
+    if (run / DATA_FILE).exists() and (run / DATA_FILE).read_bytes() != index.read_bytes():
         raise ForgeError(
             "the run was trained on other shards: the index is another",
             where=data.index.folder,
@@ -110,15 +111,26 @@ def open_run(config: Config, data: Data, run: Path, resume: bool) -> int | None:
     return found[-1] if found else None
 
 
-def make_folder(run: Path, config: Config, index: Index) -> None:
-    """Make RUN/ with everything that is known before the first step."""
+def make_folder(run: Path, config: Config, index: Index) -> str | None:
+    """Make RUN/ with everything that is known before the first step, and hold it.
+
+    Returns what is wrong, if anything, so that rank 0 can tell the others.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(index.folder / shards.VOCABULARY_FILE, run / shards.VOCABULARY_FILE)
-        shutil.copyfile(index.folder / shards.INDEX_FILE, run / DATA_FILE)
+        # Held until this process ends, and no longer: two trainers never write one run.
+        fcntl.flock(os.open(run, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_whole(run / CONFIG_FILE, config.to_toml().encode())
+        for name, copy in (
+            (shards.VOCABULARY_FILE, shards.VOCABULARY_FILE),
+            (shards.INDEX_FILE, DATA_FILE),
+        ):
+            write_whole(run / copy, (index.folder / name).read_bytes())
+    except BlockingIOError:
+        return "another forge-train is writing it"
     except OSError as error:
-        raise ForgeError(f"cannot write: {error.strerror}", where=error.filename) from error
+        return f"{error.strerror}: {error.filename}"
+    return None
 
 
 def write_readme(
@@ -138,7 +150,7 @@ def write_readme(
         "| model | time | steps | tokens | parameters | loss |",
         "|---|---|---|---|---|---|",
         f"| {name} | {duration(step['seconds'])} | {step['step']:,} of {config.num_steps():,} | "
-        f"{step['tokens'] / 1e9:.3f} B | {config.model.num_parameters() / 1e6:.1f} M | {loss} |",
+        f"{amount(step['tokens'])} | {amount(config.model.num_parameters())} | {loss} |",
         "",
         "Loss is the mean over the fixed validation tokens, in nats a token.",
         "",

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.errors import ForgeError
-from pipeline.shards import Index, check_header, map_shard
+from pipeline.shards import VOCAB_SIZE, Index, check_header, map_shard
 
 Ids = npt.NDArray[np.int64]
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (B, T) int64
@@ -72,6 +72,12 @@ class Windows:
             for row in np.flatnonzero(in_shard == number):
                 start = (windows[row] - before) * self.context_length
                 out[row] = tokens[start : start + self.context_length + 1]
+            if out[in_shard == number].max() >= VOCAB_SIZE:
+                raise ForgeError(
+                    f"a token is outside the vocabulary of {VOCAB_SIZE:,}",
+                    where=self.index.folder / shard.file,
+                    fix="run forge-prep verify on its folder",
+                )
         return out
 
 

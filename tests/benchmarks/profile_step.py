@@ -71,7 +71,7 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int) -> None
                     chosen.optimizer.max_norm,
                     trainer.autocast,
                     ranks,
-                    False,
+                    loop.StopSignal(),
                 )
 
             for _ in range(3):
