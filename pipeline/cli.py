@@ -78,6 +78,18 @@ def main() -> None:
 @click.option(
     "--shard-tokens", type=Count(), default="100M", show_default=True, help="Tokens a shard, about."
 )
+@click.option(
+    "--min-score",
+    type=float,
+    help="Drop documents whose metadata.int_score (or score) is lower, or null.",
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="At a damaged file or row group: stop, or leave it out and list it in index.json.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
 @click.option("--overwrite", is_flag=True, help="Remove the shards in the folder first.")
 @click.option(
@@ -94,6 +106,8 @@ def tokenize(
     max_tokens: int | None,
     val_fraction: float,
     shard_tokens: int,
+    min_score: float | None,
+    on_error: str,
     workers: int | None,
     overwrite: bool,
     keep_downloads: bool,
@@ -116,7 +130,7 @@ def tokenize(
 
     resolved = sources.resolve(source, config, split, revision)
     folder = out or Path("data_cache") / default_name(source, config)
-    options = Options(text_column, val_fraction, max_tokens, shard_tokens)
+    options = Options(text_column, val_fraction, max_tokens, shard_tokens, min_score)
     cores = workers or len(os.sched_getaffinity(0))
     with ProgressBar() as bar:
         outcome = tokenize(
@@ -126,6 +140,7 @@ def tokenize(
             workers=cores,
             overwrite=overwrite,
             keep_downloads=keep_downloads,
+            skip_errors=on_error == "skip",
             on_progress=bar.update,
         )
     index = outcome.index
@@ -160,6 +175,10 @@ def tokenize(
         f"{index.total('num_documents'):,} documents in {len(index.shards):,} shards; "
         f"{skipped:,} null or empty documents skipped."
     )
+    if low := index.skipped.get("low_score_documents"):
+        click.echo(f"{low:,} documents below --min-score, or without a score, dropped.")
+    for place in index.skipped.get("damaged", []):
+        click.echo(f"Left out, damaged: {place}")
     click.echo(f"Look:  forge-prep info {folder}\nTrain: forge-train gpt2 --data {folder} --check")
 
 

@@ -26,7 +26,7 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Options:
     val_fraction: float = 0.005
     max_tokens: int | None = None  # of the train split; documents stay whole
     shard_tokens: int = 100_000_000  # about; sizes the slices
+    min_score: float | None = None  # documents below it, or without a score, are dropped
 
     def record(self) -> dict[str, Any]:
         rule = "val if xxh3_64(utf-8 text) < val_fraction * 2**64"
@@ -66,9 +67,11 @@ class Job:
     slice: Slice
     kind: str
     paths: tuple[Path, ...]  # one a part
+    names: tuple[str, ...]  # what the source calls them
     folder: Path
     options: Options
     limit: int | None  # train tokens after which to stop
+    skip_errors: bool = False  # leave out the row groups (or the rest of a file) that are damaged
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Record:
     document_tokens: dict[str, DocumentLengths]
     null_documents: int
     empty_documents: int
+    low_score_documents: int
+    damaged: tuple[str, ...]  # places that were left out, and why
 
     def num_tokens(self, split: str) -> int:
         return sum(shard.num_tokens for shard in self.shards if shard.split == split)
@@ -91,6 +96,7 @@ class Record:
     @staticmethod
     def from_json(data: bytes) -> "Record":
         raw = json.loads(data)
+        raw["damaged"] = tuple(raw["damaged"])
         raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
         raw["document_tokens"] = {
             split: DocumentLengths(each["min"], each["max"], tuple(each["histogram"]))
@@ -182,11 +188,13 @@ class _Side:
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its shards, then its record. Runs in a worker process."""
     sides = {split: _Side(job.folder, split, job.slice.number) for split in shards.SPLITS}
-    num_nulls = num_empty = 0
+    num_nulls = num_empty = num_low_scores = 0
+    damaged: list[str] = []
     try:
-        for texts, source_bytes in _texts(job):
+        for texts, source_bytes, low_scores in _texts(job, damaged):
             kept, nulls, empty = sources.drop_blank(texts)
             num_nulls, num_empty = num_nulls + nulls, num_empty + empty
+            num_low_scores += low_scores
             before = sides["train"].num_tokens + sides["val"].num_tokens
             full = _write_documents(kept, sides, job)
             with _done_bytes.get_lock():
@@ -203,6 +211,8 @@ def tokenize_slice(job: Job) -> Record:
             {split: lengths for split, (_, lengths) in committed.items()},
             num_nulls,
             num_empty,
+            num_low_scores,
+            tuple(damaged),
         )
         shards.write_whole(_record_path(job.folder, job.slice.number), record.to_json())
         return record
@@ -219,9 +229,22 @@ def tokenize_slice(job: Job) -> Record:
                 side.writer.discard()
 
 
-def _texts(job: Job) -> Iterator[sources.Batch]:
-    for part, path in zip(job.slice.parts, job.paths, strict=True):
-        yield from sources.read_texts(job.kind, path, part, job.options.text_column)
+def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
+    """The text of a slice; places that cannot be read go to `damaged` if the job skips errors."""
+    options = job.options
+    for part, path, name in zip(job.slice.parts, job.paths, job.names, strict=True):
+        groups = [part]
+        if job.skip_errors:
+            groups = [replace(part, start=g, stop=g + 1) for g in range(part.start, part.stop)]
+        for group in groups:
+            try:
+                yield from sources.read_texts(
+                    job.kind, path, group, options.text_column, options.min_score
+                )
+            except ForgeError as error:
+                if not job.skip_errors:
+                    raise
+                damaged.append(f"{error.where}: {error.what}".replace(str(path), name))
 
 
 def _write_documents(texts: pa.LargeStringArray, sides: dict[str, _Side], job: Job) -> bool:
@@ -272,6 +295,7 @@ def tokenize(
     workers: int,
     overwrite: bool = False,
     keep_downloads: bool = False,
+    skip_errors: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Make a folder of shards of a source; go on where an earlier run of the same stopped.
@@ -296,11 +320,19 @@ def tokenize(
     with _claim(folder, plan):
         seed = SHUFFLE_SEED if options.max_tokens else None
         slice_bytes = int(options.shard_tokens * sources.BYTES_PER_TOKEN)
-        slices = sources.plan(source, options.text_column, slice_bytes, seed)
-        run = _Run(source, folder, options, slices, keep_downloads, on_progress)
+        damaged: list[str] = []  # whole files; workers find the rest
+        slices = sources.plan(
+            source,
+            options.text_column,
+            slice_bytes,
+            seed,
+            options.min_score,
+            (lambda error, name: damaged.append(f"{name}: {error.what}")) if skip_errors else None,
+        )
+        run = _Run(source, folder, options, slices, keep_downloads, skip_errors, on_progress)
         _check_room(folder, run)
         records = run.run(min(workers, len(slices)) or 1)
-        index = _commit(folder, plan, records)
+        index = _commit(folder, plan, records, sorted(damaged))
     shutil.rmtree(folder / WORK_FOLDER)
     seconds = time.perf_counter() - started
     outcome = Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
@@ -398,7 +430,7 @@ def _check_room(folder: Path, run: "_Run") -> None:
         )
 
 
-def _commit(folder: Path, plan: dict[str, Any], records: list[Record]) -> Index:
+def _commit(folder: Path, plan: dict[str, Any], records: list[Record], damaged: list[str]) -> Index:
     lengths = {split: DocumentLengths() for split in shards.SPLITS}
     for record in records:
         for split in shards.SPLITS:
@@ -411,13 +443,15 @@ def _commit(folder: Path, plan: dict[str, Any], records: list[Record]) -> Index:
         skipped={
             "null_documents": sum(record.null_documents for record in records),
             "empty_documents": sum(record.empty_documents for record in records),
+            "low_score_documents": sum(record.low_score_documents for record in records),
+            "damaged": damaged + [place for record in records for place in record.damaged],
         },
         document_tokens=lengths,
         shards=tuple(shard for record in records for shard in record.shards),
     )
     if not index.shards:
         raise ForgeError(
-            "the source holds no text: every document is null or empty",
+            "the source holds no text: every document is null, empty, damaged or below --min-score",
             where=plan["source"]["name"],
             fix="look at the source, or name another column with --text-column",
         )
@@ -435,8 +469,10 @@ class _Run:
         options: Options,
         slices: list[Slice],
         keep_downloads: bool,
+        skip_errors: bool,
         on_progress: Callable[[Progress], None],
     ) -> None:
+        self.skip_errors = skip_errors
         self.source, self.folder, self.options = source, folder, options
         self.all_slices = self.slices = slices  # max_tokens shortens the second
         self.last_limit: int | None = None  # of the last slice, once max_tokens makes it the last
@@ -539,7 +575,17 @@ class _Run:
             free -= 1
             last = each is self.slices[-1]
             limit = self.last_limit if last and self.last_limit else self.options.max_tokens
-            yield Job(each, self.source.kind, paths, self.folder, self.options, limit)
+            names = tuple(self.source.files[part.file].name for part in each.parts)
+            yield Job(
+                slice=each,
+                kind=self.source.kind,
+                paths=paths,
+                names=names,
+                folder=self.folder,
+                options=self.options,
+                limit=limit,
+                skip_errors=self.skip_errors,
+            )
 
     def _paths(self, each: Slice) -> tuple[Path, ...] | None:
         """Where the files of a slice lie; None while one of them is still being downloaded."""

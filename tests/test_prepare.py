@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
@@ -173,13 +174,66 @@ def test_null_and_empty_documents_are_skipped_and_counted(
 ) -> None:
     make_parquet(tmp_path / "a.parquet", ["one", None, "", "two", "", None, None, "three"] * 3)
     index = make_shards(tmp_path / "a.parquet", tmp_path / "out", val_fraction=0.0)
-    assert index.skipped == {"null_documents": 9, "empty_documents": 6}
+    assert (index.skipped["null_documents"], index.skipped["empty_documents"]) == (9, 6)
     assert texts_of(tmp_path / "out", "train") == [b"one", b"two", b"three"] * 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_documents_below_min_score_or_without_one_are_dropped_and_counted(
+    tmp_path: Path, make_shards, kind: str
+) -> None:
+    rows = [
+        {"text": f"text {n}", "metadata": {"score": 9.9, "int_score": score}}
+        for n, score in enumerate([3, 2, None, 5, 1, 4])
+    ]
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([*rows, {"text": "text 6", "metadata": None}]), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = make_shards(path, tmp_path / "out", val_fraction=0.0, min_score=3)
+    assert texts_of(tmp_path / "out", "train") == [b"text 0", b"text 3", b"text 5"]
+    assert index.skipped["low_score_documents"] == (4 if kind == "parquet" else 3)
+    assert index.options["min_score"] == 3
+
+
+def test_min_score_needs_scores(tmp_path: Path, make_parquet, make_shards) -> None:
+    source = make_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(ForgeError, match=r"no score: none of metadata\.int_score"):
+        make_shards(source, tmp_path / "out", min_score=3)
+
+
+def test_damaged_places_are_left_out_and_listed_if_so_wished(
+    tmp_path: Path, make_parquet, documents
+) -> None:
+    for name in "abc":
+        make_parquet(tmp_path / "in" / f"{name}.parquet", documents, rows=20)
+    a, b = tmp_path / "in" / "a.parquet", tmp_path / "in" / "b.parquet"
+    a.write_bytes(a.read_bytes()[:-10])
+    column = pq.read_metadata(b).row_group(1).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = b.read_bytes()
+    b.write_bytes(data[:start] + b"\xff" * 40 + data[start + 40 :])
+    source = sources.resolve(str(tmp_path / "in"), None, "train", None)
+    made = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        outcome = prepare.tokenize(
+            source, out, Options(val_fraction=0.0), workers=workers, skip_errors=True
+        )
+        made.append(contents(out))
+    assert made[0] == made[1]
+    kept = [text.encode() for text in documents[:20] + documents[40:] + documents]
+    assert texts_of(tmp_path / "1", "train") == kept
+    damaged = outcome.index.skipped["damaged"]
+    assert len(damaged) == 2
+    assert damaged[0].startswith("a.parquet: not a whole parquet file")
+    assert damaged[1].startswith("b.parquet, row group 1: damaged row group")
 
 
 def test_a_source_without_text_is_an_error(tmp_path: Path, make_parquet, make_shards) -> None:
     make_parquet(tmp_path / "a.parquet", [None, "", ""])
-    with pytest.raises(ForgeError, match="every document is null or empty"):
+    with pytest.raises(ForgeError, match="every document is null, empty"):
         make_shards(tmp_path / "a.parquet", tmp_path / "out")
     assert not (tmp_path / "out" / shards.INDEX_FILE).exists()
 
