@@ -249,6 +249,25 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
         click.echo(f"Sound: {len(index.shards):,} shards, {total / 1e9:.3f} GB.")
 
 
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--raw", is_flag=True, help="Headerless train.bin and val.bin, as nanoGPT's.")
+def index(folder: Path, raw: bool) -> None:
+    """Make an index for a folder of other people's GPT-2 token files.
+
+    DIR holds llm.c or modded-nanogpt shards (fineweb_train_*.bin, fineweb_val_*.bin), which stay as
+    they are; or, with --raw, nanoGPT's train.bin and val.bin, which are copied into shards.
+    """
+    from pipeline import foreign
+
+    made = foreign.index_folder(folder, raw)
+    tokens = {name: made.total("num_tokens", name) for name in ("train", "val")}
+    click.echo(
+        f"{tokens['train']:,} train + {tokens['val']:,} val tokens in {len(made.shards):,} "
+        f"shards.\nLook:  forge-prep info {folder}\nTrain: forge-train gpt2 --data {folder} --check"
+    )
+
+
 @main.command("python-docs")
 @click.argument("file", type=click.Path(path_type=Path))
 def python_docs(file: Path) -> None:

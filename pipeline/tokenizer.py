@@ -118,6 +118,13 @@ def memory_bytes() -> int:
     return (resident - shared) * resource.getpagesize()
 
 
+@cache
+def token_bytes() -> tuple[bytes, ...]:
+    """Bytes of each token: (vocab_size,); <|endoftext|> is no text, so it has none."""
+    ordinary = [base64.b64decode(line.split()[0]) for line in vocabulary().splitlines()]
+    return (*ordinary, b"")
+
+
 class BulkEncoder:
     """gigatoken behind the one call that we need: Arrow strings in, arrays out.
 
