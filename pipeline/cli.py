@@ -91,9 +91,14 @@ def main() -> None:
     help="At a damaged file or row group: stop, or leave it out and list it in index.json.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
+@click.option(
+    "--append", is_flag=True, help="Add the files that a finished folder does not have yet."
+)
 @click.option("--overwrite", is_flag=True, help="Remove the shards in the folder first.")
 @click.option(
-    "--keep-downloads", is_flag=True, help="Keep the files of a hub dataset until the run ends."
+    "--keep-downloads",
+    is_flag=True,
+    help="Keep the files of a hub dataset, in downloads/ of the folder.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def tokenize(
@@ -109,6 +114,7 @@ def tokenize(
     min_score: float | None,
     on_error: str,
     workers: int | None,
+    append: bool,
     overwrite: bool,
     keep_downloads: bool,
     as_json: bool,
@@ -138,6 +144,7 @@ def tokenize(
             folder,
             options,
             workers=cores,
+            append=append,
             overwrite=overwrite,
             keep_downloads=keep_downloads,
             skip_errors=on_error == "skip",

@@ -42,6 +42,7 @@ from pipeline.sources import Slice, Source
 
 WORK_FOLDER = ".work"
 TIMING_FILE = "timing.json"
+DOWNLOADS_FOLDER = "downloads"
 SHUFFLE_SEED = 1
 
 
@@ -296,12 +297,15 @@ def tokenize(
     overwrite: bool = False,
     keep_downloads: bool = False,
     skip_errors: bool = False,
+    append: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Make a folder of shards of a source; go on where an earlier run of the same stopped.
 
-    The same source and options give the same bytes for any number of workers. Raises ForgeError
-    when the folder holds something else, and for every failure of input, output or worker.
+    The same source and options give the same bytes for any number of workers. With `append`, the
+    files that a finished folder does not have yet are added and its shards stay as they are. Raises
+    ForgeError when the folder holds something else, and for every failure of input, output or
+    worker.
     """
     plan = {
         "source": source.record(),
@@ -310,14 +314,20 @@ def tokenize(
     }
     if overwrite:
         _clear(folder)
-    elif (folder / shards.INDEX_FILE).exists():
-        index = shards.load_index(folder)
-        made = {"source": index.source, "options": index.options, "tokenizer": index.tokenizer}
-        _same_plan(plan, made, folder)
-        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
-        return Outcome(index, up_to_date=True)
+    old: Index | None = None
+    if (folder / shards.INDEX_FILE).exists():
+        old = shards.load_index(folder)
+        if append:
+            source = _new_files(source, old, options)
+            plan["source"]["files"] = old.source["files"] + source.record()["files"]
+            plan["source"] |= {"name": old.source["name"]}
+        made = {"source": old.source, "options": old.options, "tokenizer": old.tokenizer}
+        _same_plan(plan, made, folder, append)
+        if not append or not source.files:
+            _tidy(folder, old)
+            return Outcome(old, up_to_date=True)
     started = time.perf_counter()
-    with _claim(folder, plan):
+    with _claim(folder, plan, old):
         seed = SHUFFLE_SEED if options.max_tokens else None
         slice_bytes = int(options.shard_tokens * sources.BYTES_PER_TOKEN)
         damaged: list[str] = []  # whole files; workers find the rest
@@ -329,10 +339,12 @@ def tokenize(
             options.min_score,
             (lambda error, name: damaged.append(f"{name}: {error.what}")) if skip_errors else None,
         )
+        first = 1 + max((shard.slice for shard in old.shards), default=-1) if old else 0
+        slices = [replace(each, number=each.number + first) for each in slices]
         run = _Run(source, folder, options, slices, keep_downloads, skip_errors, on_progress)
         _check_room(folder, run)
         records = run.run(min(workers, len(slices)) or 1)
-        index = _commit(folder, plan, records, sorted(damaged))
+        index = _commit(folder, plan, records, sorted(damaged), old)
     shutil.rmtree(folder / WORK_FOLDER)
     seconds = time.perf_counter() - started
     outcome = Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
@@ -349,12 +361,16 @@ def tokenize(
 
 
 @contextmanager
-def _claim(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Hold `folder` for this run alone, with the plan and the vocabulary in it."""
+def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> Iterator[None]:
+    """Hold `folder` for this run alone, with the plan and the vocabulary in it.
+
+    `old` is its index when shards are appended to a finished folder.
+    """
     work = folder / WORK_FOLDER
     plan_file = work / "plan.json"
     try:
-        if folder.exists() and not work.exists() and any(folder.iterdir()):
+        ours = old or work.exists() or not folder.exists()
+        if not ours and any(path.name != DOWNLOADS_FOLDER for path in folder.iterdir()):
             raise ForgeError(
                 "the folder is not empty and holds no unfinished run of forge-prep",
                 where=folder,
@@ -386,22 +402,66 @@ def _claim(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path) -> None:
-    """ForgeError that says what differs, unless both plans are the same."""
+def _new_files(source: Source, old: Index, options: Options) -> Source:
+    """The source without the files that `old` has; all of those must still be there, unchanged."""
+    if options.max_tokens is not None:
+        raise ForgeError(
+            "--append and --max-tokens do not go together", fix="take all of the new files, or none"
+        )
+    files = {file.name: asdict(file) for file in source.files}
+    for known in old.source["files"]:
+        if files.pop(known["name"], None) != known:
+            raise ForgeError(
+                "a file that the folder was made of is gone or changed",
+                where=known["name"],
+                fix="restore it, or start afresh with --overwrite",
+            )
+    return replace(source, files=tuple(file for file in source.files if file.name in files))
+
+
+def _tidy(folder: Path, index: Index) -> None:
+    """Remove what an unfinished run left in a finished folder."""
+    work = folder / WORK_FOLDER
+    if not work.exists():
+        return
+    listed = {shard.file for shard in index.shards}
+    for path in _shard_files(folder):
+        if path.name not in listed:
+            path.unlink()
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    names = [f"{split}_" + "[0-9]" * 6 + ".bin*" for split in shards.SPLITS]
+    return [path for name in names for path in folder.glob(name)]
+
+
+def _same_plan(
+    wanted: dict[str, Any], made: dict[str, Any], folder: Path, append: bool = False
+) -> None:
+    """ForgeError that says what differs, unless both plans are the same.
+
+    The order of the files does not count: appended ones stand behind the others. With `append`,
+    neither do the files nor the hub's commit.
+    """
     differences = []
     for section, old in made.items():
         new = wanted[section]
         for key in {**old, **new}:
-            if old.get(key) != new.get(key):
-                if key == "files":
+            before, now = old.get(key), new.get(key)
+            if append and section == "source" and key in ("files", "hub"):
+                continue
+            if key == "files":
+                by_name = [sorted(files, key=lambda f: str(f["name"])) for files in (before, now)]
+                if by_name[0] != by_name[1]:
                     differences.append("source files (names, sizes or contents)")
-                else:
-                    differences.append(f"{section} {key}: {old.get(key)!r}, now {new.get(key)!r}")
+            elif before != now:
+                differences.append(f"{section} {key}: {before!r}, now {now!r}")
     if differences:
         raise ForgeError(
             f"the folder was made with other options: {'; '.join(differences)}",
             where=folder,
-            fix="choose another --out, or start afresh with --overwrite",
+            fix="choose another --out, or start afresh with --overwrite (new files: --append)",
         )
 
 
@@ -409,8 +469,7 @@ def _clear(folder: Path) -> None:
     """Remove what forge-prep made in `folder`, and nothing else. The index goes first."""
     names = [shards.INDEX_FILE, TIMING_FILE, shards.VOCABULARY_FILE]
     made = [folder / name for name in names]
-    made += [p for split in shards.SPLITS for p in folder.glob(f"{split}_" + "[0-9]" * 6 + ".bin*")]
-    for path in made:
+    for path in [*made, *_shard_files(folder)]:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
 
@@ -430,24 +489,34 @@ def _check_room(folder: Path, run: "_Run") -> None:
         )
 
 
-def _commit(folder: Path, plan: dict[str, Any], records: list[Record], damaged: list[str]) -> Index:
+def _commit(
+    folder: Path,
+    plan: dict[str, Any],
+    records: list[Record],
+    damaged: list[str],
+    old: Index | None,
+) -> Index:
     lengths = {split: DocumentLengths() for split in shards.SPLITS}
+    lengths |= old.document_tokens if old else {}
     for record in records:
         for split in shards.SPLITS:
             lengths[split] += record.document_tokens[split]
+    skipped = {
+        f"{why}_documents": sum(getattr(record, f"{why}_documents") for record in records)
+        for why in ("null", "empty", "low_score")
+    }
+    skipped |= {"damaged": damaged + [place for record in records for place in record.damaged]}
+    if old:
+        skipped = {why: old.skipped.get(why, type(new)()) + new for why, new in skipped.items()}
     index = Index(
         folder=folder,
         tokenizer=plan["tokenizer"],
         source=plan["source"],
         options=plan["options"],
-        skipped={
-            "null_documents": sum(record.null_documents for record in records),
-            "empty_documents": sum(record.empty_documents for record in records),
-            "low_score_documents": sum(record.low_score_documents for record in records),
-            "damaged": damaged + [place for record in records for place in record.damaged],
-        },
+        skipped=skipped,
         document_tokens=lengths,
-        shards=tuple(shard for record in records for shard in record.shards),
+        shards=(old.shards if old else ())
+        + tuple(shard for record in records for shard in record.shards),
     )
     if not index.shards:
         raise ForgeError(
@@ -479,7 +548,7 @@ class _Run:
         self.on_progress = on_progress
         self.downloads: Downloads | None = None
         if source.hub:
-            fetched = folder / WORK_FOLDER / "downloads"
+            fetched = (folder if keep_downloads else folder / WORK_FOLDER) / DOWNLOADS_FOLDER
             self.downloads = Downloads(source, fetched, slices, keep_downloads)
         self.records: dict[int, Record] = {}
         self.counted_bytes = self.counted_tokens = 0
@@ -488,7 +557,8 @@ class _Run:
             path = _record_path(folder, each.number)
             if path.exists():
                 self.records[each.number] = Record.from_json(path.read_bytes())
-        self.kept_bytes = sum(slices[n].bytes for n in self.records)
+        self.by_number = {each.number: each for each in slices}
+        self.kept_bytes = sum(self.by_number[n].bytes for n in self.records)
 
     def run(self, workers: int) -> list[Record]:
         """All records in the order of the slices, up to the one that reaches max_tokens."""
@@ -510,7 +580,7 @@ class _Run:
                     number = running.pop(future)
                     self.records[number] = future.result()
                     if self.downloads:
-                        self.downloads.release(self.all_slices[number])
+                        self.downloads.release(self.by_number[number])
                 self.counted_bytes, self.counted_tokens = done_bytes.value, done_tokens.value
                 self._report()
         except BrokenProcessPool as error:
@@ -542,13 +612,13 @@ class _Run:
         slices happened to be done first.
         """
         train_tokens = 0
-        for each in self.slices:
+        for position, each in enumerate(self.slices):
             record = self.records.get(each.number)
             if record is None:
                 return False
             left = (self.options.max_tokens or math.inf) - train_tokens
             if record.num_tokens("train") >= left:
-                self.slices = self.slices[: each.number + 1]
+                self.slices = self.slices[: position + 1]
                 if record.limit != left:
                     self.last_limit = int(left)
                     del self.records[each.number]

@@ -290,6 +290,38 @@ def test_another_source_is_refused_and_named(finished: Path, make_parquet, make_
         make_shards(finished.parent / "a.parquet", finished)
 
 
+def test_append_adds_new_files_and_moves_nothing(
+    tmp_path: Path, documents, make_parquet, make_shards
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    make_parquet(source / "b.parquet", [*documents[:30], None])
+    make_shards(source, out)
+    before = stamps(out)
+    make_parquet(source / "a.parquet", [*documents[30:], None])
+    with pytest.raises(ForgeError, match="source files"):
+        make_shards(source, out)
+    found = sources.resolve(str(source), None, "train", None)
+    options = Options(val_fraction=0.2)
+    index = prepare.tokenize(found, out, options, workers=1, append=True).index
+    old = {p: stamp for p, stamp in before.items() if p.suffix == ".bin"}
+    assert {p: p.stat().st_mtime_ns for p in old} == old
+    assert shards.verify(index, 1, lambda count: None) == []
+    assert [file["name"] for file in index.source["files"]] == ["b.parquet", "a.parquet"]
+    assert index.skipped["null_documents"] == 2
+    both = [text.encode() for text in documents]
+    assert sorted(texts_of(out, "train") + texts_of(out, "val")) == sorted(both)
+    assert sum(sum(each.histogram) for each in index.document_tokens.values()) == len(both)
+    for append in (True, False):
+        assert prepare.tokenize(found, out, options, workers=1, append=append).up_to_date
+
+
+def test_append_needs_the_old_files_as_they_were(finished: Path, make_parquet) -> None:
+    make_parquet(finished.parent / "a.parquet", ["changed"])
+    found = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
+    with pytest.raises(ForgeError, match="gone or changed"):
+        prepare.tokenize(found, finished, Options(val_fraction=0.2), workers=1, append=True)
+
+
 def test_an_unfinished_run_with_other_options_is_refused_and_named(
     tmp_path: Path, make_parquet, make_shards
 ) -> None:
