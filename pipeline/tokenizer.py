@@ -53,12 +53,11 @@ def vocabulary() -> bytes:
     # encoder.json writes each byte as a printable character (openai/gpt-2 src/encoder.py); undo it.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + n): byte for n, byte in enumerate(others)}
+    byte_of = {byte: byte for byte in printable} | {256 + n: byte for n, byte in enumerate(others)}
     encoder = json.loads((package_data() / "encoder.json").read_text(encoding="utf-8"))
     del encoder[EOT_TEXT]
     lines = [
-        b"%s %d\n" % (base64.b64encode(bytes(byte_of[c] for c in token)), rank)
+        b"%s %d\n" % (base64.b64encode(token.translate(byte_of).encode("latin-1")), rank)
         for token, rank in sorted(encoder.items(), key=lambda item: item[1])
     ]
     data = b"".join(lines)
