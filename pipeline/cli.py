@@ -78,10 +78,27 @@ def main() -> None:
 @click.option(
     "--shard-tokens", type=Count(), default="100M", show_default=True, help="Tokens a shard, about."
 )
+@click.option(
+    "--min-score",
+    type=float,
+    help="Drop documents whose metadata.int_score (or score) is lower, or null.",
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="At a damaged file or row group: stop, or leave it out and list it in index.json.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
+@click.option(
+    "--append", is_flag=True, help="Add the files that a finished folder does not have yet."
+)
 @click.option("--overwrite", is_flag=True, help="Remove the shards in the folder first.")
 @click.option(
-    "--keep-downloads", is_flag=True, help="Keep the files of a hub dataset until the run ends."
+    "--keep-downloads",
+    is_flag=True,
+    help="Keep the files of a hub dataset, in downloads/ of the folder.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def tokenize(
@@ -94,7 +111,10 @@ def tokenize(
     max_tokens: int | None,
     val_fraction: float,
     shard_tokens: int,
+    min_score: float | None,
+    on_error: str,
     workers: int | None,
+    append: bool,
     overwrite: bool,
     keep_downloads: bool,
     as_json: bool,
@@ -116,7 +136,7 @@ def tokenize(
 
     resolved = sources.resolve(source, config, split, revision)
     folder = out or Path("data_cache") / default_name(source, config)
-    options = Options(text_column, val_fraction, max_tokens, shard_tokens)
+    options = Options(text_column, val_fraction, max_tokens, shard_tokens, min_score)
     cores = workers or len(os.sched_getaffinity(0))
     with ProgressBar() as bar:
         outcome = tokenize(
@@ -124,8 +144,10 @@ def tokenize(
             folder,
             options,
             workers=cores,
+            append=append,
             overwrite=overwrite,
             keep_downloads=keep_downloads,
+            skip_errors=on_error == "skip",
             on_progress=bar.update,
         )
     index = outcome.index
@@ -160,6 +182,10 @@ def tokenize(
         f"{index.total('num_documents'):,} documents in {len(index.shards):,} shards; "
         f"{skipped:,} null or empty documents skipped."
     )
+    if low := index.skipped.get("low_score_documents"):
+        click.echo(f"{low:,} documents below --min-score, or without a score, dropped.")
+    for place in index.skipped.get("damaged", []):
+        click.echo(f"Left out, damaged: {place}")
     click.echo(f"Look:  forge-prep info {folder}\nTrain: forge-train gpt2 --data {folder} --check")
 
 
@@ -228,6 +254,25 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
         )
     if not as_json:
         click.echo(f"Sound: {len(index.shards):,} shards, {total / 1e9:.3f} GB.")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--raw", is_flag=True, help="Headerless train.bin and val.bin, as nanoGPT's.")
+def index(folder: Path, raw: bool) -> None:
+    """Make an index for a folder of other people's GPT-2 token files.
+
+    DIR holds llm.c or modded-nanogpt shards (fineweb_train_*.bin, fineweb_val_*.bin), which stay as
+    they are; or, with --raw, nanoGPT's train.bin and val.bin, which are copied into shards.
+    """
+    from pipeline import foreign
+
+    made = foreign.index_folder(folder, raw)
+    tokens = {name: made.total("num_tokens", name) for name in ("train", "val")}
+    click.echo(
+        f"{tokens['train']:,} train + {tokens['val']:,} val tokens in {len(made.shards):,} "
+        f"shards.\nLook:  forge-prep info {folder}\nTrain: forge-train gpt2 --data {folder} --check"
+    )
 
 
 @main.command("python-docs")

@@ -95,7 +95,9 @@ def render(index: Index) -> str:
         f"split      {facts['options'].get('split_rule')}, "
         f"val_fraction {facts['options'].get('val_fraction')}",
         f"skipped    {skipped['null_documents']:,} null and "
-        f"{skipped['empty_documents']:,} empty documents",
+        f"{skipped['empty_documents']:,} empty documents, "
+        f"{skipped.get('low_score_documents', 0):,} below min_score, "
+        f"{len(skipped.get('damaged', [])):,} damaged places",
         "",
         f"{'':8}{'tokens':>16}{'documents':>13}{'text bytes':>18}{'bytes/token':>13}{'shards':>8}"
         f"   tokens a shard",

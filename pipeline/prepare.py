@@ -26,7 +26,7 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from pipeline.sources import Slice, Source
 
 WORK_FOLDER = ".work"
 TIMING_FILE = "timing.json"
+DOWNLOADS_FOLDER = "downloads"
 SHUFFLE_SEED = 1
 
 
@@ -53,6 +54,7 @@ class Options:
     val_fraction: float = 0.005
     max_tokens: int | None = None  # of the train split; documents stay whole
     shard_tokens: int = 100_000_000  # about; sizes the slices
+    min_score: float | None = None  # documents below it, or without a score, are dropped
 
     def record(self) -> dict[str, Any]:
         rule = "val if xxh3_64(utf-8 text) < val_fraction * 2**64"
@@ -66,9 +68,11 @@ class Job:
     slice: Slice
     kind: str
     paths: tuple[Path, ...]  # one a part
+    names: tuple[str, ...]  # what the source calls them
     folder: Path
     options: Options
     limit: int | None  # train tokens after which to stop
+    skip_errors: bool = False  # leave out the row groups (or the rest of a file) that are damaged
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Record:
     document_tokens: dict[str, DocumentLengths]
     null_documents: int
     empty_documents: int
+    low_score_documents: int
+    damaged: tuple[str, ...]  # places that were left out, and why
 
     def num_tokens(self, split: str) -> int:
         return sum(shard.num_tokens for shard in self.shards if shard.split == split)
@@ -91,6 +97,7 @@ class Record:
     @staticmethod
     def from_json(data: bytes) -> "Record":
         raw = json.loads(data)
+        raw["damaged"] = tuple(raw["damaged"])
         raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
         raw["document_tokens"] = {
             split: DocumentLengths(each["min"], each["max"], tuple(each["histogram"]))
@@ -182,11 +189,13 @@ class _Side:
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its shards, then its record. Runs in a worker process."""
     sides = {split: _Side(job.folder, split, job.slice.number) for split in shards.SPLITS}
-    num_nulls = num_empty = 0
+    num_nulls = num_empty = num_low_scores = 0
+    damaged: list[str] = []
     try:
-        for texts, source_bytes in _texts(job):
+        for texts, source_bytes, low_scores in _texts(job, damaged):
             kept, nulls, empty = sources.drop_blank(texts)
             num_nulls, num_empty = num_nulls + nulls, num_empty + empty
+            num_low_scores += low_scores
             before = sides["train"].num_tokens + sides["val"].num_tokens
             full = _write_documents(kept, sides, job)
             with _done_bytes.get_lock():
@@ -203,6 +212,8 @@ def tokenize_slice(job: Job) -> Record:
             {split: lengths for split, (_, lengths) in committed.items()},
             num_nulls,
             num_empty,
+            num_low_scores,
+            tuple(damaged),
         )
         shards.write_whole(_record_path(job.folder, job.slice.number), record.to_json())
         return record
@@ -219,9 +230,22 @@ def tokenize_slice(job: Job) -> Record:
                 side.writer.discard()
 
 
-def _texts(job: Job) -> Iterator[sources.Batch]:
-    for part, path in zip(job.slice.parts, job.paths, strict=True):
-        yield from sources.read_texts(job.kind, path, part, job.options.text_column)
+def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
+    """The text of a slice; places that cannot be read go to `damaged` if the job skips errors."""
+    options = job.options
+    for part, path, name in zip(job.slice.parts, job.paths, job.names, strict=True):
+        groups = [part]
+        if job.skip_errors:
+            groups = [replace(part, start=g, stop=g + 1) for g in range(part.start, part.stop)]
+        for group in groups:
+            try:
+                yield from sources.read_texts(
+                    job.kind, path, group, options.text_column, options.min_score
+                )
+            except ForgeError as error:
+                if not job.skip_errors:
+                    raise
+                damaged.append(f"{error.where}: {error.what}".replace(str(path), name))
 
 
 def _write_documents(texts: pa.LargeStringArray, sides: dict[str, _Side], job: Job) -> bool:
@@ -272,12 +296,16 @@ def tokenize(
     workers: int,
     overwrite: bool = False,
     keep_downloads: bool = False,
+    skip_errors: bool = False,
+    append: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Make a folder of shards of a source; go on where an earlier run of the same stopped.
 
-    The same source and options give the same bytes for any number of workers. Raises ForgeError
-    when the folder holds something else, and for every failure of input, output or worker.
+    The same source and options give the same bytes for any number of workers. With `append`, the
+    files that a finished folder does not have yet are added and its shards stay as they are. Raises
+    ForgeError when the folder holds something else, and for every failure of input, output or
+    worker.
     """
     plan = {
         "source": source.record(),
@@ -286,21 +314,37 @@ def tokenize(
     }
     if overwrite:
         _clear(folder)
-    elif (folder / shards.INDEX_FILE).exists():
-        index = shards.load_index(folder)
-        made = {"source": index.source, "options": index.options, "tokenizer": index.tokenizer}
-        _same_plan(plan, made, folder)
-        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
-        return Outcome(index, up_to_date=True)
+    old: Index | None = None
+    if (folder / shards.INDEX_FILE).exists():
+        old = shards.load_index(folder)
+        if append:
+            source = _new_files(source, old, options)
+            plan["source"]["files"] = old.source["files"] + source.record()["files"]
+            plan["source"] |= {"name": old.source["name"]}
+        made = {"source": old.source, "options": old.options, "tokenizer": old.tokenizer}
+        _same_plan(plan, made, folder, append)
+        if not append or not source.files:
+            _tidy(folder, old)
+            return Outcome(old, up_to_date=True)
     started = time.perf_counter()
-    with _claim(folder, plan):
+    with _claim(folder, plan, old):
         seed = SHUFFLE_SEED if options.max_tokens else None
         slice_bytes = int(options.shard_tokens * sources.BYTES_PER_TOKEN)
-        slices = sources.plan(source, options.text_column, slice_bytes, seed)
-        run = _Run(source, folder, options, slices, keep_downloads, on_progress)
+        damaged: list[str] = []  # whole files; workers find the rest
+        slices = sources.plan(
+            source,
+            options.text_column,
+            slice_bytes,
+            seed,
+            options.min_score,
+            (lambda error, name: damaged.append(f"{name}: {error.what}")) if skip_errors else None,
+        )
+        first = 1 + max((shard.slice for shard in old.shards), default=-1) if old else 0
+        slices = [replace(each, number=each.number + first) for each in slices]
+        run = _Run(source, folder, options, slices, keep_downloads, skip_errors, on_progress)
         _check_room(folder, run)
         records = run.run(min(workers, len(slices)) or 1)
-        index = _commit(folder, plan, records)
+        index = _commit(folder, plan, records, sorted(damaged), old)
     shutil.rmtree(folder / WORK_FOLDER)
     seconds = time.perf_counter() - started
     outcome = Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
@@ -317,12 +361,16 @@ def tokenize(
 
 
 @contextmanager
-def _claim(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Hold `folder` for this run alone, with the plan and the vocabulary in it."""
+def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> Iterator[None]:
+    """Hold `folder` for this run alone, with the plan and the vocabulary in it.
+
+    `old` is its index when shards are appended to a finished folder.
+    """
     work = folder / WORK_FOLDER
     plan_file = work / "plan.json"
     try:
-        if folder.exists() and not work.exists() and any(folder.iterdir()):
+        ours = old or work.exists() or not folder.exists()
+        if not ours and any(path.name != DOWNLOADS_FOLDER for path in folder.iterdir()):
             raise ForgeError(
                 "the folder is not empty and holds no unfinished run of forge-prep",
                 where=folder,
@@ -354,22 +402,66 @@ def _claim(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path) -> None:
-    """ForgeError that says what differs, unless both plans are the same."""
+def _new_files(source: Source, old: Index, options: Options) -> Source:
+    """The source without the files that `old` has; all of those must still be there, unchanged."""
+    if options.max_tokens is not None:
+        raise ForgeError(
+            "--append and --max-tokens do not go together", fix="take all of the new files, or none"
+        )
+    files = {file.name: asdict(file) for file in source.files}
+    for known in old.source["files"]:
+        if files.pop(known["name"], None) != known:
+            raise ForgeError(
+                "a file that the folder was made of is gone or changed",
+                where=known["name"],
+                fix="restore it, or start afresh with --overwrite",
+            )
+    return replace(source, files=tuple(file for file in source.files if file.name in files))
+
+
+def _tidy(folder: Path, index: Index) -> None:
+    """Remove what an unfinished run left in a finished folder."""
+    work = folder / WORK_FOLDER
+    if not work.exists():
+        return
+    listed = {shard.file for shard in index.shards}
+    for path in _shard_files(folder):
+        if path.name not in listed:
+            path.unlink()
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    names = [f"{split}_" + "[0-9]" * 6 + ".bin*" for split in shards.SPLITS]
+    return [path for name in names for path in folder.glob(name)]
+
+
+def _same_plan(
+    wanted: dict[str, Any], made: dict[str, Any], folder: Path, append: bool = False
+) -> None:
+    """ForgeError that says what differs, unless both plans are the same.
+
+    The order of the files does not count: appended ones stand behind the others. With `append`,
+    neither do the files nor the hub's commit.
+    """
     differences = []
     for section, old in made.items():
         new = wanted[section]
         for key in {**old, **new}:
-            if old.get(key) != new.get(key):
-                if key == "files":
+            before, now = old.get(key), new.get(key)
+            if append and section == "source" and key in ("files", "hub"):
+                continue
+            if key == "files":
+                by_name = [sorted(files, key=lambda f: str(f["name"])) for files in (before, now)]
+                if by_name[0] != by_name[1]:
                     differences.append("source files (names, sizes or contents)")
-                else:
-                    differences.append(f"{section} {key}: {old.get(key)!r}, now {new.get(key)!r}")
+            elif before != now:
+                differences.append(f"{section} {key}: {before!r}, now {now!r}")
     if differences:
         raise ForgeError(
             f"the folder was made with other options: {'; '.join(differences)}",
             where=folder,
-            fix="choose another --out, or start afresh with --overwrite",
+            fix="choose another --out, or start afresh with --overwrite (new files: --append)",
         )
 
 
@@ -377,8 +469,7 @@ def _clear(folder: Path) -> None:
     """Remove what forge-prep made in `folder`, and nothing else. The index goes first."""
     names = [shards.INDEX_FILE, TIMING_FILE, shards.VOCABULARY_FILE]
     made = [folder / name for name in names]
-    made += [p for split in shards.SPLITS for p in folder.glob(f"{split}_" + "[0-9]" * 6 + ".bin*")]
-    for path in made:
+    for path in [*made, *_shard_files(folder)]:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
 
@@ -398,26 +489,38 @@ def _check_room(folder: Path, run: "_Run") -> None:
         )
 
 
-def _commit(folder: Path, plan: dict[str, Any], records: list[Record]) -> Index:
+def _commit(
+    folder: Path,
+    plan: dict[str, Any],
+    records: list[Record],
+    damaged: list[str],
+    old: Index | None,
+) -> Index:
     lengths = {split: DocumentLengths() for split in shards.SPLITS}
+    lengths |= old.document_tokens if old else {}
     for record in records:
         for split in shards.SPLITS:
             lengths[split] += record.document_tokens[split]
+    skipped = {
+        f"{why}_documents": sum(getattr(record, f"{why}_documents") for record in records)
+        for why in ("null", "empty", "low_score")
+    }
+    skipped |= {"damaged": damaged + [place for record in records for place in record.damaged]}
+    if old:
+        skipped = {why: old.skipped.get(why, type(new)()) + new for why, new in skipped.items()}
     index = Index(
         folder=folder,
         tokenizer=plan["tokenizer"],
         source=plan["source"],
         options=plan["options"],
-        skipped={
-            "null_documents": sum(record.null_documents for record in records),
-            "empty_documents": sum(record.empty_documents for record in records),
-        },
+        skipped=skipped,
         document_tokens=lengths,
-        shards=tuple(shard for record in records for shard in record.shards),
+        shards=(old.shards if old else ())
+        + tuple(shard for record in records for shard in record.shards),
     )
     if not index.shards:
         raise ForgeError(
-            "the source holds no text: every document is null or empty",
+            "the source holds no text: every document is null, empty, damaged or below --min-score",
             where=plan["source"]["name"],
             fix="look at the source, or name another column with --text-column",
         )
@@ -435,15 +538,17 @@ class _Run:
         options: Options,
         slices: list[Slice],
         keep_downloads: bool,
+        skip_errors: bool,
         on_progress: Callable[[Progress], None],
     ) -> None:
+        self.skip_errors = skip_errors
         self.source, self.folder, self.options = source, folder, options
         self.all_slices = self.slices = slices  # max_tokens shortens the second
         self.last_limit: int | None = None  # of the last slice, once max_tokens makes it the last
         self.on_progress = on_progress
         self.downloads: Downloads | None = None
         if source.hub:
-            fetched = folder / WORK_FOLDER / "downloads"
+            fetched = (folder if keep_downloads else folder / WORK_FOLDER) / DOWNLOADS_FOLDER
             self.downloads = Downloads(source, fetched, slices, keep_downloads)
         self.records: dict[int, Record] = {}
         self.counted_bytes = self.counted_tokens = 0
@@ -452,7 +557,8 @@ class _Run:
             path = _record_path(folder, each.number)
             if path.exists():
                 self.records[each.number] = Record.from_json(path.read_bytes())
-        self.kept_bytes = sum(slices[n].bytes for n in self.records)
+        self.by_number = {each.number: each for each in slices}
+        self.kept_bytes = sum(self.by_number[n].bytes for n in self.records)
 
     def run(self, workers: int) -> list[Record]:
         """All records in the order of the slices, up to the one that reaches max_tokens."""
@@ -474,7 +580,7 @@ class _Run:
                     number = running.pop(future)
                     self.records[number] = future.result()
                     if self.downloads:
-                        self.downloads.release(self.all_slices[number])
+                        self.downloads.release(self.by_number[number])
                 self.counted_bytes, self.counted_tokens = done_bytes.value, done_tokens.value
                 self._report()
         except BrokenProcessPool as error:
@@ -506,13 +612,13 @@ class _Run:
         slices happened to be done first.
         """
         train_tokens = 0
-        for each in self.slices:
+        for position, each in enumerate(self.slices):
             record = self.records.get(each.number)
             if record is None:
                 return False
             left = (self.options.max_tokens or math.inf) - train_tokens
             if record.num_tokens("train") >= left:
-                self.slices = self.slices[: each.number + 1]
+                self.slices = self.slices[: position + 1]
                 if record.limit != left:
                     self.last_limit = int(left)
                     del self.records[each.number]
@@ -539,7 +645,17 @@ class _Run:
             free -= 1
             last = each is self.slices[-1]
             limit = self.last_limit if last and self.last_limit else self.options.max_tokens
-            yield Job(each, self.source.kind, paths, self.folder, self.options, limit)
+            names = tuple(self.source.files[part.file].name for part in each.parts)
+            yield Job(
+                slice=each,
+                kind=self.source.kind,
+                paths=paths,
+                names=names,
+                folder=self.folder,
+                options=self.options,
+                limit=limit,
+                skip_errors=self.skip_errors,
+            )
 
     def _paths(self, each: Slice) -> tuple[Path, ...] | None:
         """Where the files of a slice lie; None while one of them is still being downloaded."""

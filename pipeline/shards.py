@@ -345,7 +345,9 @@ def save_index(index: Index) -> None:
 # Checking
 
 
-def check_shard(folder: Path, shard: Shard, on_bytes: Callable[[int], None]) -> list[str]:
+def check_shard(
+    folder: Path, shard: Shard, whole_documents: bool, on_bytes: Callable[[int], None]
+) -> list[str]:
     """Read one shard whole and list what is wrong with it (nothing, when all is well)."""
     path = folder / shard.file
     try:
@@ -378,7 +380,7 @@ def check_shard(folder: Path, shard: Shard, on_bytes: Callable[[int], None]) -> 
         problems.append(
             f"{shard.file}: {num_documents:,} documents, the index says {shard.num_documents:,}"
         )
-    if first not in (EOT_TOKEN, None):
+    if first not in (EOT_TOKEN, None) and whole_documents:
         problems.append(f"{shard.file}: does not start with <|endoftext|>")
     return problems
 
@@ -390,6 +392,7 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
     """
     problems = []
     known = {shard.file for shard in index.shards}
+    known |= {file["name"] for file in index.source.get("files", [])}
     for path in sorted(index.folder.glob("*.bin")):
         if path.name not in known:
             problems.append(f"{path.name}: a stranger, not in the index")
@@ -399,9 +402,10 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
         or hashlib.sha256(vocabulary.read_bytes()).hexdigest() != index.tokenizer["sha256"]
     ):
         problems.append(f"{VOCABULARY_FILE}: missing or changed")
+    whole = index.source.get("kind") != "token files"  # other people's may cut documents
     with ThreadPoolExecutor(workers) as pool:
         found: Iterable[list[str]] = pool.map(
-            lambda shard: check_shard(index.folder, shard, on_bytes), index.shards
+            lambda shard: check_shard(index.folder, shard, whole, on_bytes), index.shards
         )
         for more in found:
             problems += more

@@ -10,11 +10,11 @@ import glob
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,6 +34,8 @@ SUFFIXES = ", ".join(KINDS)
 BATCH_BYTES = 8 * 2**20
 BATCH_ROWS = 1024
 BYTES_PER_TOKEN = 4.4  # English text under GPT-2's BPE; only sizes slices and estimates
+# Where a document's educational score may stand, in order of preference.
+SCORE_COLUMNS = ("metadata.int_score", "metadata.score", "int_score", "score")
 TAIL_BYTES = 64 * 1024
 MIN_SLICE_BYTES = 16 * 2**20
 ENOUGH_SLICES = 64
@@ -208,19 +210,27 @@ def hub_checksum(info: dict[str, Any]) -> str:
 
 
 def plan(
-    source: Source, text_column: str, max_slice_bytes: int, shuffle_seed: int | None
+    source: Source,
+    text_column: str,
+    max_slice_bytes: int,
+    shuffle_seed: int | None,
+    min_score: float | None = None,
+    on_error: Callable[[ForgeError, str], None] | None = None,
 ) -> list[Slice]:
     """Cut the source into slices of at most about `max_slice_bytes`, from metadata alone.
 
     A small source gets smaller slices, so that there are enough of them for all cores.
     With a seed, files are taken in a shuffled order, so that the first tokens are a fair sample.
+    `on_error` is told of a file that cannot be planned, which is then left out; None: it is raised.
     """
     order = list(range(len(source.files)))
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(order)
     if source.kind == "parquet":
         with ThreadPoolExecutor(16) as pool:
-            groups = list(pool.map(lambda f: row_groups(source, f, text_column), order))
+            groups = list(
+                pool.map(lambda f: row_groups(source, f, text_column, min_score, on_error), order)
+            )
     else:
         groups = [[Part(f, 0, 1, source.files[f].bytes)] for f in order]
     total = sum(part.bytes for file_parts in groups for part in file_parts)
@@ -243,8 +253,14 @@ def plan(
     return slices
 
 
-def row_groups(source: Source, file: int, text_column: str) -> list[Part]:
-    """One part per row group of a parquet file; checks that the text column is there."""
+def row_groups(
+    source: Source,
+    file: int,
+    text_column: str,
+    min_score: float | None,
+    on_error: Callable[[ForgeError, str], None] | None,
+) -> list[Part]:
+    """One part per row group of a parquet file; checks that its columns are there."""
     name = source.files[file].name
     try:
         if source.hub:
@@ -257,13 +273,19 @@ def row_groups(source: Source, file: int, text_column: str) -> list[Part]:
             where = str(source.local_path(file))
             metadata = pq.read_metadata(where)
     except (OSError, pa.ArrowException) as error:
-        raise ForgeError(
+        damaged = ForgeError(
             f"not a whole parquet file: {str(error).strip().splitlines()[0]}",
             where=where,
-            fix="fetch or copy the file again, or leave it out with a glob",
-        ) from error
+            fix="fetch or copy the file again, or leave it out with --on-error skip",
+        )
+        if on_error is None:
+            raise damaged from error
+        on_error(damaged, name)
+        return []
     schema = metadata.schema.to_arrow_schema()
     check_column(schema, text_column, where)
+    if min_score is not None:
+        score_column([metadata.schema.column(c).path for c in range(metadata.num_columns)], where)
     column = next(
         c for c in range(metadata.num_columns) if metadata.schema.column(c).path == text_column
     )
@@ -289,20 +311,40 @@ def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
         )
 
 
+def score_column(columns: Sequence[str], where: object) -> str:
+    """The column of the score, by its full path."""
+    found = [column for column in SCORE_COLUMNS if column in columns]
+    if not found:
+        raise ForgeError(
+            f"no score: none of {', '.join(SCORE_COLUMNS)}; there are: {', '.join(columns)}",
+            where=where,
+            fix="leave out --min-score, or take a source with scores",
+        )
+    return found[0]
+
+
 # ---------------------------------------------------------------------------------------------
 # Reading the text
 
-Batch = tuple[pa.LargeStringArray, int]
+
+class Batch(NamedTuple):
+    """Some documents: n texts as they stand, nulls included; what reading them took and left."""
+
+    texts: pa.LargeStringArray
+    source_bytes: int
+    num_low_scores: int = 0  # documents below min_score, or without a score: not among the texts
 
 
-def read_texts(kind: str, path: Path, part: Part, text_column: str) -> Iterator[Batch]:
-    """Stream the text of one part: (n texts as they stand, nulls included; source bytes read).
+def read_texts(
+    kind: str, path: Path, part: Part, text_column: str, min_score: float | None = None
+) -> Iterator[Batch]:
+    """Stream the text of one part.
 
     Raises ForgeError, naming the place, for anything that cannot be read as UTF-8 text.
     """
     readers = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}
     try:
-        yield from readers[kind](path, part, text_column)
+        yield from readers[kind](path, part, text_column, min_score)
     except OSError as error:
         raise ForgeError(
             f"cannot read a source file: {error.strerror or error}",
@@ -311,22 +353,34 @@ def read_texts(kind: str, path: Path, part: Part, text_column: str) -> Iterator[
         ) from error
 
 
-def read_parquet(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
+def read_parquet(
+    path: Path, part: Part, text_column: str, min_score: float | None
+) -> Iterator[Batch]:
     fix = "fetch or copy the file again and run the same command; finished slices are kept"
     try:
         file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except pa.ArrowException as error:
         raise ForgeError(f"not a whole parquet file: {error}", where=path, fix=fix) from error
+    columns = [text_column]
+    if min_score is not None:
+        names = [file.metadata.schema.column(c).path for c in range(file.metadata.num_columns)]
+        columns.append(score_column(names, path))
     with file:
         for group in range(part.start, part.stop):
             try:
                 batches = file.iter_batches(
-                    BATCH_ROWS, row_groups=[group], columns=[text_column], use_threads=False
+                    BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False
                 )
                 for batch in batches:
-                    texts = batch.column(0).cast(pa.large_string())
+                    texts = batch.column(text_column).cast(pa.large_string())
                     texts.validate(full=True)  # parquet's strings are UTF-8 only by promise
-                    yield texts, texts.nbytes
+                    if min_score is None:
+                        yield Batch(texts, texts.nbytes)
+                        continue
+                    first, *inside = columns[1].split(".")
+                    scores = pc.struct_field(batch.column(first), inside)
+                    kept = texts.filter(pc.fill_null(pc.greater_equal(scores, min_score), False))
+                    yield Batch(kept, texts.nbytes, len(texts) - len(kept))
             except (pa.ArrowException, OSError) as error:
                 raise ForgeError(
                     f"damaged row group: {str(error).strip().splitlines()[0]}",
@@ -335,21 +389,27 @@ def read_parquet(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
                 ) from error
 
 
-def read_jsonl(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
+def read_jsonl(
+    path: Path, part: Part, text_column: str, min_score: float | None
+) -> Iterator[Batch]:
     with path.open("rb") as raw, _decompressed(raw, path) as lines:
         texts: dict[int, str | None] = {}  # by line number
-        size, read_before = 0, 0
+        size = read_before = num_low_scores = 0
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            texts[number] = parse_line(line, text_column, f"{path}, line {number}")
+            document = parse_line(line, text_column, f"{path}, line {number}")
             size += len(line)
+            if min_score is None or has_score(document, min_score, f"{path}, line {number}"):
+                texts[number] = document[text_column]
+            else:
+                num_low_scores += 1
             if size >= BATCH_BYTES:
-                yield large_strings(texts, path), raw.tell() - read_before
+                yield Batch(large_strings(texts, path), raw.tell() - read_before, num_low_scores)
                 read_before = raw.tell()
-                texts, size = {}, 0
-        if texts:
-            yield large_strings(texts, path), raw.tell() - read_before
+                texts, size, num_low_scores = {}, 0, 0
+        if size:
+            yield Batch(large_strings(texts, path), raw.tell() - read_before, num_low_scores)
 
 
 def _decompressed(raw: IO[bytes], path: Path) -> Any:
@@ -360,7 +420,17 @@ def _decompressed(raw: IO[bytes], path: Path) -> Any:
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), compression), 2**20)
 
 
-def parse_line(line: bytes, text_column: str, where: str) -> str | None:
+def has_score(document: dict[str, Any], min_score: float, where: str) -> bool:
+    """Whether a document's score is there and high enough."""
+    flat = {k: v for k, v in document.items() if not isinstance(v, dict)}
+    inner = document.get("metadata")
+    if isinstance(inner, dict):
+        flat |= {f"metadata.{key}": value for key, value in inner.items()}
+    score = flat[score_column(list(flat), where)]
+    return isinstance(score, int | float) and score >= min_score
+
+
+def parse_line(line: bytes, text_column: str, where: str) -> dict[str, Any]:
     fix = f'each line must be a JSON object in UTF-8 with a string under "{text_column}"'
     try:
         document = json.loads(line)
@@ -382,7 +452,7 @@ def parse_line(line: bytes, text_column: str, where: str) -> str | None:
             where=where,
             fix=fix,
         )
-    return text
+    return document
 
 
 def large_strings(texts: dict[int, str | None], path: Path) -> pa.LargeStringArray:
@@ -397,8 +467,10 @@ def large_strings(texts: dict[int, str | None], path: Path) -> pa.LargeStringArr
         ) from error
 
 
-def read_txt(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
+def read_txt(path: Path, part: Part, text_column: str, min_score: float | None) -> Iterator[Batch]:
     """A .txt file is one document."""
+    if min_score is not None:
+        score_column([], path)
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
@@ -408,7 +480,7 @@ def read_txt(path: Path, part: Part, text_column: str) -> Iterator[Batch]:
             where=path,
             fix="convert the file to UTF-8, for example with iconv",
         ) from error
-    yield pa.array([text], pa.large_string()), len(data)
+    yield Batch(pa.array([text], pa.large_string()), len(data))
 
 
 def drop_blank(texts: pa.LargeStringArray) -> tuple[pa.LargeStringArray, int, int]:

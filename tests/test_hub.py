@@ -136,6 +136,10 @@ def test_bad_days_of_the_hub_change_no_byte(
     ran = tokenize("--keep-downloads")
     assert ran.returncode == 0, ran.stderr
     assert not any(hub.faults.values()), "every fault was met"
+    assert [p.name for p in sorted(tmp_path.glob("out/downloads/*/*.parquet"))] == [
+        Path(name).name for name in NAMES
+    ]
+    assert tokenize("--keep-downloads", "--overwrite").returncode == 0
     assert shard_bytes(tmp_path / "out") == local
 
 

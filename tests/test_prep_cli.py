@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import Result
 from conftest import ROOT
 
-from pipeline import shards, tokenizer
+from pipeline import foreign, shards, tokenizer
 from pipeline.cli import default_name
 
 
@@ -171,3 +172,56 @@ def test_a_real_process_is_quiet_off_a_terminal_and_needs_no_hub_library(
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""
+
+
+def test_index_takes_other_peoples_shards_as_they_are(
+    forge, small_shards: Path, tmp_path: Path
+) -> None:
+    ours = shards.load_index(small_shards)
+    for split in shards.SPLITS:
+        (shard,) = ours.of(split)
+        shutil.copy(small_shards / shard.file, tmp_path / f"fineweb_{split}_000001.bin")
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    result = forge("prep", "index", tmp_path)
+    assert result.exit_code == 0, result.output
+    theirs = shards.load_index(tmp_path)
+    for split in shards.SPLITS:
+        for name in ("num_tokens", "num_documents", "text_bytes"):
+            assert theirs.total(name, split) == ours.total(name, split)
+    assert theirs.document_tokens == ours.document_tokens
+    assert {p: p.read_bytes() for p in before} == before
+    assert forge("prep", "verify", tmp_path).exit_code == 0
+    assert forge("prep", "info", tmp_path).exit_code == 0
+    assert_error(forge("prep", "index", tmp_path), "has an index already")
+
+
+@pytest.mark.parametrize("shard_tokens", [10**8, 30])
+def test_index_raw_moves_separators_to_the_front(
+    forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_tokens: int
+) -> None:
+    """nanoGPT writes text, then <|endoftext|>; ours puts it first."""
+    monkeypatch.setattr(foreign, "RAW_SHARD_TOKENS", shard_tokens)
+    texts = [f"document {n} — text" for n in range(20)]
+    ids = [tokenizer.encode(text) for text in texts]
+    raw = [token for each in ids for token in [*each, shards.EOT_TOKEN]]
+    for split in shards.SPLITS:
+        (tmp_path / f"{split}.bin").write_bytes(np.array(raw, "<u2").tobytes())
+    result = forge("prep", "index", tmp_path, "--raw")
+    assert result.exit_code == 0, result.output
+    index = shards.load_index(tmp_path)
+    wanted = [token for each in ids for token in [shards.EOT_TOKEN, *each]]
+    for split in shards.SPLITS:
+        made = [shards.map_shard(tmp_path / s.file, s.num_tokens) for s in index.of(split)]
+        assert (len(made) > 1) == (shard_tokens == 30)
+        assert np.concatenate(made).tolist() == wanted
+        assert index.total("num_documents", split) == 20
+        assert index.total("text_bytes", split) == len("".join(texts).encode())
+    assert forge("prep", "verify", tmp_path).exit_code == 0
+
+
+def test_index_refuses_what_is_no_token_file(forge, tmp_path: Path) -> None:
+    assert forge("prep", "index", tmp_path).exit_code == 1
+    (tmp_path / "train.bin").write_bytes(b"\1\0" * 600)
+    result = forge("prep", "index", tmp_path)
+    assert_error(result, "not a shard")
+    assert not (tmp_path / shards.INDEX_FILE).exists()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
@@ -173,13 +174,66 @@ def test_null_and_empty_documents_are_skipped_and_counted(
 ) -> None:
     make_parquet(tmp_path / "a.parquet", ["one", None, "", "two", "", None, None, "three"] * 3)
     index = make_shards(tmp_path / "a.parquet", tmp_path / "out", val_fraction=0.0)
-    assert index.skipped == {"null_documents": 9, "empty_documents": 6}
+    assert (index.skipped["null_documents"], index.skipped["empty_documents"]) == (9, 6)
     assert texts_of(tmp_path / "out", "train") == [b"one", b"two", b"three"] * 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_documents_below_min_score_or_without_one_are_dropped_and_counted(
+    tmp_path: Path, make_shards, kind: str
+) -> None:
+    rows = [
+        {"text": f"text {n}", "metadata": {"score": 9.9, "int_score": score}}
+        for n, score in enumerate([3, 2, None, 5, 1, 4])
+    ]
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([*rows, {"text": "text 6", "metadata": None}]), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = make_shards(path, tmp_path / "out", val_fraction=0.0, min_score=3)
+    assert texts_of(tmp_path / "out", "train") == [b"text 0", b"text 3", b"text 5"]
+    assert index.skipped["low_score_documents"] == (4 if kind == "parquet" else 3)
+    assert index.options["min_score"] == 3
+
+
+def test_min_score_needs_scores(tmp_path: Path, make_parquet, make_shards) -> None:
+    source = make_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(ForgeError, match=r"no score: none of metadata\.int_score"):
+        make_shards(source, tmp_path / "out", min_score=3)
+
+
+def test_damaged_places_are_left_out_and_listed_if_so_wished(
+    tmp_path: Path, make_parquet, documents
+) -> None:
+    for name in "abc":
+        make_parquet(tmp_path / "in" / f"{name}.parquet", documents, rows=20)
+    a, b = tmp_path / "in" / "a.parquet", tmp_path / "in" / "b.parquet"
+    a.write_bytes(a.read_bytes()[:-10])
+    column = pq.read_metadata(b).row_group(1).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = b.read_bytes()
+    b.write_bytes(data[:start] + b"\xff" * 40 + data[start + 40 :])
+    source = sources.resolve(str(tmp_path / "in"), None, "train", None)
+    made = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        outcome = prepare.tokenize(
+            source, out, Options(val_fraction=0.0), workers=workers, skip_errors=True
+        )
+        made.append(contents(out))
+    assert made[0] == made[1]
+    kept = [text.encode() for text in documents[:20] + documents[40:] + documents]
+    assert texts_of(tmp_path / "1", "train") == kept
+    damaged = outcome.index.skipped["damaged"]
+    assert len(damaged) == 2
+    assert damaged[0].startswith("a.parquet: not a whole parquet file")
+    assert damaged[1].startswith("b.parquet, row group 1: damaged row group")
 
 
 def test_a_source_without_text_is_an_error(tmp_path: Path, make_parquet, make_shards) -> None:
     make_parquet(tmp_path / "a.parquet", [None, "", ""])
-    with pytest.raises(ForgeError, match="every document is null or empty"):
+    with pytest.raises(ForgeError, match="every document is null, empty"):
         make_shards(tmp_path / "a.parquet", tmp_path / "out")
     assert not (tmp_path / "out" / shards.INDEX_FILE).exists()
 
@@ -234,6 +288,38 @@ def test_another_source_is_refused_and_named(finished: Path, make_parquet, make_
     make_parquet(finished.parent / "a.parquet", ["changed"])
     with pytest.raises(ForgeError, match="source files"):
         make_shards(finished.parent / "a.parquet", finished)
+
+
+def test_append_adds_new_files_and_moves_nothing(
+    tmp_path: Path, documents, make_parquet, make_shards
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    make_parquet(source / "b.parquet", [*documents[:30], None])
+    make_shards(source, out)
+    before = stamps(out)
+    make_parquet(source / "a.parquet", [*documents[30:], None])
+    with pytest.raises(ForgeError, match="source files"):
+        make_shards(source, out)
+    found = sources.resolve(str(source), None, "train", None)
+    options = Options(val_fraction=0.2)
+    index = prepare.tokenize(found, out, options, workers=1, append=True).index
+    old = {p: stamp for p, stamp in before.items() if p.suffix == ".bin"}
+    assert {p: p.stat().st_mtime_ns for p in old} == old
+    assert shards.verify(index, 1, lambda count: None) == []
+    assert [file["name"] for file in index.source["files"]] == ["b.parquet", "a.parquet"]
+    assert index.skipped["null_documents"] == 2
+    both = [text.encode() for text in documents]
+    assert sorted(texts_of(out, "train") + texts_of(out, "val")) == sorted(both)
+    assert sum(sum(each.histogram) for each in index.document_tokens.values()) == len(both)
+    for append in (True, False):
+        assert prepare.tokenize(found, out, options, workers=1, append=append).up_to_date
+
+
+def test_append_needs_the_old_files_as_they_were(finished: Path, make_parquet) -> None:
+    make_parquet(finished.parent / "a.parquet", ["changed"])
+    found = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
+    with pytest.raises(ForgeError, match="gone or changed"):
+        prepare.tokenize(found, finished, Options(val_fraction=0.2), workers=1, append=True)
 
 
 def test_an_unfinished_run_with_other_options_is_refused_and_named(

@@ -29,10 +29,10 @@ def read(path: Path, column: str = "text") -> list[str | None]:
     texts = []
     for each in sources.plan(source, column, 2**30, None):
         for part in each.parts:
-            for batch, _ in sources.read_texts(
+            for batch in sources.read_texts(
                 source.kind, source.local_path(part.file), part, column
             ):
-                texts += batch.to_pylist()
+                texts += batch.texts.to_pylist()
     return texts
 
 

@@ -42,8 +42,8 @@ def batches(source: sources.Source) -> Iterator[pa.LargeStringArray]:
     for each in sources.plan(source, "text", 2**40, None):
         for part in each.parts:
             path = source.local_path(part.file)
-            for texts, _ in sources.read_texts(source.kind, path, part, "text"):
-                yield texts
+            for batch in sources.read_texts(source.kind, path, part, "text"):
+                yield batch.texts
 
 
 def text_bytes(texts: pa.LargeStringArray) -> int:
@@ -78,7 +78,8 @@ def run_with_tiktoken(source: sources.Source, folder: Path) -> int:
     first = sources.plan(source, "text", TIKTOKEN_BYTES, None)[0]
     (folder / prepare.WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     paths = tuple(source.local_path(part.file) for part in first.parts)
-    made = prepare.tokenize_slice(Job(first, source.kind, paths, folder, Options(), None))
+    job = Job(first, source.kind, paths, ("",) * len(paths), folder, Options(), None)
+    made = prepare.tokenize_slice(job)
     return sum(shard.text_bytes for shard in made.shards)
 
 
