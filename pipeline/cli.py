@@ -186,7 +186,10 @@ def tokenize(
         click.echo(f"{low:,} documents below --min-score, or without a score, dropped.")
     for place in index.skipped.get("damaged", []):
         click.echo(f"Left out, damaged: {place}")
-    click.echo(f"Look:  forge-prep info {folder}\nTrain: forge-train gpt2 --data {folder} --check")
+    config = "gpt2" if tokens["val"] > 2**20 else "tiny"  # gpt2 validates on a million tokens
+    click.echo(
+        f"Look:  forge-prep info {folder}\nTrain: forge-train {config} --data {folder} --check"
+    )
 
 
 @main.command()

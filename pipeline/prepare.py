@@ -25,7 +25,7 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class Options:
     max_tokens: int | None = None  # of the train split; documents stay whole
     shard_tokens: int = 100_000_000  # about; sizes the slices
     min_score: float | None = None  # documents below it, or without a score, are dropped
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:  # NaN, too
+            raise ForgeError(f"--val-fraction must be from 0 to below 1, not {self.val_fraction}")
 
     def record(self) -> dict[str, Any]:
         rule = "val if xxh3_64(utf-8 text) < val_fraction * 2**64"
@@ -312,40 +316,41 @@ def tokenize(
         "options": options.record(),
         "tokenizer": tokenizer.describe(),
     }
-    if overwrite:
-        _clear(folder)
-    old: Index | None = None
-    if (folder / shards.INDEX_FILE).exists():
-        old = shards.load_index(folder)
-        if append:
-            source = _new_files(source, old, options)
-            plan["source"]["files"] = old.source["files"] + source.record()["files"]
-            plan["source"] |= {"name": old.source["name"]}
-        made = {"source": old.source, "options": old.options, "tokenizer": old.tokenizer}
-        _same_plan(plan, made, folder, append)
-        if not append or not source.files:
-            _tidy(folder, old)
-            return Outcome(old, up_to_date=True)
     started = time.perf_counter()
-    with _claim(folder, plan, old):
-        seed = SHUFFLE_SEED if options.max_tokens else None
-        slice_bytes = int(options.shard_tokens * sources.BYTES_PER_TOKEN)
+    with _hold(folder):
+        old: Index | None = None
+        if (folder / shards.INDEX_FILE).exists() and not overwrite:
+            old = shards.load_index(folder)
+            if append:
+                source = _new_files(source, old, options)
+                plan["source"]["files"] = old.source["files"] + source.record()["files"]
+                plan["source"] |= {"name": old.source["name"]}
+            made = {"source": old.source, "options": old.options, "tokenizer": old.tokenizer}
+            _same_plan(plan, made, folder, append)
+            if not append or not source.files:
+                _tidy(folder, old)
+                return Outcome(old, up_to_date=True)
         damaged: list[str] = []  # whole files; workers find the rest
         slices = sources.plan(
             source,
             options.text_column,
-            slice_bytes,
-            seed,
+            int(options.shard_tokens * sources.BYTES_PER_TOKEN),
+            SHUFFLE_SEED if options.max_tokens else None,
             options.min_score,
             (lambda error, name: damaged.append(f"{name}: {error.what}")) if skip_errors else None,
         )
-        first = 1 + max((shard.slice for shard in old.shards), default=-1) if old else 0
-        slices = [replace(each, number=each.number + first) for each in slices]
-        run = _Run(source, folder, options, slices, keep_downloads, skip_errors, on_progress)
-        _check_room(folder, run)
-        records = run.run(min(workers, len(slices)) or 1)
-        index = _commit(folder, plan, records, sorted(damaged), old)
-    shutil.rmtree(folder / WORK_FOLDER)
+        if (
+            overwrite
+        ):  # not before the source has been found to be good, as far as its metadata says
+            _clear(folder)
+        with _claim(folder, plan, old):
+            first = 1 + max((shard.slice for shard in old.shards), default=-1) if old else 0
+            slices = [replace(each, number=each.number + first) for each in slices]
+            run = _Run(source, folder, options, slices, keep_downloads, skip_errors, on_progress)
+            _check_room(folder, run)
+            records = run.run(min(workers, len(slices)) or 1)
+            index = _commit(folder, plan, records, sorted(damaged), old)
+        shutil.rmtree(folder / WORK_FOLDER)
     seconds = time.perf_counter() - started
     outcome = Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
     timing = {
@@ -361,8 +366,33 @@ def tokenize(
 
 
 @contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """Keep every other forge-prep out of `folder`, made if need be, while this one is at work."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ForgeError(
+            f"cannot make the folder: {error.strerror}", where=folder, fix="choose another --out"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ForgeError(
+            "another forge-prep is writing this folder", where=folder, fix="let it finish"
+        ) from None
+    finally:
+        os.close(descriptor)
+        if is_new:
+            with suppress(OSError):  # not empty: something came of it
+                folder.rmdir()
+
+
+@contextmanager
 def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> Iterator[None]:
-    """Hold `folder` for this run alone, with the plan and the vocabulary in it.
+    """Put the plan and the vocabulary into `folder`, if what lies there allows it.
 
     `old` is its index when shards are appended to a finished folder.
     """
@@ -376,23 +406,19 @@ def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> Iterator[No
                 where=folder,
                 fix="choose another --out (--overwrite removes shards only, nothing else)",
             )
-        work.mkdir(parents=True, exist_ok=True)
-        with (work / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ForgeError(
-                    "another forge-prep is writing this folder", where=folder, fix="let it finish"
-                ) from None
-            if plan_file.exists():
-                _same_plan(plan, json.loads(plan_file.read_bytes()), folder)
-            for leftover in [*folder.glob("*.partial"), *work.glob("*.partial")]:
-                leftover.unlink(missing_ok=True)
-            shards.write_whole(plan_file, (json.dumps(plan) + "\n").encode())
-            vocabulary = folder / shards.VOCABULARY_FILE
-            if not vocabulary.exists():
-                shards.write_whole(vocabulary, tokenizer.vocabulary())
-            yield
+        work.mkdir(exist_ok=True)
+        if plan_file.exists() and any(work.glob("[0-9]*.json")):
+            _same_plan(plan, json.loads(plan_file.read_bytes()), folder)
+        elif plan_file.exists() and old is None:  # nothing is finished yet: any plan may follow
+            _clear(folder)
+            work.mkdir()
+        for leftover in [*folder.glob("*.partial"), *work.glob("*.partial")]:
+            leftover.unlink(missing_ok=True)
+        shards.write_whole(plan_file, (json.dumps(plan) + "\n").encode())
+        vocabulary = folder / shards.VOCABULARY_FILE
+        if not vocabulary.exists():
+            shards.write_whole(vocabulary, tokenizer.vocabulary())
+        yield
     except OSError as error:
         raise ForgeError(
             f"cannot write: {error.strerror}",

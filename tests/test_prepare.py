@@ -1,5 +1,6 @@
 """Laws of the whole offline stage: the same bytes always, and no byte of text lost."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -371,12 +372,49 @@ def test_an_out_that_cannot_be_written_is_an_error(
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path: Path, make_parquet, make_shards) -> None:
-    work = tmp_path / "out" / prepare.WORK_FOLDER
-    work.mkdir(parents=True)
-    with (work / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ForgeError, match="another forge-prep"):
-            make_shards(make_parquet(tmp_path / "a.parquet", ["a"]), tmp_path / "out")
+    out = tmp_path / "out"
+    index = make_shards(make_parquet(tmp_path / "a.parquet", ["a"]), out)
+    with holding(out):
+        for overwrite in (False, True):
+            found = sources.resolve(str(tmp_path / "a.parquet"), None, "train", None)
+            with pytest.raises(ForgeError, match="another forge-prep"):
+                prepare.tokenize(found, out, Options(), workers=1, overwrite=overwrite)
+    assert shards.verify(index, 1, lambda count: None) == []
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+    os.close(descriptor)
+
+
+def test_overwrite_keeps_the_shards_until_the_new_source_is_known_to_be_good(
+    tmp_path: Path, make_parquet, make_shards
+) -> None:
+    out = tmp_path / "out"
+    index = make_shards(make_parquet(tmp_path / "a.parquet", ["a", "b"]), out)
+    other = make_parquet(tmp_path / "b.parquet", ["c"], column="body")
+    found = sources.resolve(str(other), None, "train", None)
+    with pytest.raises(ForgeError, match="no column 'text'"):
+        prepare.tokenize(found, out, Options(), workers=1, overwrite=True)
+    assert shards.load_index(out) == index
+    assert shards.verify(index, 1, lambda count: None) == []
+
+
+def test_a_first_run_that_failed_does_not_bind_the_second(
+    tmp_path: Path, make_parquet, make_shards
+) -> None:
+    """The error says to name the column, and then naming it works."""
+    source, out = make_parquet(tmp_path / "a.parquet", ["a"], column="body"), tmp_path / "out"
+    with pytest.raises(ForgeError, match="no column 'text'"):
+        make_shards(source, out)
+    assert not out.exists()
+    (tmp_path / "x.jsonl").write_text('{"body": "one"}\n{"body": 2}\n')
+    with pytest.raises(ForgeError, match="not a string"):
+        make_shards(tmp_path / "x.jsonl", out, text_column="body")
+    assert make_shards(source, out, text_column="body").total("num_documents") == 1
 
 
 # ---------------------------------------------------------------------------------------------
