@@ -149,7 +149,7 @@ def run_forge_prep(source: Path, out: Path, workers: int, shard_tokens: int) -> 
         for mark in MARKS:
             if finished >= mark * workers:
                 run.worker_mib.setdefault(mark, now)
-        time.sleep(0.01)
+        time.sleep(0.03)
     run.seconds = time.perf_counter() - started
     if process.returncode:
         sys.exit(process.returncode)
