@@ -362,12 +362,12 @@ def test_an_out_that_cannot_be_written_is_an_error(
 ) -> None:
     source = make_parquet(tmp_path / "a.parquet", ["a"])
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ForgeError, match="cannot (write|make the folder)"):
+    with pytest.raises(ForgeError, match=r"cannot (write|make the folder)"):
         make_shards(source, tmp_path / "file" / "out")
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     if not os.access(closed, os.W_OK):  # root may write anywhere
-        with pytest.raises(ForgeError, match="cannot (write|make the folder)"):
+        with pytest.raises(ForgeError, match=r"cannot (write|make the folder)"):
             make_shards(source, closed / "out")
 
 

@@ -1,6 +1,7 @@
 """forge-sample and forge-export on a run: same seed same text, and transformers agrees."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,25 @@ def test_an_export_is_the_same_model_to_transformers(run: Path, tmp_path: Path, 
     assert their_tokenizer("<|endoftext|>")["input_ids"] == [shards.EOT_TOKEN]
     card = (out / "README.md").read_text()
     assert "Trained from scratch on 2,048 tokens" in card
+
+
+def test_an_export_does_not_mind_half_a_metrics_line(run: Path, tmp_path: Path, forge) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "st')
+    assert forge("export", copy, tmp_path / "hf").exit_code == 0
+    (copy / "metrics.jsonl").unlink()
+    result = forge("export", copy, tmp_path / "other")
+    assert result.exit_code == 1
+    assert "the run folder is not whole" in result.output
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_settings_that_are_no_numbers_are_refused(run: Path, forge) -> None:
+    for option in ("--temperature", "--top-p"):
+        result = forge("sample", run, option, "nan")
+        assert result.exit_code in (1, 2)
+        assert isinstance(result.exception, SystemExit)
 
 
 def test_an_export_does_not_overwrite(run: Path, tmp_path: Path, forge) -> None:

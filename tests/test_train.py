@@ -244,6 +244,8 @@ BAD_INPUT = {
         ["--set=batch.tokens_per_step=64000000"],
         "batch.tokens_per_step asks for",
     ),
+    "a seed below zero": (["--set=seed=-1"], "seed must be from 0"),
+    "decay without end": (["--set=optimizer.weight_decay=nan"], "weight_decay must be"),
     "small vocabulary": (["--set=model.vocab_size=1000"], "the model 1,000"),
 }
 
@@ -273,6 +275,36 @@ def test_out_that_is_a_file_is_refused(small_shards: Path, tmp_path: Path, forge
         assert result.exit_code == 1
         assert "--out cannot be made" in result.output
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_rows_beyond_the_vocabulary_are_never_sampled(small_shards: Path, tmp_path: Path) -> None:
+    """A model with many more ids than GPT-2 has: its samples still decode."""
+    run = tmp_path / "run"
+    more = ["--set=model.vocab_size=65536", "--set=evaluate.sample_tokens=40"]
+    train_alone(small_shards, run, *more, "--set=schedule.max_steps=4")
+    assert metrics_of(run, "sample")[0]["text"]
+
+
+def test_a_complete_run_keeps_its_config(finished: Path, small_shards: Path) -> None:
+    before = (finished / "config.toml").read_bytes()
+    train_alone(small_shards, finished, "--resume", "--set=schedule.max_steps=4")
+    assert (finished / "config.toml").read_bytes() == before
+
+
+def test_two_trainers_do_not_write_one_run(
+    finished: Path, small_shards: Path, tmp_path: Path, forge
+) -> None:
+    import fcntl
+    import os
+
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    descriptor = os.open(run, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    arguments = ["--data", small_shards, "--out", run, "--resume", *QUICK]
+    result = forge("train", "tiny", *arguments, "--set=schedule.max_steps=12")
+    os.close(descriptor)
+    assert result.exit_code == 1
+    assert "another forge-train is writing it" in result.output
 
 
 def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> None:
