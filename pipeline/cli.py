@@ -132,7 +132,8 @@ def tokenize(
       forge-prep tokenize 'books/*.jsonl.zst' --out data_cache/books --text-column body
     """
     from pipeline import sources
-    from pipeline.prepare import Options, tokenize
+    from pipeline.prepare import tokenize
+    from pipeline.slices import Options
 
     resolved = sources.resolve(source, config, split, revision)
     folder = out or Path("data_cache") / default_name(source, config)

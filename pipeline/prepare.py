@@ -1,11 +1,10 @@
 """plan -> run slices in parallel -> commit -> index.
 
-Before: sources.py and tokenizer.py. After: shards.py on the disk, which trainer/windows.py maps.
+Before: slices.py, which makes one slice. After: shards.py on the disk, which the trainer maps.
 
-The plan is a pure function of the source's metadata and the options. Each slice of it is an
-independent task: a worker process reads, encodes and writes one train shard and one val piece, then
-a small record in `.work/`, last. A slice is finished when its record is there, so any number of
-workers and any number of kills give the same bytes. index.json is made of the records at the end.
+The plan is a pure function of the source's metadata and the options, and each slice of it is an
+independent task. So any number of workers and any number of kills give the same bytes. index.json
+is made at the end, of the records that finished slices leave in `.work/`.
 """
 
 import fcntl
@@ -14,100 +13,34 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Future,
-    ProcessPoolExecutor,
-    wait,
-)
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import xxhash
-
 from pipeline import shards, sources, tokenizer
 from pipeline.downloads import Downloads
 from pipeline.errors import ForgeError
-from pipeline.shards import DocumentLengths, Index, Shard, ShardWriter, Tokens
+from pipeline.shards import DocumentLengths, Index
+from pipeline.slices import (
+    WORK_FOLDER,
+    Job,
+    Options,
+    Record,
+    record_path,
+    shard_path,
+    start_worker,
+    tokenize_slice,
+)
 from pipeline.sources import Slice, Source
 
-WORK_FOLDER = ".work"
 TIMING_FILE = "timing.json"
 DOWNLOADS_FOLDER = "downloads"
 SHUFFLE_SEED = 1
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the bytes of the output, beside the source. All of it is recorded."""
-
-    text_column: str = "text"
-    val_fraction: float = 0.005
-    max_tokens: int | None = None  # of the train split; documents stay whole
-    shard_tokens: int = 100_000_000  # about; sizes the slices
-    min_score: float | None = None  # documents below it, or without a score, are dropped
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:  # NaN, too
-            raise ForgeError(f"--val-fraction must be from 0 to below 1, not {self.val_fraction}")
-
-    def record(self) -> dict[str, Any]:
-        rule = "val if xxh3_64(utf-8 text) < val_fraction * 2**64"
-        return {**asdict(self), "split_rule": rule}
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs to make one slice."""
-
-    slice: Slice
-    kind: str
-    paths: tuple[Path, ...]  # one a part
-    names: tuple[str, ...]  # what the source calls them
-    folder: Path
-    options: Options
-    limit: int | None  # train tokens after which to stop
-    skip_errors: bool = False  # leave out the row groups (or the rest of a file) that are damaged
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one finished slice says of itself, in `.work/000000.json`."""
-
-    slice: int
-    limit: int | None
-    shards: tuple[Shard, ...]
-    document_tokens: dict[str, DocumentLengths]
-    null_documents: int
-    empty_documents: int
-    low_score_documents: int
-    damaged: tuple[str, ...]  # places that were left out, and why
-
-    def num_tokens(self, split: str) -> int:
-        return sum(shard.num_tokens for shard in self.shards if shard.split == split)
-
-    def to_json(self) -> bytes:
-        return (json.dumps(asdict(self)) + "\n").encode()
-
-    @staticmethod
-    def from_json(data: bytes) -> "Record":
-        raw = json.loads(data)
-        raw["damaged"] = tuple(raw["damaged"])
-        raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
-        raw["document_tokens"] = {
-            split: DocumentLengths(each["min"], each["max"], tuple(each["histogram"]))
-            for split, each in raw["document_tokens"].items()
-        }
-        return Record(**raw)
 
 
 @dataclass(frozen=True)
@@ -128,168 +61,6 @@ class Outcome:
     seconds: float = 0.0
     new_bytes: int = 0
     new_tokens: int = 0
-
-
-# ---------------------------------------------------------------------------------------------
-# In the worker process: one slice
-
-_encoder: tokenizer.BulkEncoder
-_done_bytes: Any
-_done_tokens: Any
-
-
-def start_worker(vocabulary_file: Path, done_bytes: Any, done_tokens: Any) -> None:
-    global _encoder, _done_bytes, _done_tokens
-    _encoder = tokenizer.BulkEncoder(vocabulary_file)
-    _done_bytes, _done_tokens = done_bytes, done_tokens
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-class _Side:
-    """One split's share of a slice: its shard, opened at the first document, and its figures."""
-
-    def __init__(self, folder: Path, split: str, number: int) -> None:
-        self.split, self.number = split, number
-        self.path = shard_path(folder, split, number)
-        self.writer: ShardWriter | None = None
-        self.num_tokens = self.text_bytes = 0
-        self.lengths: list[np.ndarray] = []
-
-    def write(self, documents: list[Tokens], text_bytes: int) -> None:
-        if not documents:
-            return
-        self.writer = self.writer or ShardWriter(self.path)
-        eot = np.array([shards.EOT_TOKEN], np.uint16)
-        self.writer.write(np.concatenate([x for document in documents for x in (eot, document)]))
-        self.num_tokens = self.writer.num_tokens
-        self.text_bytes += text_bytes
-        self.lengths.append(np.array([len(document) for document in documents], np.int64))
-
-    def commit(self) -> tuple[list[Shard], DocumentLengths]:
-        if self.writer is None:  # no document fell on this side
-            self.path.unlink(missing_ok=True)
-            return [], DocumentLengths()
-        lengths = np.concatenate(self.lengths)
-        shard = Shard(
-            self.path.name,
-            self.split,
-            self.num_tokens,
-            len(lengths),
-            self.text_bytes,
-            self.writer.commit(),
-            self.number,
-        )
-        return [shard], DocumentLengths.of(lengths)
-
-
-def tokenize_slice(job: Job) -> Record:
-    """Make one slice: write its shards, then its record. Runs in a worker process."""
-    sides = {split: _Side(job.folder, split, job.slice.number) for split in shards.SPLITS}
-    num_nulls = num_empty = num_low_scores = 0
-    damaged: list[str] = []
-    try:
-        for texts, source_bytes, low_scores in _texts(job, damaged):
-            kept, nulls, empty = sources.drop_blank(texts)
-            num_nulls, num_empty = num_nulls + nulls, num_empty + empty
-            num_low_scores += low_scores
-            before = sides["train"].num_tokens + sides["val"].num_tokens
-            full = _write_documents(kept, sides, job)
-            with _done_bytes.get_lock():
-                _done_bytes.value += source_bytes
-                _done_tokens.value += sides["train"].num_tokens + sides["val"].num_tokens - before
-            if full:
-                break
-        committed = {split: side.commit() for split, side in sides.items()}
-        shards.sync_folder(job.folder)
-        record = Record(
-            job.slice.number,
-            job.limit,
-            tuple(shard for made, _ in committed.values() for shard in made),
-            {split: lengths for split, (_, lengths) in committed.items()},
-            num_nulls,
-            num_empty,
-            num_low_scores,
-            tuple(damaged),
-        )
-        shards.write_whole(_record_path(job.folder, job.slice.number), record.to_json())
-        return record
-    except OSError as error:
-        raise ForgeError(
-            f"cannot write: {error.strerror}",
-            where=error.filename or job.folder,
-            fix="make room (or give write permission) and run the same command again; "
-            "finished slices are kept",
-        ) from error
-    finally:
-        for side in sides.values():
-            if side.writer is not None:
-                side.writer.discard()
-
-
-def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
-    """The text of a slice; places that cannot be read go to `damaged` if the job skips errors."""
-    options = job.options
-    for part, path, name in zip(job.slice.parts, job.paths, job.names, strict=True):
-        groups = [part]
-        if job.skip_errors:
-            groups = [replace(part, start=g, stop=g + 1) for g in range(part.start, part.stop)]
-        for group in groups:
-            try:
-                yield from sources.read_texts(
-                    job.kind, path, group, options.text_column, options.min_score
-                )
-            except ForgeError as error:
-                if not job.skip_errors:
-                    raise
-                damaged.append(f"{error.where}: {error.what}".replace(str(path), name))
-
-
-def _write_documents(texts: pa.LargeStringArray, sides: dict[str, _Side], job: Job) -> bool:
-    """Encode n texts and write each to its side; True once the train side has job.limit tokens."""
-    if len(texts) == 0:
-        return False
-    tokens, bounds = _encoder.encode(texts)
-    _, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
-    text = memoryview(data)
-    threshold = int(job.options.val_fraction * 2**64)
-    chosen: dict[str, list[Tokens]] = {split: [] for split in shards.SPLITS}
-    text_bytes = dict.fromkeys(shards.SPLITS, 0)
-    train_tokens, full = sides["train"].num_tokens, False
-    for n in range(len(texts)):
-        hashed = xxhash.xxh3_64_intdigest(text[ends[n] : ends[n + 1]])
-        split = "val" if hashed < threshold else "train"
-        document = tokens[bounds[n] : bounds[n + 1]]
-        chosen[split].append(document)
-        text_bytes[split] += ends[n + 1] - ends[n]
-        if split == "train":
-            train_tokens += len(document) + 1
-            full = job.limit is not None and train_tokens >= job.limit
-            if full:
-                break
-    for split, side in sides.items():
-        side.write(chosen[split], text_bytes[split])
-    return full
-
-
-def shard_path(folder: Path, split: str, number: int) -> Path:
-    return folder / f"{split}_{number:06d}.bin"
-
-
-def _record_path(folder: Path, number: int) -> Path:
-    return folder / WORK_FOLDER / f"{number:06d}.json"
-
-
-# ---------------------------------------------------------------------------------------------
-# In the parent: the whole run
 
 
 def tokenize(
@@ -580,7 +351,7 @@ class _Run:
         self.counted_bytes = self.counted_tokens = 0
         self.total_bytes = sum(each.bytes for each in slices)
         for each in slices:
-            path = _record_path(folder, each.number)
+            path = record_path(folder, each.number)
             if path.exists():
                 self.records[each.number] = Record.from_json(path.read_bytes())
         self.by_number = {each.number: each for each in slices}
@@ -648,7 +419,7 @@ class _Run:
                 if record.limit != left:
                     self.last_limit = int(left)
                     del self.records[each.number]
-                    _record_path(self.folder, each.number).unlink()
+                    record_path(self.folder, each.number).unlink()
                     return False
                 return True
             train_tokens += record.num_tokens("train")

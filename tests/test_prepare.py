@@ -19,7 +19,7 @@ from conftest import HOSTILE
 
 from pipeline import prepare, shards, sources, tokenizer
 from pipeline.errors import ForgeError
-from pipeline.prepare import Options
+from pipeline.slices import Options
 
 
 @pytest.fixture

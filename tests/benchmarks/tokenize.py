@@ -30,8 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import prepare, shards, sources, tokenizer
-from pipeline.prepare import Job, Options
+from pipeline import shards, slices, sources, tokenizer
+from pipeline.slices import Job, Options
 
 ROOT = Path(__file__).parents[2]
 TIKTOKEN_BYTES = 30_000_000  # enough text for the slow rows
@@ -73,13 +73,13 @@ class TiktokenEncoder:
 def run_with_tiktoken(source: sources.Source, folder: Path) -> int:
     """One slice through prepare's own worker code, in this process."""
     context = multiprocessing.get_context("spawn")
-    prepare._encoder = TiktokenEncoder()  # type: ignore[assignment]
-    prepare._done_bytes, prepare._done_tokens = context.Value("q"), context.Value("q")
+    slices._encoder = TiktokenEncoder()  # type: ignore[assignment]
+    slices._done_bytes, slices._done_tokens = context.Value("q"), context.Value("q")
     first = sources.plan(source, "text", TIKTOKEN_BYTES, None)[0]
-    (folder / prepare.WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / slices.WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     paths = tuple(source.local_path(part.file) for part in first.parts)
     job = Job(first, source.kind, paths, ("",) * len(paths), folder, Options(), None)
-    made = prepare.tokenize_slice(job)
+    made = slices.tokenize_slice(job)
     return sum(shard.text_bytes for shard in made.shards)
 
 
