@@ -1,7 +1,7 @@
 # make demo   the whole program on text that Python carries: no download, under 4 minutes on 2 cores
 # make test   everything that CI runs
 # make check  formatting, lint, types
-# make bench  the benchmarks that run here
+# make bench  how fast text becomes shards; SOURCE=DIR names a folder of parquet files
 
 # A Python from 3.11 on that is installed; or name one: make demo PYTHON=python3.12
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3.14 python3 python,$(shell \
@@ -48,7 +48,7 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: .venv/ready
-	$(BIN)/python -m tests.benchmarks.tokenize
+	$(BIN)/python -m tests.benchmarks.tokenize $(if $(SOURCE),--source $(SOURCE))
 
 clean:
 	rm -rf .venv runs data_cache/python_docs data_cache/python_docs.jsonl

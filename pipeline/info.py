@@ -121,7 +121,7 @@ def render(index: Index) -> str:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
             lines.append(
-                f"  {name:14}{row['tokens'] / 1e9:>9.3f} B tokens {row['epochs']:>10.2f} epochs"
+                f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {row['epochs']:>10.2f} epochs"
             )
     return "\n".join(lines)
 

@@ -169,6 +169,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where shards go [default: a temporary folder]")
     parser.add_argument("--only-runs", action="store_true", help="leave out a, b, e and f")
     arguments = parser.parse_args()
+    if not any(arguments.source.glob("*.parquet")):
+        parser.error(
+            f"no .parquet files in {arguments.source}; name a folder of them with --source"
+        )
     with tempfile.TemporaryDirectory(dir=arguments.out) as name:
         folder = Path(name)
         for copy, path in itertools.product(
