@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -325,6 +326,15 @@ def _commit(
     return shards.load_index(folder)
 
 
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Run:
     """One run over the slices that have no record yet."""
 
@@ -368,8 +378,9 @@ class _Run:
         running: dict[Future[Record], int] = {}
         try:
             while not self._settled():
-                for job in self._next_jobs(set(running.values()), workers + 1 - len(running)):
-                    running[pool.submit(tokenize_slice, job)] = job.slice.number
+                with _deaf_to_ctrl_c():  # workers inherit it: the parent decides
+                    for job in self._next_jobs(set(running.values()), workers + 1 - len(running)):
+                        running[pool.submit(tokenize_slice, job)] = job.slice.number
                 if not running:
                     time.sleep(0.05)  # waiting for a download
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -380,6 +391,12 @@ class _Run:
                         self.downloads.release(self.by_number[number])
                 self.counted_bytes, self.counted_tokens = done_bytes.value, done_tokens.value
                 self._report()
+        except KeyboardInterrupt:
+            raise ForgeError(
+                "stopped by Ctrl-C",
+                where=self.folder,
+                fix="run the same command again to go on; finished slices are kept",
+            ) from None
         except BrokenProcessPool as error:
             raise ForgeError(
                 "a worker process was killed (by hand, or by the kernel for want of memory)",

@@ -9,7 +9,6 @@ last. A slice is finished when its record is there, so any number of kills gives
 import json
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -101,7 +100,6 @@ def start_worker(vocabulary_file: Path, done_bytes: Any, done_tokens: Any) -> No
     global _encoder, _done_bytes, _done_tokens
     _encoder = tokenizer.BulkEncoder(vocabulary_file)
     _done_bytes, _done_tokens = done_bytes, done_tokens
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

@@ -1,9 +1,12 @@
 """forge-prep as people and scripts meet it: exit codes, messages, JSON; never a traceback."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +228,31 @@ def test_index_refuses_what_is_no_token_file(forge, tmp_path: Path) -> None:
     result = forge("prep", "index", tmp_path)
     assert_error(result, "not a shard")
     assert not (tmp_path / shards.INDEX_FILE).exists()
+
+
+def test_ctrl_c_is_one_clear_message_and_the_next_run_goes_on(
+    tmp_path: Path, make_parquet, forge, documents
+) -> None:
+    source = make_parquet(tmp_path / "a.parquet", documents * 40, rows=100)
+    command = [sys.executable, "-m", "pipeline.cli", "tokenize", str(source)]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "out" / "r50k_base.tiktoken").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the workers as well
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "stopped by Ctrl-C" in output
+    assert "Traceback" not in output
+    result = forge("prep", "tokenize", source, "--out", tmp_path / "out", "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert forge("prep", "verify", tmp_path / "out").exit_code == 0
