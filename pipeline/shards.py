@@ -318,6 +318,12 @@ def load_index(folder: Path) -> Index:
             )
             for split, figures in raw["splits"].items()
         }
+        for section, key in (
+            ("tokenizer", "vocab_size"),
+            ("tokenizer", "sha256"),
+            ("source", "name"),
+        ):
+            raw[section][key]  # what others rely on
         return Index(
             folder=folder,
             tokenizer=raw["tokenizer"],

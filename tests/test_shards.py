@@ -1,5 +1,6 @@
 """Laws of the format."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -123,6 +124,9 @@ def test_a_folder_without_index_is_not_finished(copy: Path) -> None:
 
 
 def test_a_damaged_index_is_an_error_not_a_traceback(copy: Path) -> None:
-    (copy / "index.json").write_text('{"format": "llm-forge shards"')
-    with pytest.raises(ForgeError, match="damaged"):
-        shards.load_index(copy)
+    whole = json.loads((copy / "index.json").read_text())
+    without = [json.dumps(whole | {section: {}}) for section in ("tokenizer", "source")]
+    for text in ('{"format": "llm-forge shards"', *without):
+        (copy / "index.json").write_text(text)
+        with pytest.raises(ForgeError, match="damaged"):
+            shards.load_index(copy)
