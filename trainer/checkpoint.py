@@ -4,7 +4,7 @@ Before: loop.py. After: a later loop.py (--resume) and sampler/.
 
     RUN/checkpoints/step_00001000/
         model.safetensors       weights, float32, by transformers' GPT-2 names
-        optimizer.safetensors   AdamW's moments and step count, `exp_avg.NAME` and so on
+        optimizer.safetensors   optimizer.py's state: AdamW's moments, `exp_avg.NAME` and so on
         state.json              step, tokens, seconds, and a checksum (xxh3_64) of both files
 
 A checkpoint is written as NAME.partial and renamed, so one that is there is whole; it is checked on
@@ -17,7 +17,6 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -54,8 +53,8 @@ def steps(run: Path) -> list[int]:
 
 def save(
     run: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
     step: int,
     tokens: int,
     seconds: float,
@@ -70,8 +69,8 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_tensors(_weights(model), partial / MODEL_FILE)
-        save_tensors(_moments(model, optimizer), partial / OPTIMIZER_FILE)
+        save_tensors(weights, partial / MODEL_FILE)
+        save_tensors(optimizer, partial / OPTIMIZER_FILE)
         sums = {name: _checksum(partial / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
         state = State(step, tokens, seconds, sums)
         with (partial / STATE_FILE).open("w") as file:
@@ -117,51 +116,27 @@ def load_state(run: Path, step: int) -> State:
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Fill `model` from a model.safetensors; ForgeError when names or shapes differ."""
+    wanted = {name: parameter.data for name, parameter in model.named_parameters()}
+    tensors = load_tensors(path, wanted)
+    for name, weight in wanted.items():
+        weight.copy_(tensors[name])
+
+
+def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ForgeError unless names and shapes are those wanted."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ForgeError(f"cannot read weights: {error}", where=path) from error
-    wanted = _weights(model)
+        raise ForgeError(f"cannot read tensors: {error}", where=path) from error
     differing = {k for k in {*tensors, *wanted} if k not in tensors or k not in wanted}
     differing |= {k for k in {*tensors} & {*wanted} if tensors[k].shape != wanted[k].shape}
     if differing:
         raise ForgeError(
-            f"the weights are of another model; differing: {', '.join(sorted(differing)[:5])}",
+            f"the checkpoint is of another model; differing: {', '.join(sorted(differing)[:5])}",
             where=path,
             fix="use the config that the run was made with",
         )
-    with torch.no_grad():
-        for name, weight in wanted.items():
-            weight.copy_(tensors[name])
-
-
-def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill the optimizer's moments from an optimizer.safetensors."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ForgeError(f"cannot read the optimizer's state: {error}", where=path) from error
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        saved.setdefault(name, {})[kind] = tensor
-    state = optimizer.state_dict()
-    in_order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    state["state"] = {number: saved[name] for number, name in enumerate(in_order)}
-    optimizer.load_state_dict(state)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.data for name, parameter in model.named_parameters()}
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{kind}.{name}": value
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state[parameter].items()
-    }
+    return tensors
 
 
 def _checksum(path: Path) -> str:

@@ -104,7 +104,9 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 1337
     compile: Literal["auto", "full", "block", "off"] = "auto"  # auto: full on a GPU, off on a CPU
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where it is native
+    # Of the weights that the model computes with; auto: bfloat16, or float16 on GPUs before Ampere,
+    # or float32 on a CPU. Masters, moments and sums are float32 whatever it is.
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     reduce_precision: Literal["bfloat16", "float32"] = "float32"  # gradients between GPUs
 
     def windows_per_step(self) -> int:

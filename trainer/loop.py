@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline import shards
 from pipeline.errors import ForgeError
@@ -27,7 +26,7 @@ from trainer import checkpoint, memory
 from trainer.config import Config
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
 from trainer.model import GPT2
-from trainer.optimizer import learning_rate, make_optimizer, update
+from trainer.optimizer import Optimizer, learning_rate
 from trainer.ranks import Ranks, process_group, sum_over_ranks
 from trainer.run import Data, make_folder, open_data, open_run, write_readme
 from trainer.windows import MicroBatch, prefetch, to_device, windows_at
@@ -77,13 +76,12 @@ class StepResult:
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.AdamW,
+    model: GPT2,
+    optimizer: Optimizer,
     batches: Iterator[MicroBatch],
     accumulation_steps: int,
+    tokens_per_step: int,
     lr: float,
-    max_norm: float,
-    autocast: Any,
     ranks: Ranks,
     stop: StopSignal,
 ) -> Tensor:
@@ -92,31 +90,23 @@ def train_step(
     Returns [mean loss over the global batch, number of ranks that want to stop, gradient norm
     before clipping], on the device. A non-finite loss or norm leaves the weights as they were.
     """
-    inputs, targets = next(batches)
-    total = torch.zeros((), device=inputs.device)
-    for micro_step in range(accumulation_steps):
-        is_last = micro_step + 1 == accumulation_steps
-        sync = not isinstance(model, DistributedDataParallel) or is_last
-        with contextlib.nullcontext() if sync else model.no_sync():  # type: ignore[operator]
-            with autocast:
-                loss = model(inputs, targets)
-            (loss / accumulation_steps).backward()
+    total = torch.zeros((), device=optimizer.device)
+    for _ in range(accumulation_steps):
+        inputs, targets = next(batches)
+        loss = model(inputs, targets)
+        (loss * optimizer.loss_scale).backward()
+        optimizer.collect()
         total += loss.detach()
-        if not is_last:
-            inputs, targets = next(batches)
-    # DDP has averaged the gradients over the ranks by now: the norm is that of the global batch.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    mean = total / (accumulation_steps * ranks.world_size)
-    wants_stop = torch.full_like(mean, float(bool(stop.name)))
-    loss_and_stop = sum_over_ranks(torch.stack([mean, wants_stop]), ranks)
-    update(optimizer, lr, torch.isfinite(loss_and_stop[0]) & torch.isfinite(norm))
-    optimizer.zero_grad(set_to_none=True)
-    return torch.cat([loss_and_stop, norm.reshape(1)])
+    optimizer.reduce(ranks)
+    wants_stop = torch.full_like(total, float(bool(stop.name)))
+    sums = sum_over_ranks(torch.stack([total / tokens_per_step, wants_stop]), ranks)
+    norm = optimizer.update(lr, tokens_per_step, torch.isfinite(sums[0]))
+    return torch.cat([sums, norm.reshape(1)])
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Data, config: Config, micro_batch_size: int, autocast: Any, ranks: Ranks
+    model: GPT2, data: Data, config: Config, micro_batch_size: int, ranks: Ranks
 ) -> tuple[float, float]:
     """Validation loss over the config's fixed tokens: (nats a token, bits a byte of text).
 
@@ -136,9 +126,7 @@ def evaluate(
         if missing:
             inputs = torch.cat([inputs, inputs.new_zeros(missing, length)])
             targets = torch.cat([targets, targets.new_full((missing, length), -100)])
-        with autocast:
-            loss = model(inputs, targets)
-        sums[0] += loss.double() * (len(batch) * length)
+        sums[0] += model(inputs, targets)
         sums[1] += token_bytes[targets[: len(batch)]].sum()
     nats, num_bytes = sum_over_ranks(sums, ranks).tolist()
     return nats / (count * length), nats / math.log(2) / num_bytes
@@ -178,7 +166,8 @@ def train(config: Config, name: str, data_folder: Path, run: Path, resume: bool)
     try:
         with process_group(ranks, device):
             plan = memory.plan_step(config, ranks, device)
-            Trainer(config, name, data, run, ranks, device, plan).train(last)
+            with attention_backends(device):
+                Trainer(config, name, data, run, ranks, device, plan).train(last)
     except torch.OutOfMemoryError as error:
         raise ForgeError(
             f"out of GPU memory with a micro-batch of {plan.micro_batch_size}",
@@ -201,22 +190,12 @@ class Trainer:
     ) -> None:
         self.config, self.name, self.data, self.run = config, name, data, run
         self.ranks, self.device, self.plan = ranks, device, plan
-        self.autocast = autocast_for(config, device)
         torch.set_float32_matmul_precision("high")
-        self.raw = GPT2(config.model)
-        self.raw.init_weights(config.seed)
-        self.raw.to(device)
-        self.optimizer = make_optimizer(self.raw, config)
-        compile_model(self.raw, config, device)
-        self.model: nn.Module = self.raw
-        if ranks.world_size > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self.model = DistributedDataParallel(
-                self.raw, device_ids=ids, gradient_as_bucket_view=True
-            )
-            # Half the traffic, for cards that have no P2P.
-            if config.reduce_precision == "bfloat16" and device.type == "cuda":
-                self.model.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        self.model = GPT2(config.model)
+        self.model.init_weights(config.seed)
+        self.model.to(device)
+        self.optimizer = Optimizer(self.model, config)
+        compile_model(self.model, config, device)
         self.hardware = hardware(device, ranks.world_size)
         self.peak = peak_flops(device)
         self.step = 0
@@ -289,9 +268,8 @@ class Trainer:
                 self.optimizer,
                 batches,
                 self.plan.accumulation_steps,
+                self.config.batch.tokens_per_step,
                 lr,
-                self.config.optimizer.max_norm,
-                self.autocast,
                 self.ranks,
                 stop,
             )
@@ -364,12 +342,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         loss, bits = evaluate(
-            self.raw,
-            self.data,
-            self.config,
-            self.plan.micro_batch_size,
-            self.autocast,
-            self.ranks,
+            self.model, self.data, self.config, self.plan.micro_batch_size, self.ranks
         )
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         self.log("evaluate", loss=loss, bits_per_byte=bits, peak_memory_bytes=peak)
@@ -378,10 +351,9 @@ class Trainer:
             f"bits per byte {bits:.4f}"
         )
         if self.ranks.is_first and self.config.evaluate.sample_tokens and self.step:
-            with self.autocast:
-                text = sample_text(
-                    self.raw, self.data.vocabulary, self.config.evaluate.sample_tokens, self.step
-                )
+            text = sample_text(
+                self.model, self.data.vocabulary, self.config.evaluate.sample_tokens, self.step
+            )
             self.log("sample", text=text)
             self.say("  | " + text.strip().replace("\n", "\n  | "))
         write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
@@ -391,8 +363,11 @@ class Trainer:
     def resume(self, step: int) -> None:
         state = checkpoint.load_state(self.run, step)
         path = checkpoint.checkpoint_path(self.run, step)
-        checkpoint.load_weights(path / checkpoint.MODEL_FILE, self.raw)
-        checkpoint.load_optimizer(path / checkpoint.OPTIMIZER_FILE, self.raw, self.optimizer)
+        files = (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE)
+        wanted = (self.optimizer.views(self.optimizer.masters), self.optimizer.state())
+        self.optimizer.restore(
+            *(checkpoint.load_tensors(path / f, w) for f, w in zip(files, wanted, strict=True))
+        )
         self.step, self.seconds_before = state.step, state.seconds
         self.say(f"Resuming from step {step}.")
 
@@ -404,8 +379,8 @@ class Trainer:
             try:
                 checkpoint.save(
                     self.run,
-                    self.raw,
-                    self.optimizer,
+                    self.optimizer.views(self.optimizer.masters),
+                    self.optimizer.state(),
                     self.step,
                     self.tokens,
                     self.seconds,
@@ -441,11 +416,12 @@ class Trainer:
         )
 
 
-def autocast_for(config: Config, device: torch.device) -> Any:
-    """bfloat16 autocast where the device has it natively, else nothing."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    wanted = config.precision == "bfloat16" or (config.precision == "auto" and native)
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted, cache_enabled=True)
+def attention_backends(device: torch.device) -> Any:
+    """The fastest attention first: cuDNN's from Hopper on, FlashAttention-2 before."""
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        order.insert(0, SDPBackend.CUDNN_ATTENTION)
+    return sdpa_kernel(order, set_priority=True)
 
 
 def compile_model(model: GPT2, config: Config, device: torch.device) -> None:
@@ -455,8 +431,6 @@ def compile_model(model: GPT2, config: Config, device: torch.device) -> None:
         how = "full" if device.type == "cuda" else "off"
     if how == "full":
         model.trunk = torch.compile(model.hidden, dynamic=False)
-        model.softmax_gradient = torch.compile(model.softmax_gradient, dynamic=False)
     elif how == "block":
         for block in model.h:
             block.compile(dynamic=False)
-        model.softmax_gradient = torch.compile(model.softmax_gradient, dynamic=False)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pipeline.errors import ForgeError
 from trainer.config import Config
-from trainer.model import HEAD_CHUNK
+from trainer.cross_entropy import HEAD_CHUNK
 from trainer.ranks import Ranks
 
 # Bytes a parameter: float32 weight, gradient and two AdamW moments, and autocast's bfloat16 copy.

@@ -10,17 +10,14 @@ Dimensions: B batch, T time, C embedding, H heads, D = C / H, V vocabulary.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import ModelConfig
-
-# Tokens whose logits exist at one time: a CPU wants them in its cache, a GPU enough work.
-HEAD_CHUNK = {"cpu": 64, "cuda": 8192}
-HEAD_MULTIPLE = 128  # rows to which a GPU's head is padded: 50257 is no size for tensor cores
+from trainer.cross_entropy import HeadLoss
 
 
 class Cache(Protocol):
@@ -86,9 +83,7 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.context_length, config.embedding_size)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.embedding_size, bias=config.bias)
-        # What training runs; loop.py may put compiled ones here.
-        self.trunk = self.hidden
-        self.softmax_gradient = softmax_gradient
+        self.trunk = self.hidden  # what training runs; loop.py may put a compiled one here
 
     def init_weights(self, seed: int) -> None:
         """GPT-2's initialization, the same on every rank and device.
@@ -127,86 +122,12 @@ class GPT2(nn.Module):
         return F.linear(x, self.wte.weight)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss in nats per token, over targets (B, T) that are not -100."""
+        """Sum of the losses in nats, over targets (B, T) that are not -100.
+
+        A sum, so that nothing is rounded on the way back: the optimizer divides, in float32.
+        """
         x = self.trunk(tokens).flatten(0, 1)
         loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
-            x, self.wte.weight, targets.flatten(), self.softmax_gradient
+            x, self.wte.weight, targets.flatten()
         )
         return loss
-
-
-class HeadLoss(torch.autograd.Function):
-    """Head and cross-entropy in one, a chunk of tokens at a time: x (N, C), weight (V, C) -> loss.
-
-    The logits of all tokens would be the largest array of a step by far. Here each chunk's logits
-    are overwritten with their gradient, softmax - one-hot, and used up at once, so that forward
-    leaves only the gradients of x and weight, and backward has no more to do than to scale them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softmax_gradient: Any
-    ) -> Tensor:
-        kind, num_tokens = x.device.type, len(x)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        wants_gradient = any(ctx.needs_input_grad)
-        with torch.autocast(kind, enabled=False):
-            size = len(weight)
-            w = weight.to(dtype)
-            if kind == "cuda":
-                w = F.pad(w, (0, 0, 0, -size % HEAD_MULTIPLE))
-            num_targets = (targets != -100).sum()
-            loss = torch.zeros((), device=x.device)
-            if wants_gradient:
-                dx = torch.empty(x.shape, dtype=dtype, device=x.device)
-                dw = torch.zeros(w.shape, dtype=weight.dtype, device=x.device)
-            for start in range(0, num_tokens, HEAD_CHUNK[kind]):
-                part = slice(start, start + HEAD_CHUNK[kind])
-                xs = x[part].to(dtype)
-                logits = xs @ w.T  # (chunk, V and its padding)
-                right = targets[part].clamp(min=0).unsqueeze(1)  # (chunk, 1)
-                counts = (targets[part] != -100).unsqueeze(1)
-                loss += softmax_gradient(logits[:, :size], right, counts)
-                if wants_gradient:
-                    torch.mm(logits, w, out=dx[part])
-                    if dtype == dw.dtype:
-                        dw.addmm_(logits.T, xs)
-                    else:  # products in bfloat16, their sum over the chunks in float32
-                        dw += logits.T @ xs
-            if wants_gradient:
-                ctx.save_for_backward(dx, dw[:size], num_targets)
-                ctx.dtype = x.dtype
-            return loss / num_targets
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dx, dw, num_targets = ctx.saved_tensors
-        scale = gradients[0] / num_targets
-        return dx.to(ctx.dtype) * scale, dw * scale, None, None
-
-
-def softmax_gradient(logits: Tensor, right: Tensor, counts: Tensor) -> Tensor:
-    """Sum of the losses of n tokens; `logits` (n, V) become softmax - one-hot, in place.
-
-    `right` (n, 1) are the targets; rows where `counts` (n, 1) is false count for nothing.
-    """
-    if logits.dtype == torch.float32 and not logits.is_cuda:
-        return _softmax_gradient_in_cache(logits, right, counts)
-    # For the compiler: one pass for the sums and one for the gradient.
-    wide = logits.float()
-    log_total = wide.logsumexp(1, keepdim=True)
-    score = wide.gather(1, right)
-    is_right = torch.arange(logits.shape[1], device=logits.device) == right
-    logits.copy_((torch.exp(wide - log_total) - is_right.float()) * counts)
-    return ((log_total - score) * counts).sum()
-
-
-def _softmax_gradient_in_cache(logits: Tensor, right: Tensor, counts: Tensor) -> Tensor:
-    """The same without a second array of that size, for a CPU's cache."""
-    logits -= logits.amax(1, keepdim=True)
-    score = logits.gather(1, right)
-    logits.exp_()
-    total = logits.sum(1, keepdim=True)
-    logits *= counts / total
-    logits.scatter_add_(1, right, -counts.to(logits.dtype))
-    return ((total.log() - score) * counts).sum()

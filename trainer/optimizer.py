@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer, the learning-rate schedule.
+"""AdamW over flat float32 masters, and the model's own weights in the precision that it runs in.
 
 Before: model.py's parameters and their gradients. After: loop.py's update.
 """
@@ -6,24 +6,162 @@ Before: model.py's parameters and their gradients. After: loop.py's update.
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import Config
+from trainer.ranks import Ranks
+
+ALIGNMENT = 64  # numbers: each weight starts at a multiple, as matrix units and vector loads want
+LOSS_SCALE_STEPS = 2000  # sound steps after which a float16 run doubles its loss scale
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019), with weight decay on matrices only.
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Precision of the weights that the model computes with."""
+    if config.precision != "auto":
+        dtype: torch.dtype = getattr(torch, config.precision)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
-    Biases, LayerNorm gains and whatever else has fewer than two dimensions are not decayed.
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only.
+
+    Weights in float32 ("masters"), gradients and both moments are one array each, in one order:
+    matrices, then vectors (biases and LayerNorm gains, which are not decayed). The model computes
+    with a copy of the masters in its own precision (Micikevicius et al. 2018, "Mixed Precision
+    Training"), or with the masters themselves where that is float32.
     """
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    options = config.optimizer
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.peak_lr, betas=options.betas, eps=1e-8, fused=True)
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        named = sorted(model.named_parameters(), key=lambda item: item[1].ndim < 2)
+        self.parameters = dict(named)
+        self.device = named[0][1].device
+        dtype = compute_dtype(config, self.device)
+        self.reduce_dtype = getattr(torch, config.reduce_precision)
+        starts, end, matrices_end = [], 0, 0
+        for _, parameter in named:
+            starts.append(end)
+            end += math.ceil(parameter.numel() / ALIGNMENT) * ALIGNMENT
+            matrices_end = end if parameter.ndim >= 2 else matrices_end
+        self._starts = dict(zip(self.parameters, starts, strict=True))
+        self.masters = torch.zeros(end, device=self.device)
+        self.gradients = torch.zeros_like(self.masters)
+        self.gradient_views = list(self.views(self.gradients).values())
+        for name, view in self.views(self.masters).items():
+            view.copy_(self.parameters[name].data)
+        is_master = dtype == torch.float32
+        self.weights = self.masters if is_master else self.masters.to(dtype)
+        for name, view in self.views(self.weights).items():
+            self.parameters[name].data = view
+        if is_master:  # backward adds to them by itself
+            for parameter, view in zip(self.parameters.values(), self.gradient_views, strict=True):
+                parameter.grad = view
+        options = config.optimizer
+        self.max_norm = options.max_norm
+        self.moments = {
+            "exp_avg": torch.zeros_like(self.masters),
+            "exp_avg_sq": torch.zeros_like(self.masters),
+        }
+        parts = [slice(0, matrices_end), slice(matrices_end, end)]
+        flats = [nn.Parameter(self.masters[part]) for part in parts]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [flats[0]], "weight_decay": options.weight_decay},
+                {"params": [flats[1]], "weight_decay": 0.0},
+            ],
+            lr=options.peak_lr,
+            betas=options.betas,
+            eps=1e-8,
+            fused=True,
+        )
+        for flat, part in zip(flats, parts, strict=True):
+            flat.grad = self.gradients[part]
+            moments = {kind: moment[part] for kind, moment in self.moments.items()}
+            self.adamw.state[flat] = {"step": torch.zeros((), device=self.device), **moments}
+        # float16 has little room for small and large gradients: a scale that finds itself helps.
+        self.scales = dtype == torch.float16
+        self.loss_scale = torch.ones((), device=self.device)
+        self.sound_steps = torch.zeros((), device=self.device)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parts of a flat array by the names and in the shapes of the model's parameters."""
+        return {
+            name: flat[self._starts[name] :][: parameter.numel()].view(parameter.shape)
+            for name, parameter in self.parameters.items()
+        }
+
+    def collect(self) -> None:
+        """Add what backward left in the parameters to the gradients of the step."""
+        if self.weights is self.masters:
+            return
+        for parameter, view in zip(self.parameters.values(), self.gradient_views, strict=True):
+            view.add_(parameter.grad)  # type: ignore[arg-type]
+            parameter.grad = None
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add the gradients up over all ranks; on the way they are in reduce_precision."""
+        if ranks.world_size == 1:
+            return
+        sent = self.gradients.to(self.reduce_dtype)  # the very same array for float32
+        dist.all_reduce(sent)
+        if sent is not self.gradients:
+            self.gradients.copy_(sent)
+
+    def update(self, lr: float, num_tokens: int, is_sound: Tensor) -> Tensor:
+        """One AdamW update with the gradient's mean over `num_tokens`; returns its norm.
+
+        The gradient is clipped to max_norm. Where `is_sound` (a bool on the device) is false or
+        the norm is not finite, everything stays as it was. The fused kernel divides by the scale
+        and skips by itself, as for GradScaler, so nothing waits for the GPU.
+        """
+        divisor = self.loss_scale * num_tokens
+        norm: Tensor = torch.linalg.vector_norm(self.gradients) / divisor
+        is_sound = is_sound & torch.isfinite(norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        clipped = (norm / self.max_norm).clamp(min=1.0)
+        self.adamw.grad_scale = divisor * clipped  # type: ignore[attr-defined]
+        self.adamw.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
+        self.adamw.step()
+        if self.weights is not self.masters:
+            self.weights.copy_(self.masters)
+        self.gradients.zero_()
+        if self.scales:
+            self.sound_steps.add_(1).mul_(is_sound)
+            doubles = self.sound_steps == LOSS_SCALE_STEPS
+            self.sound_steps.mul_(~doubles)
+            self.loss_scale.mul_(torch.where(is_sound, 1.0 + doubles.float(), 0.5))
+        return norm
+
+    # -- what a checkpoint holds
+
+    def state(self) -> dict[str, Tensor]:
+        """The very tensors that a checkpoint needs beside the masters: copy into them to restore.
+
+        Moments are `exp_avg.NAME` and `exp_avg_sq.NAME`; all else is a single number.
+        """
+        tensors = {
+            f"{kind}.{name}": view
+            for kind, flat in self.moments.items()
+            for name, view in self.views(flat).items()
+        }
+        counts = [state["step"] for state in self.adamw.state.values()]
+        tensors |= {f"step.{number}": count for number, count in enumerate(counts)}
+        return tensors | {"loss_scale": self.loss_scale, "sound_steps": self.sound_steps}
+
+    def restore(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Take up masters (float32, by name) and what state() gave, and go on from there."""
+        with torch.no_grad():
+            for name, master in self.views(self.masters).items():
+                master.copy_(weights[name])
+            for name, tensor in self.state().items():
+                tensor.copy_(state[name])
+            if self.weights is not self.masters:
+                self.weights.copy_(self.masters)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -39,15 +177,3 @@ def learning_rate(step: int, config: Config) -> float:
     progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (schedule.final_lr_fraction + (1 - schedule.final_lr_fraction) * cosine)
-
-
-def update(optimizer: torch.optim.AdamW, lr: float, is_sound: Tensor) -> None:
-    """One AdamW update, or none at all where `is_sound` (a bool on the device) is false.
-
-    The fused kernel reads `found_inf` itself, as for GradScaler, so nothing waits for the GPU.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
-    optimizer.step()

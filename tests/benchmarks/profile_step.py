@@ -54,7 +54,11 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int) -> None
     ranks = Ranks.from_environment()
     device = ranks.device()
     opened = open_data(chosen, data)
-    with process_group(ranks, device), tempfile.TemporaryDirectory() as folder:
+    with (
+        process_group(ranks, device),
+        loop.attention_backends(device),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         plan = memory.plan_step(chosen, ranks, device)
         trainer = loop.Trainer(chosen, config, opened, Path(folder), ranks, device, plan)
         windows = (chosen.windows_per_step(), plan.micro_batch_size)
@@ -67,9 +71,8 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int) -> None
                     trainer.optimizer,
                     batches,
                     plan.accumulation_steps,
+                    chosen.batch.tokens_per_step,
                     1e-4,
-                    chosen.optimizer.max_norm,
-                    trainer.autocast,
                     ranks,
                     loop.StopSignal(),
                 )
