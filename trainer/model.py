@@ -57,8 +57,16 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * size, size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        out: Tensor = self.c_proj(gelu(self.c_fc(x)))
         return out
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation (Hendrycks and Gimpel 2016), as GPT-2 has it."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # The same function: (1 + tanh u) / 2 = sigmoid(2u). A GPU takes far fewer instructions for it.
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class Block(nn.Module):

@@ -25,6 +25,7 @@ KINDS = {
     "attention": ("flash", "fmha", "sdpa", "cudnn_generated"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
     "optimizer": ("adam", "multi_tensor"),
+    "cross-entropy": ("softmax_gradient",),
     "copies": ("memcpy", "memset"),
 }
 Intervals = list[tuple[float, float]]
@@ -49,7 +50,8 @@ def length(intervals: Intervals) -> float:
 @click.option("--data", required=True, type=click.Path(path_type=Path))
 @click.option("--set", "settings", multiple=True)
 @click.option("--steps", default=3, show_default=True)
-def main(config: str, data: Path, settings: tuple[str, ...], steps: int) -> None:
+@click.option("--kernels", default=0, help="Also print the N kernels that take longest.")
+def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels: int) -> None:
     chosen = configs.load(config, ("evaluate.num_tokens=65536", *settings))
     ranks = Ranks.from_environment()
     device = ranks.device()
@@ -87,10 +89,12 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int) -> None
     if not ranks.is_first:
         return
     by_kind: dict[str, Intervals] = {}
+    by_name: dict[str, list[float]] = {}
     for event in profiler.events():
         if event.device_type == DeviceType.CUDA:
             name = event.name.lower()
             kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other")
+            by_name.setdefault(event.name, []).append(event.time_range.elapsed_us())
             by_kind.setdefault(kind, []).append((event.time_range.start, event.time_range.end))
     everything = [interval for intervals in by_kind.values() for interval in intervals]
     total = max(end for _, end in everything) - min(start for start, _ in everything)
@@ -100,10 +104,17 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int) -> None
     click.echo(f"{config}, micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}:")
     for kind, intervals in sorted(by_kind.items(), key=lambda item: -length(item[1])):
         click.echo(f"  {kind:24}{length(intervals) / steps / 1e3:>10.2f} ms a step")
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    for name, times in longest[:kernels]:
+        click.echo(
+            f"    {sum(times) / steps / 1e3:>9.2f} ms in {len(times) / steps:>6.0f}  {name[:110]}"
+        )
     exposed = length(everything) - length(compute)
     click.echo(f"  {'exposed communication':24}{exposed / steps / 1e3:>10.2f} ms a step")
     click.echo(f"  {'idle':24}{(total - length(everything)) / steps / 1e3:>10.2f} ms a step")
     click.echo(f"  {'a step':24}{total / steps / 1e3:>10.2f} ms")
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    click.echo(f"  peak {peak:.2f} GiB, estimated {plan.estimated_bytes / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":
