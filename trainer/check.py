@@ -5,9 +5,12 @@ Before: config.py, memory.py and the folder of shards. After: a person.
 
 from pathlib import Path
 
-from trainer import memory
+import torch
+
+from trainer import card, memory
 from trainer.config import Config
 from trainer.metrics import amount, hardware
+from trainer.optimizer import compute_dtype
 from trainer.ranks import Ranks
 from trainer.run import open_data
 
@@ -32,10 +35,26 @@ def report(config: Config, name: str, folder: Path) -> str:
         f"compute       {model.flops_per_token() / 1e6:,.1f} MFLOP a token, "
         f"{model.flops_per_token() * config.num_tokens():.3g} FLOP in all",
         f"here          {hardware(device, ranks.world_size)}: micro-batch {plan.micro_batch_size} "
-        f"x {plan.accumulation_steps} accumulation steps x {ranks.world_size} ranks",
+        f"x {plan.accumulation_steps} accumulation steps x {ranks.world_size} ranks"
+        + (f", about {plan.estimated_bytes / 2**30:.1f} GiB" if device.type == "cuda" else ""),
+        f"speed         {speed(config, device, ranks)}",
         f"on 2x {CARD_GIB} GiB  {two_cards(config)}",
     ]
     return "\n".join(lines)
+
+
+def speed(config: Config, device: torch.device, ranks: Ranks) -> str:
+    """Tokens/s and hours, predicted from a second's measurement of the card."""
+    measured = card.measure(device, compute_dtype(config, device))
+    if measured is None:
+        return "predicted for GPUs only; a few steps show a CPU's"
+    each = measured.tokens_per_second(config.model)
+    share = each * config.model.flops_per_token() / measured.matmul_flops
+    hours = config.num_tokens() / (each * ranks.world_size) / 3600
+    return (
+        f"about {each * ranks.world_size:,.0f} tokens/s, {share:.0%} of the card's sustained "
+        f"{measured.matmul_flops / 1e12:.0f} TFLOP/s; {hours:.1f} hours for the config's tokens"
+    )
 
 
 def two_cards(config: Config) -> str:

@@ -58,12 +58,13 @@ class HeadLoss(torch.autograd.Function):
 def softmax_gradient(logits: Tensor, targets: Tensor, size: int) -> Tensor:
     """Sum of n tokens' losses; the first `size` columns of `logits` (n, V) become the gradient.
 
-    Targets (n,) that are -100 give neither loss nor gradient. Columns from `size` on are padding
-    and left alone.
+    Targets (n,) that are -100 give neither loss nor gradient. Columns from `size` on are padding:
+    they are zero and stay so.
     """
     if logits.is_cuda and (kernel := gpu_kernel()):
         losses = torch.empty(len(logits), device=logits.device)
-        kernel[(len(logits),)](logits, targets, losses, logits.stride(0), size, 4096, num_warps=8)
+        grid = (len(logits),)  # a program for each row
+        kernel[grid](logits, targets, losses, logits.stride(0), size, 4096, num_warps=16)
         return losses.sum()
     logits = logits[:, :size]
     right, counts = targets.clamp(min=0).unsqueeze(1), (targets != IGNORED).unsqueeze(1)

@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline import shards
 from pipeline.errors import ForgeError
-from trainer import checkpoint, memory
+from trainer import card, checkpoint, memory
 from trainer.config import Config
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
 from trainer.model import GPT2
 from trainer.optimizer import Optimizer, learning_rate
 from trainer.ranks import Ranks, process_group, sum_over_ranks
 from trainer.run import Data, make_folder, open_data, open_run, write_readme
-from trainer.windows import MicroBatch, prefetch, to_device, windows_at
+from trainer.windows import MicroBatches, prefetch, to_device, windows_at
 
 VALIDATION_SEED = 0  # one choice of validation windows for every run
 PRINT_SECONDS = 1.0  # at most one step line in so long
@@ -55,30 +56,32 @@ class StopSignal:
 
 
 class StepResult:
-    """A step's [loss, ranks that want to stop, norm], on its way from the device to here."""
+    """A step's figures (train_step), on their way from the device to here."""
 
-    def __init__(self, step: int, lr: float, figures: Tensor) -> None:
-        self.step, self.lr = step, lr
+    def __init__(
+        self, step: int, lr: float, figures: Tensor, plan: memory.Plan, seconds_waited: float
+    ) -> None:
+        self.step, self.lr, self.plan, self.seconds_waited = step, lr, plan, seconds_waited
         self.arrived: torch.cuda.Event | None = None
         self.figures = figures
         if figures.is_cuda:  # reading it directly would wait for all that is queued behind it, too
-            self.figures = torch.empty(3, pin_memory=True)
+            self.figures = torch.empty(len(figures), pin_memory=True)
             self.figures.copy_(figures, non_blocking=True)
             self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.arrived.record()
 
-    def read(self) -> tuple[float, bool, float]:
-        """(loss, whether any rank wants to stop, norm); waits until this step is done."""
+    def read(self) -> tuple[float, bool, bool, float]:
+        """(loss, whether any rank wants to stop, or is out of memory, norm); waits for the step."""
         if self.arrived:
             self.arrived.synchronize()
-        loss, stop, norm = self.figures.tolist()
-        return loss, stop > 0, norm
+        loss, stop, out_of_memory, norm = self.figures.tolist()
+        return loss, stop > 0, out_of_memory > 0, norm
 
 
 def train_step(
     model: GPT2,
     optimizer: Optimizer,
-    batches: Iterator[MicroBatch],
+    batches: MicroBatches,
     accumulation_steps: int,
     tokens_per_step: int,
     lr: float,
@@ -87,19 +90,29 @@ def train_step(
 ) -> Tensor:
     """One optimizer update: forward, loss, backward, clip, update.
 
-    Returns [mean loss over the global batch, number of ranks that want to stop, gradient norm
-    before clipping], on the device. A non-finite loss or norm leaves the weights as they were.
+    Returns [mean loss over the global batch, number of ranks that want to stop, number that ran
+    out of memory, gradient norm before clipping], on the device. A loss or norm that is not
+    finite leaves the weights as they were, and so does a rank without memory.
     """
     total = torch.zeros((), device=optimizer.device)
-    for _ in range(accumulation_steps):
-        inputs, targets = next(batches)
-        loss = model(inputs, targets)
-        (loss * optimizer.loss_scale).backward()
-        optimizer.collect()
-        total += loss.detach()
+    out_of_memory = False
+    try:
+        for _ in range(accumulation_steps):
+            inputs, targets = next(batches)
+            loss = model(inputs, targets)
+            (loss * optimizer.loss_scale).backward()
+            optimizer.collect()
+            total += loss.detach()
+    except torch.OutOfMemoryError:
+        out_of_memory = True
+    if out_of_memory:  # out of the except clause, which holds the failed step's arrays
+        inputs = targets = loss = None  # type: ignore[assignment]
+        optimizer.discard()
+        torch.cuda.empty_cache()
+        total.fill_(math.nan)
     optimizer.reduce(ranks)
-    wants_stop = torch.full_like(total, float(bool(stop.name)))
-    sums = sum_over_ranks(torch.stack([total / tokens_per_step, wants_stop]), ranks)
+    flags = [torch.full_like(total, flag) for flag in (bool(stop.name), out_of_memory)]
+    sums = sum_over_ranks(torch.stack([total / tokens_per_step, *flags]), ranks)
     norm = optimizer.update(lr, tokens_per_step, torch.isfinite(sums[0]))
     return torch.cat([sums, norm.reshape(1)])
 
@@ -198,6 +211,7 @@ class Trainer:
         compile_model(self.model, config, device)
         self.hardware = hardware(device, ranks.world_size)
         self.peak = peak_flops(device)
+        self.card = card.measure(device, self.optimizer.weights.dtype)
         self.step = 0
         self.skipped = 0
         self.seconds_before = 0.0
@@ -237,31 +251,46 @@ class Trainer:
         self.fail_together(problem, "name another --out, or make it writable")
         self.metrics = Metrics(self.run, self.ranks.is_first, last)
         self.introduce()
-        self.log("start", world_size=self.ranks.world_size, hardware=self.hardware)
+        self.log(
+            "start",
+            world_size=self.ranks.world_size,
+            hardware=self.hardware,
+            **asdict(self.plan),
+            **(asdict(self.card) if self.card else {}),
+        )
         if last is None:
             self.evaluate()
-        stop = StopSignal()
-        batches = prefetch(
-            self.data.train,
-            self.config.seed,
-            self.step,
-            self.config.windows_per_step(),
-            self.plan.micro_batch_size,
-            self.ranks.rank,
-            self.ranks.world_size,
-            self.device,
-        )
-        with stop.caught(), batches as micro_batches:
-            self.loop(micro_batches, num_steps, stop)
-
-    def loop(self, batches: Iterator[MicroBatch], num_steps: int, stop: StopSignal) -> None:
         self.first_step = self.step + 1
+        stop, stopping = StopSignal(), False
+        with stop.caught():
+            while self.step < num_steps and not stopping:
+                batches = prefetch(
+                    self.data.train,
+                    self.config.seed,
+                    self.step,
+                    self.config.windows_per_step(),
+                    self.plan.micro_batch_size,
+                    self.ranks.rank,
+                    self.ranks.world_size,
+                    self.device,
+                )
+                with batches as micro_batches:
+                    stopping = self.loop(micro_batches, num_steps, stop)
+        if self.step < num_steps:
+            self.log("stop", signal=stop.name)
+            self.say(f"Stopped at step {self.step}; the same command with --resume goes on.")
+        else:
+            self.say(f"Done in {duration(self.seconds)}: {self.run}")
+
+    def loop(self, batches: MicroBatches, num_steps: int, stop: StopSignal) -> bool:
+        """Steps until the end, a signal (returns true), or a change of the micro-batch."""
+        plan = self.plan
         every_evaluation = self.config.evaluate.every_steps
         every_checkpoint = self.config.checkpoint.every_steps
         pending: StepResult | None = None
         stopping = False
         self.step_ended_at = time.perf_counter()
-        while self.step < num_steps and not stopping:
+        while self.step < num_steps and not stopping and self.plan is plan:
             lr = learning_rate(self.step + 1, self.config)
             figures = train_step(
                 self.model,
@@ -276,7 +305,7 @@ class Trainer:
             self.step += 1
             if pending:
                 stopping = self.settle(pending)
-            pending = StepResult(self.step, lr, figures)
+            pending = StepResult(self.step, lr, figures, plan, batches.take_seconds_waited())
             evaluates = self.step % every_evaluation == 0 or self.step == num_steps
             saves = self.step % every_checkpoint == 0 or self.step == num_steps
             if evaluates or saves or stopping or self.device.type == "cpu":
@@ -288,19 +317,21 @@ class Trainer:
                 self.save(must=stopping or self.step == num_steps)
             if evaluates or saves:
                 self.step_ended_at = time.perf_counter()
-        if self.step < num_steps:
-            self.log("stop", signal=stop.name)
-            self.say(f"Stopped at step {self.step}; the same command with --resume goes on.")
-        else:
-            self.say(f"Done in {duration(self.seconds)}: {self.run}")
+        if pending:  # queued with a micro-batch that was too large
+            stopping = self.settle(pending) or stopping
+        return stopping
 
     def settle(self, result: StepResult) -> bool:
         """Read a step's figures, log them, and say whether all ranks are to stop."""
-        loss, stop, norm = result.read()
+        loss, stop, out_of_memory, norm = result.read()
         now = time.perf_counter()
         elapsed, self.step_ended_at = now - self.step_ended_at, now
         num_steps, step_tokens = self.config.num_steps(), self.config.batch.tokens_per_step
         tokens = result.step * step_tokens
+        if out_of_memory:
+            if result.plan is self.plan:  # not lowered already, for the step before
+                self.lower_micro_batch(result.step, tokens)
+            return stop
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skip(result.step, tokens, loss, norm)
             return stop
@@ -309,15 +340,15 @@ class Trainer:
         if result.step > self.first_step:  # the first one compiles
             recent = 0.05 if self.step_seconds else 1.0
             self.step_seconds += recent * (elapsed - self.step_seconds)
-        mfu = None
-        if self.peak:
-            mfu = speed * self.config.model.flops_per_token() / (self.peak * self.ranks.world_size)
+        flops = speed * self.config.model.flops_per_token() / self.ranks.world_size
         row = {
             "loss": loss,
             "lr": result.lr,
             "norm": norm,
             "tokens_per_second": speed,
-            "mfu": mfu,
+            "mfu": flops / self.peak if self.peak else None,
+            "matmul_utilization": flops / self.card.matmul_flops if self.card else None,
+            "data_wait": result.seconds_waited / elapsed,
         }
         self.metrics.log("step", result.step, tokens, self.seconds, **row)
         if now - self.printed_at >= PRINT_SECONDS or result.step in (self.first_step, num_steps):
@@ -339,6 +370,22 @@ class Trainer:
                 where=f"step {step} of {self.run}",
                 fix=f"lower optimizer.peak_lr; the last good checkpoint: {good}",
             )
+
+    def lower_micro_batch(self, step: int, tokens: int) -> None:
+        """A rank ran out of GPU memory: all of them left the step out, and go on with less."""
+        plan = memory.smaller(self.plan, self.config)
+        if plan is None:
+            raise ForgeError(
+                "out of GPU memory with a micro-batch of 1",
+                where=f"step {step} of {self.run}",
+                fix="train a smaller model, or free the GPU of other programs; --resume goes on",
+            )
+        self.plan = plan
+        self.metrics.log("out_of_memory", step, tokens, self.seconds, **asdict(plan))
+        self.say(
+            f"step {step}: out of GPU memory, update skipped; on with a micro-batch of "
+            f"{plan.micro_batch_size} x {plan.accumulation_steps}"
+        )
 
     def evaluate(self) -> None:
         loss, bits = evaluate(

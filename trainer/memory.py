@@ -13,12 +13,15 @@ from trainer.config import Config
 from trainer.cross_entropy import HEAD_CHUNK
 from trainer.ranks import Ranks
 
-# Bytes a parameter: float32 weight, gradient and two AdamW moments, and autocast's bfloat16 copy.
+# Bytes a parameter: master, gradient and two AdamW moments in float32, the weight in bfloat16.
 STATE_BYTES = 4 + 4 + 4 + 4 + 2
-# Bytes that a compiled bfloat16 step keeps for each token, layer and channel. Fitted to measured
-# peaks (GPT-2 124M at 96 windows: 37.08 GB; 350M at 12 windows: 18.93 GB), within 1 % of both.
-LAYER_BYTES = 37.5
-USABLE = 0.9  # of the free memory: the rest goes to fragments and libraries
+# Bytes of a compiled bfloat16 step for each token and channel: what forward keeps in each layer,
+# and what the backward pass of one layer adds. Fitted to measured peaks (tests/benchmarks/memory).
+LAYER_BYTES = 31.7
+BACKWARD_BYTES = 77
+LOGIT_BYTES = 2
+HEAD_BYTES = 10  # a number of the head: padded, its gradient, in bfloat16 and in float32
+USABLE = 0.94  # of the free memory: the rest goes to fragments and libraries
 CPU_TOKENS = 1024  # a CPU is fastest when a micro-batch's logits stay near its caches
 
 
@@ -35,10 +38,18 @@ def estimate_bytes(config: Config, micro_batch_size: int) -> int:
     """Peak bytes on one GPU: a bfloat16, compiled step with AdamW."""
     model = config.model
     tokens = micro_batch_size * model.context_length
-    activations = LAYER_BYTES * tokens * model.num_layers * model.embedding_size
-    logits = 2 * min(tokens, HEAD_CHUNK["cuda"]) * model.vocab_size
-    head = (4 + 2) * model.vocab_size * model.embedding_size  # its gradient, and padded in bfloat16
-    return int(STATE_BYTES * model.num_parameters() + activations + logits + head)
+    kept = LAYER_BYTES * tokens * model.num_layers * model.embedding_size
+    head = LOGIT_BYTES * min(tokens, HEAD_CHUNK["cuda"]) * model.vocab_size
+    head += HEAD_BYTES * model.vocab_size * model.embedding_size
+    backward = BACKWARD_BYTES * tokens * model.embedding_size
+    return int(STATE_BYTES * model.num_parameters() + kept + max(head, backward))
+
+
+def usable_bytes(device: torch.device) -> int:
+    """What this process may take of a GPU: what is free, within the process's own limit if any."""
+    free, total = torch.cuda.mem_get_info(device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(USABLE * min(free, limit - torch.cuda.memory_reserved(device)))
 
 
 def plan_step(config: Config, ranks: Ranks, device: torch.device) -> Plan:
@@ -72,7 +83,7 @@ def _largest(config: Config, share: int, device: torch.device, ranks: Ranks) -> 
     if device.type != "cuda":
         most = max(1, CPU_TOKENS // config.model.context_length)
         return max(size for size in divisors(share) if size <= most)
-    limit = torch.tensor(USABLE * torch.cuda.mem_get_info(device)[0], device=device)
+    limit = torch.tensor(usable_bytes(device), device=device)
     if dist.is_initialized():
         dist.all_reduce(limit, dist.ReduceOp.MIN)
     fits = [size for size in divisors(share) if estimate_bytes(config, size) <= limit.item()]
@@ -84,6 +95,15 @@ def _largest(config: Config, share: int, device: torch.device, ranks: Ranks) -> 
             fix="train a smaller model, or free the GPU of other programs",
         )
     return max(fits)
+
+
+def smaller(plan: Plan, config: Config) -> Plan | None:
+    """The next smaller cut of the same step, None if there is none."""
+    share = plan.micro_batch_size * plan.accumulation_steps
+    fits = [size for size in divisors(share) if size < plan.micro_batch_size]
+    if not fits:
+        return None
+    return Plan(fits[-1], share // fits[-1], estimate_bytes(config, fits[-1]))
 
 
 def divisors(number: int) -> list[int]:

@@ -109,7 +109,8 @@ def _brief(value: Any) -> Any:
 
 
 def step_line(row: dict[str, Any], num_steps: int, eta_seconds: float) -> str:
-    mfu = f"  mfu {row['mfu']:5.1%}" if row["mfu"] is not None else ""
+    shares = {"mfu": row["mfu"], "of matmul": row["matmul_utilization"]}
+    mfu = "".join(f"  {name} {share:5.1%}" for name, share in shares.items() if share is not None)
     return (
         f"step {row['step']:>{len(str(num_steps))}}/{num_steps}  loss {row['loss']:7.4f}  "
         f"lr {row['lr']:.2e}  norm {row['norm']:7.3f}  "

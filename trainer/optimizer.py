@@ -109,6 +109,13 @@ class Optimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    def discard(self) -> None:
+        """Forget the step's gradients, wherever backward was interrupted."""
+        self.gradients.zero_()
+        if self.weights is not self.masters:
+            for parameter in self.parameters.values():
+                parameter.grad = None
+
     def reduce(self, ranks: Ranks) -> None:
         """Add the gradients up over all ranks; on the way they are in reduce_precision."""
         if ranks.world_size == 1:

@@ -12,6 +12,7 @@ position is the only state, and the same step holds the same windows on 1, 2 or 
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -134,6 +135,29 @@ def to_device(windows: npt.NDArray[np.uint16], device: torch.device) -> MicroBat
     return tokens[:, :-1], tokens[:, 1:]
 
 
+class MicroBatches:
+    """What the reading thread has ready, and how long the trainer had to wait for it."""
+
+    def __init__(self, ready: queue.Queue[MicroBatch | BaseException]) -> None:
+        self._ready, self._seconds_waited = ready, 0.0
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        started = time.perf_counter()
+        item = self._ready.get()
+        self._seconds_waited += time.perf_counter() - started
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def take_seconds_waited(self) -> float:
+        """Seconds since the last call."""
+        waited, self._seconds_waited = self._seconds_waited, 0.0
+        return waited
+
+
 @contextlib.contextmanager
 def prefetch(
     windows: Windows,
@@ -144,7 +168,7 @@ def prefetch(
     rank: int,
     world_size: int,
     device: torch.device,
-) -> Iterator[Iterator[MicroBatch]]:
+) -> Iterator[MicroBatches]:
     """This rank's endless micro-batches from `first_step` on, read ahead by a thread.
 
     The thread only looks ahead: what it yields depends on the arguments alone. Its errors are
@@ -172,17 +196,10 @@ def prefetch(
         except BaseException as error:
             put(error)
 
-    def micro_batches() -> Iterator[MicroBatch]:
-        while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
     thread = threading.Thread(target=read_ahead, daemon=True)
     thread.start()
     try:
-        yield micro_batches()
+        yield MicroBatches(ready)
     finally:
         stopping.set()
         thread.join()
