@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, metrics_of
 from safetensors.torch import load_file
+from torch import Tensor
 
-from trainer import checkpoint
+from trainer import checkpoint, loop
+from trainer import config as configs
+from trainer.model import GPT2
 
 QUICK = [
     "--set=model.num_layers=2",
@@ -330,3 +334,29 @@ def test_out_is_needed_to_train(small_shards: Path, forge) -> None:
 def test_every_line_of_metrics_is_one_json_object(finished: Path) -> None:
     for line in (finished / "metrics.jsonl").read_text().splitlines():
         assert {"kind", "step", "tokens", "seconds"} <= json.loads(line).keys()
+
+
+def test_a_rank_without_memory_skips_the_step_and_goes_on_with_less(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocation that fails in the 3rd step, with the real error's type."""
+    forward, calls = GPT2.forward, []
+
+    def fails_once(self: GPT2, tokens: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            calls.append(len(tokens))
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError("no memory left")
+        return forward(self, tokens, targets)
+
+    monkeypatch.setattr(GPT2, "forward", fails_once)
+    run = tmp_path / "run"
+    config = configs.load("tiny", tuple(option.removeprefix("--set=") for option in QUICK))
+    config = replace(config, batch=replace(config.batch, micro_batch_size=4))
+    loop.train(config, "tiny", small_shards, run, resume=False)
+    (lowered,) = metrics_of(run, "out_of_memory")
+    assert (lowered["step"], lowered["micro_batch_size"]) == (3, 2)
+    assert calls[:3] == [4, 4, 4]
+    assert set(calls[3:]) == {2}
+    steps = [row["step"] for row in metrics_of(run, "step")]
+    assert steps == [step for step in range(1, config.num_steps() + 1) if step != 3]

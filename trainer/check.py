@@ -37,18 +37,18 @@ def report(config: Config, name: str, folder: Path) -> str:
         f"here          {hardware(device, ranks.world_size)}: micro-batch {plan.micro_batch_size} "
         f"x {plan.accumulation_steps} accumulation steps x {ranks.world_size} ranks"
         + (f", about {plan.estimated_bytes / 2**30:.1f} GiB" if device.type == "cuda" else ""),
-        f"speed         {speed(config, device, ranks)}",
+        f"speed         {speed(config, plan, device, ranks)}",
         f"on 2x {CARD_GIB} GiB  {two_cards(config)}",
     ]
     return "\n".join(lines)
 
 
-def speed(config: Config, device: torch.device, ranks: Ranks) -> str:
+def speed(config: Config, plan: memory.Plan, device: torch.device, ranks: Ranks) -> str:
     """Tokens/s and hours, predicted from a second's measurement of the card."""
     measured = card.measure(device, compute_dtype(config, device))
     if measured is None:
         return "predicted for GPUs only; a few steps show a CPU's"
-    each = measured.tokens_per_second(config.model)
+    each = measured.tokens_per_second(config.model, plan.micro_batch_size)
     share = each * config.model.flops_per_token() / measured.matmul_flops
     hours = config.num_tokens() / (each * ranks.world_size) / 3600
     return (

@@ -43,8 +43,8 @@ def main(
     # Settings of torch that it reads when it is imported, and that a user may have set otherwise.
     # Segments that grow leave no gaps on a card that is nearly full; compiled kernels are kept.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "llm-forge", "compiled"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '/tmp')}/.cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "llm-forge" / "compiled"))
     from trainer import check as checking
     from trainer import config as configs
     from trainer import loop

@@ -64,7 +64,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, size: int) -> Tensor:
     if logits.is_cuda and (kernel := gpu_kernel()):
         losses = torch.empty(len(logits), device=logits.device)
         grid = (len(logits),)  # a program for each row
-        kernel[grid](logits, targets, losses, logits.stride(0), size, 4096, num_warps=16)
+        kernel[grid](logits, targets, losses, logits.stride(0), size, 2048, num_warps=4)
         return losses.sum()
     logits = logits[:, :size]
     right, counts = targets.clamp(min=0).unsqueeze(1), (targets != IGNORED).unsqueeze(1)

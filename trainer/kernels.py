@@ -1,4 +1,7 @@
-"""The one kernel that is written by hand, in Triton: cross_entropy.py's softmax_gradient."""
+"""The one kernel that is written by hand, in Triton.
+
+Before: the logits of cross_entropy.py, on a GPU. After: their losses, and their gradient.
+"""
 
 import triton
 import triton.language as tl
@@ -10,9 +13,8 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # GPUs have exp2
 def softmax_gradient(logits, targets, losses, stride, size, BLOCK: tl.constexpr):  # noqa: N803
     """One row of logits: its loss, and the gradient in its place; zeros from `size` to `stride`.
 
-    A row is read from memory once: on its second way it comes from the L2 cache. Each lane takes
-    its sum online (Milakov and Gimelshein 2018), and the lanes meet at the end. Loads cover the
-    padding, because they are wide only where their mask ends at a multiple of 16.
+    Each lane takes its sum online (Milakov and Gimelshein 2018), and the lanes meet at the end.
+    Loads cover the padding, because they are wide only where their mask ends at a multiple of 16.
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride

@@ -26,7 +26,6 @@ Ids = npt.NDArray[np.int64]
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (B, T) int64
 
 FEISTEL_ROUNDS = 6
-PREFETCH = 4  # micro-batches read ahead
 
 
 class Windows:
@@ -174,7 +173,9 @@ def prefetch(
     The thread only looks ahead: what it yields depends on the arguments alone. Its errors are
     raised where the micro-batch is asked for.
     """
-    ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCH)
+    # A whole step is read ahead: the thread gets Python's lock when the trainer waits for the GPU.
+    a_step = windows_per_step // world_size // micro_batch_size
+    ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(a_step + 1)
     stopping = threading.Event()
 
     def put(item: MicroBatch | BaseException) -> None:

@@ -1,0 +1,124 @@
+"""Does training in bfloat16 with float32 masters learn what plain mixed precision learns?
+
+    python -m tests.benchmarks.same_learning --data DIR [--config gpt2] [--steps 2000]
+
+"forge" is forge-train; "plain" computes with float32 weights under autocast, with F.cross_entropy,
+clip_grad_norm_ and fused AdamW. Same seed, same first weights, same windows, same schedule; the
+validation loss of both is taken over the same tokens.
+"""
+
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer import config as configs
+from trainer import memory
+from trainer.config import Config
+from trainer.loop import VALIDATION_SEED
+from trainer.metrics import read_metrics
+from trainer.model import GPT2
+from trainer.optimizer import learning_rate
+from trainer.ranks import Ranks
+from trainer.run import Data, open_data
+from trainer.windows import prefetch, to_device, windows_at
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def plain(config: Config, data: Data, micro_batch: int) -> dict[int, float]:
+    """Validation losses by step."""
+    device = Ranks().device()
+    torch.set_float32_matmul_precision("high")
+    model = GPT2(config.model)
+    model.init_weights(config.seed)
+    model.to(device)
+    options = config.optimizer
+    groups = [
+        {
+            "params": [p for p in model.parameters() if p.ndim >= 2],
+            "weight_decay": options.weight_decay,
+        },
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=options.betas, eps=1e-8, fused=True)
+
+    @torch.compile(disable=device.type != "cuda")
+    def mean_loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = model.logits(model.hidden(tokens))
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def validation_loss() -> float:
+        count = config.evaluate.num_tokens // config.model.context_length
+        chosen = windows_at(np.arange(count), data.val.num_windows, VALIDATION_SEED)
+        losses = []
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            for first in range(0, count, micro_batch):  # the config makes it a divisor
+                batch = data.val.read(chosen[first : first + micro_batch])
+                losses.append(mean_loss(*to_device(batch, device)).double())
+        return torch.stack(losses).mean().item()
+
+    found = {0: validation_loss()}
+    count = config.windows_per_step()
+    with prefetch(data.train, config.seed, 0, count, micro_batch, 0, 1, device) as batches:
+        for step in range(1, config.num_steps() + 1):
+            for _ in range(count // micro_batch):
+                with torch.autocast(device.type, torch.bfloat16):
+                    loss = mean_loss(*next(batches))
+                (loss * micro_batch / count).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_norm)
+            for group in adamw.param_groups:
+                group["lr"] = learning_rate(step, config)
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
+            if step % config.evaluate.every_steps == 0:
+                found[step] = validation_loss()
+    return found
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+@click.option("--config", "name", default="gpt2", show_default=True)
+@click.option("--steps", default=2000, show_default=True)
+@click.option("--set", "settings", multiple=True)
+def main(data: Path, name: str, steps: int, settings: tuple[str, ...]) -> None:
+    more = (
+        "batch.tokens_per_step=16384",
+        f"schedule.max_steps={steps}",
+        f"schedule.warmup_steps={steps // 10}",
+        "evaluate.num_tokens=262144",
+        f"evaluate.every_steps={steps // 10}",
+        "evaluate.sample_tokens=0",
+        "checkpoint.every_steps=1000000",
+        "batch.micro_batch_size=16",
+        *settings,
+    )
+    config = configs.load(name, more)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "trainer.cli", name, "--data", str(data)]
+        command += ["--out", f"{folder}/run", *(f"--set={setting}" for setting in more)]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        rows = read_metrics(Path(folder, "run"))
+    forge = {row["step"]: row["loss"] for row in rows if row["kind"] == "evaluate"}
+    between = time.perf_counter()
+    micro_batch = memory.plan_step(config, Ranks(), Ranks().device()).micro_batch_size
+    expected = plain(config, open_data(config, data), micro_batch)
+    click.echo(f"{rows[0]['hardware']}, torch {torch.__version__}; validation loss of {name}")
+    click.echo(f"{'step':>6}{'plain':>10}{'forge':>10}{'difference':>12}")
+    for step, loss in expected.items():
+        click.echo(f"{step:>6}{loss:>10.4f}{forge[step]:>10.4f}{forge[step] / loss - 1:>12.2%}")
+    assert math.isfinite(loss)
+    click.echo(f"forge {between - started:.0f} s, plain {time.perf_counter() - between:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
