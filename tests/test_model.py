@@ -14,7 +14,7 @@ from trainer import config as configs
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
 from trainer.model import GPT2
-from trainer.optimizer import Optimizer
+from trainer.optimizer import Optimizer, orthogonalize
 
 SMALL = ModelConfig(num_layers=2, num_heads=4, embedding_size=32, context_length=64)
 DEVICES = [
@@ -191,12 +191,64 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (96, 24)])
+def test_orthogonalized_matrices_keep_their_directions_and_lose_their_sizes(
+    device: str, shape: tuple[int, int]
+) -> None:
+    """Against the singular value decomposition in float64."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(0, -1.5, min(shape), dtype=torch.float64)
+    matrices = []
+    for _ in range(3):
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        u, _, vh = torch.linalg.svd(drawn, full_matrices=False)
+        matrices.append(u @ torch.diag(sizes) @ vh)
+    given = torch.stack(matrices)
+    made_so = orthogonalize(given.float().to(device)).cpu().double()
+    u, _, vh = torch.linalg.svd(given, full_matrices=False)
+    inner = u.mT @ made_so @ vh.mT  # diagonal, if the directions are kept
+    values = inner.diagonal(dim1=1, dim2=2)
+    assert (inner - torch.diag_embed(values)).abs().max() < (1e-4 if device == "cpu" else 0.1)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_muon_updates_each_matrix_by_its_own_direction(device: str) -> None:
+    """The first step from zero momentum, a matrix at a time; embeddings and vectors by AdamW."""
+    few = replace(SMALL, vocab_size=500, bias=False)
+    options = replace(configs.load("tiny").optimizer, name="muon", max_norm=1e9, weight_decay=0.1)
+    config = replace(configs.load("tiny"), model=few, optimizer=options, precision="float32")
+    model = made(few).to(device)
+    optimizer = Optimizer(model, config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(*(t.to(device) for t in draw(few))).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    lr = options.peak_lr / 2
+    optimizer.update(lr, 128, torch.tensor(True, device=device))
+    for name, parameter in model.named_parameters():
+        moved = before[name] * (1 - lr * 0.1 * (parameter.ndim == 2)) - parameter.detach()
+        if name.startswith("h.") and parameter.ndim == 2:
+            pieces = 3 if "c_attn" in name else 1
+            each = gradients[name].view(pieces, -1, parameter.shape[1])
+            size = 0.01 * math.sqrt(max(1, each.shape[1] / each.shape[2]))
+            expected = orthogonalize(each).float().view_as(parameter) * size
+        else:
+            expected = lr * gradients[name].sign() * (gradients[name] != 0)
+        tolerance = 1e-5 if device == "cpu" else 1e-3
+        close = (moved - expected).abs() < tolerance
+        assert close.float().mean() > 0.99, name  # AdamW's eps shows where a gradient is tiny
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_training_learns_a_batch_by_heart_and_skips_what_is_not_finite(
-    device: str, precision: str
+    device: str, precision: str, name: str
 ) -> None:
     few = replace(SMALL, vocab_size=500)
     config = replace(configs.load("tiny"), model=few, precision=precision)
+    config = replace(config, optimizer=replace(config.optimizer, name=name))
     model = made(few).to(device)
     optimizer = Optimizer(model, config)
     assert model.wte.weight.dtype == getattr(torch, precision)
@@ -215,14 +267,14 @@ def test_training_learns_a_batch_by_heart_and_skips_what_is_not_finite(
         step(1.0)
     assert losses[-1] < losses[0] - 3
 
-    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    before = {key: tensor.clone() for key, tensor in optimizer.state().items()}
     weights = optimizer.masters.clone()
     scale = optimizer.loss_scale.item()
     step(math.nan)
     assert torch.equal(optimizer.masters, weights)
-    for name, tensor in optimizer.state().items():
-        if name not in ("loss_scale", "sound_steps"):
-            assert torch.equal(tensor, before[name]), name
+    for key, tensor in optimizer.state().items():
+        if key not in ("loss_scale", "sound_steps"):
+            assert torch.equal(tensor, before[key]), key
     assert optimizer.loss_scale.item() == (scale / 2 if precision == "float16" else 1.0)
     step(1.0)
     assert not torch.equal(optimizer.masters, weights)

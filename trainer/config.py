@@ -59,7 +59,8 @@ class BatchConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     peak_lr: float
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
+    muon_lr: float = 0.02  # Muon's rate where AdamW's is peak_lr; the schedule moves both alike
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     max_norm: float = 1.0  # gradients are clipped to this norm
@@ -296,6 +297,7 @@ def _check(config: Config) -> list[str]:
         "model.context_length": model.context_length,
         "batch.tokens_per_step": batch.tokens_per_step,
         "optimizer.peak_lr": config.optimizer.peak_lr,
+        "optimizer.muon_lr": config.optimizer.muon_lr,
         "optimizer.max_norm": config.optimizer.max_norm,
         "evaluate.every_steps": config.evaluate.every_steps,
         "evaluate.num_tokens": config.evaluate.num_tokens,

@@ -207,7 +207,7 @@ class Trainer:
         self.model = GPT2(config.model)
         self.model.init_weights(config.seed)
         self.model.to(device)
-        self.optimizer = Optimizer(self.model, config)
+        self.optimizer = Optimizer(self.model, config, ranks)
         compile_model(self.model, config, device)
         self.hardware = hardware(device, ranks.world_size)
         self.peak = peak_flops(device)

@@ -1,4 +1,4 @@
-"""AdamW over flat float32 masters, and the model's own weights in the precision that it runs in.
+"""AdamW and Muon over flat float32 masters; the model's own weights, in the precision it runs in.
 
 Before: model.py's parameters and their gradients. After: loop.py's update.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.config import Config
 from trainer.ranks import Ranks
 
+MUON_MOMENTUM = 0.95
 LOSS_SCALE_STEPS = 2000  # sound steps after which a float16 run doubles its loss scale
 
 
@@ -33,25 +34,45 @@ def compiles(config: Config, device: torch.device) -> bool:
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only.
+    """AdamW (Loshchilov and Hutter 2019), or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weights in float32 ("masters"), gradients and both moments are one array each, in one order:
-    matrices, then vectors (biases and LayerNorm gains, which are not decayed). The model computes
-    with a copy of the masters in its own precision (Micikevicius et al. 2018, "Mixed Precision
-    Training"), or with the masters themselves where that is float32.
+    Weights in float32 ("masters"), gradients and moments are one array each, in one order: Muon's
+    matrices, by shape; other matrices; vectors (biases and gains, which are not decayed). The
+    model computes with a copy of the masters in its own precision (Micikevicius et al. 2018, "Mixed
+    Precision Training"), or with the masters themselves where that is float32.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
-        named = sorted(model.named_parameters(), key=lambda item: item[1].ndim < 2)
+    def __init__(self, model: nn.Module, config: Config, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+        by_muon = {
+            name: (3, len(p) // 3, p.shape[1]) if "c_attn" in name else (1, *p.shape)
+            for name, p in model.named_parameters()
+            if config.optimizer.name == "muon" and p.ndim == 2 and name.startswith("h.")
+        }  # name: (count, rows, columns); queries, keys and values are matrices of their own
+        named = sorted(
+            model.named_parameters(),
+            key=lambda item: (
+                item[0] not in by_muon,
+                by_muon.get(item[0], ())[1:],
+                item[1].ndim < 2,
+            ),
+        )
+        self.ranks = ranks
         self.parameters = dict(named)
         self.device = named[0][1].device
         dtype = compute_dtype(config, self.device)
         self.reduce_dtype = getattr(torch, config.reduce_precision)
-        starts, end, matrices_end = [], 0, 0
-        for _, parameter in named:
+        starts, end, muon_end, matrices_end = [], 0, 0, 0
+        self.muon_shapes: dict[tuple[int, int], int] = {}  # (rows, columns): matrices
+        for name, parameter in named:
             starts.append(end)
             end += parameter.numel()
             matrices_end = end if parameter.ndim >= 2 else matrices_end
+            if name in by_muon:
+                count, *shape = by_muon[name]
+                muon_end = end
+                self.muon_shapes[shape[0], shape[1]] = (
+                    self.muon_shapes.get((shape[0], shape[1]), 0) + count
+                )
         self._starts = dict(zip(self.parameters, starts, strict=True))
         self.masters = torch.zeros(end, device=self.device)
         self.gradients = torch.zeros_like(self.masters)
@@ -66,11 +87,13 @@ class Optimizer:
                 self.parameters[name].grad = view
         options = config.optimizer
         self.max_norm = options.max_norm
+        self.lr_ratio, self.weight_decay = options.muon_lr / options.peak_lr, options.weight_decay
+        self.momentum = torch.zeros(muon_end, device=self.device)
         self.moments = {
-            "exp_avg": torch.zeros_like(self.masters),
-            "exp_avg_sq": torch.zeros_like(self.masters),
+            "exp_avg": torch.zeros(end - muon_end, device=self.device),
+            "exp_avg_sq": torch.zeros(end - muon_end, device=self.device),
         }
-        parts = [slice(0, matrices_end), slice(matrices_end, end)]
+        parts = [slice(muon_end, matrices_end), slice(matrices_end, end)]
         flats = [nn.Parameter(self.masters[part]) for part in parts]
         self.adamw = torch.optim.AdamW(
             [
@@ -84,7 +107,8 @@ class Optimizer:
         )
         for flat, part in zip(flats, parts, strict=True):
             flat.grad = self.gradients[part]
-            moments = {kind: moment[part] for kind, moment in self.moments.items()}
+            own = slice(part.start - muon_end, part.stop - muon_end)
+            moments = {kind: moment[own] for kind, moment in self.moments.items()}
             self.adamw.state[flat] = {"step": torch.zeros((), device=self.device), **moments}
         # Compiled, a sum of float32 and bfloat16 takes a third of the time.
         self.add = torch.compile(Tensor.add_) if compiles(config, self.device) else Tensor.add_
@@ -93,11 +117,15 @@ class Optimizer:
         self.loss_scale = torch.ones((), device=self.device)
         self.sound_steps = torch.zeros((), device=self.device)
 
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The parts of a flat array by the names and in the shapes of the model's parameters."""
+    def views(self, flat: Tensor, first: int = 0) -> dict[str, Tensor]:
+        """The parts of a flat array by the names and in the shapes of the model's parameters.
+
+        The array is that of all parameters from the `first` number on, as far as it reaches.
+        """
         return {
-            name: flat[self._starts[name] :][: parameter.numel()].view(parameter.shape)
+            name: flat[self._starts[name] - first :][: parameter.numel()].view(parameter.shape)
             for name, parameter in self.parameters.items()
+            if first <= self._starts[name] < first + len(flat)
         }
 
     def collect(self) -> None:
@@ -141,6 +169,7 @@ class Optimizer:
         self.adamw.grad_scale = divisor * clipped  # type: ignore[attr-defined]
         self.adamw.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
         self.adamw.step()
+        self.muon(lr, divisor * clipped, is_sound)
         if self.weights is not self.masters:
             self.weights.copy_(self.masters)
         self.gradients.zero_()
@@ -151,17 +180,53 @@ class Optimizer:
             self.loss_scale.mul_(torch.where(is_sound, 1.0 + doubles.float(), 0.5))
         return norm
 
+    def muon(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
+        """Muon's update (Jordan et al. 2024): momentum, made orthogonal; decay as AdamW's.
+
+        Each rank takes its share of the matrices of a shape, and all get all of them.
+        """
+        end = len(self.momentum)
+        fresh = torch.where(is_sound, self.gradients[:end] / divisor, self.momentum)
+        self.momentum.lerp_(fresh, 1 - MUON_MOMENTUM)
+        fresh.lerp_(self.momentum, MUON_MOMENTUM)  # Nesterov's look ahead
+        self.masters[:end] *= 1 - lr * self.weight_decay * is_sound
+        start = 0
+        for (rows, columns), count in self.muon_shapes.items():
+            part = slice(start, start + count * rows * columns)
+            start = part.stop
+            directions = self._orthogonal(fresh[part].view(count, rows, columns))
+            size = lr * self.lr_ratio * math.sqrt(max(1, rows / columns))
+            self.masters[part].sub_(directions.flatten() * (size * is_sound))
+
+    def _orthogonal(self, matrices: Tensor) -> Tensor:
+        """orthogonalize() shared out among the ranks."""
+        world_size, rank = self.ranks.world_size, self.ranks.rank
+        if world_size == 1:
+            return orthogonalize(matrices)
+        share = math.ceil(len(matrices) / world_size)
+        mine = torch.zeros(share, *matrices.shape[1:], device=self.device)
+        given = matrices[rank * share : (rank + 1) * share]
+        mine[: len(given)] = given
+        done = orthogonalize(mine)
+        everyone = torch.empty(
+            world_size * share, *done.shape[1:], dtype=done.dtype, device=self.device
+        )
+        dist.all_gather_into_tensor(everyone, done)
+        return everyone[: len(matrices)]
+
     # -- what a checkpoint holds
 
     def state(self) -> dict[str, Tensor]:
         """The very tensors that a checkpoint needs beside the masters: copy into them to restore.
 
-        Moments are `exp_avg.NAME` and `exp_avg_sq.NAME`; all else is a single number.
+        Moments are `exp_avg.NAME` and `exp_avg_sq.NAME`, or `momentum.NAME` where Muon updates;
+        all else is a single number.
         """
+        first = len(self.momentum)
+        flats = {kind: self.views(flat, first) for kind, flat in self.moments.items()}
+        flats["momentum"] = self.views(self.momentum)
         tensors = {
-            f"{kind}.{name}": view
-            for kind, flat in self.moments.items()
-            for name, view in self.views(flat).items()
+            f"{kind}.{name}": view for kind, views in flats.items() for name, view in views.items()
         }
         counts = [state["step"] for state in self.adamw.state.values()]
         tensors |= {f"step.{number}": count for number, count in enumerate(counts)}
@@ -176,6 +241,24 @@ class Optimizer:
                 tensor.copy_(state[name])
             if self.weights is not self.masters:
                 self.weights.copy_(self.masters)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """U V^T of each matrix U S V^T, nearly: (n, rows, columns) -> the same, singular values near 1.
+
+    Five Newton-Schulz steps with Jordan's coefficients, which leave the singular values between
+    about 0.7 and 1.2; in bfloat16 on a GPU. Jordan et al. 2024, "Muon: An optimizer for hidden
+    layers in neural networks"; the iteration is Björck and Bowie's (1971).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-20)
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else x.dtype)
+    for _ in range(5):
+        squares = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(squares, squares, squares, beta=b, alpha=c), x, beta=a)
+    done: Tensor = x.mT if tall else x
+    return done
 
 
 def learning_rate(step: int, config: Config) -> float:
