@@ -208,10 +208,8 @@ class Optimizer:
         given = matrices[rank * share : (rank + 1) * share]
         mine[: len(given)] = given
         done = orthogonalize(mine)
-        everyone = torch.empty(
-            world_size * share, *done.shape[1:], dtype=done.dtype, device=self.device
-        )
-        dist.all_gather_into_tensor(everyone, done)
+        everyone = done.new_empty(world_size * share, *done.shape[1:])
+        dist.all_gather(list(everyone.chunk(world_size)), done)
         return everyone[: len(matrices)]
 
     # -- what a checkpoint holds

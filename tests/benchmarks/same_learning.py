@@ -2,12 +2,11 @@
 
     python -m tests.benchmarks.same_learning --data DIR [--config gpt2] [--steps 2000]
 
-"forge" is forge-train; "plain" computes with float32 weights under autocast, with F.cross_entropy,
-clip_grad_norm_ and fused AdamW. Same seed, same first weights, same windows, same schedule; the
-validation loss of both is taken over the same tokens.
+"forge" is forge-train, "muon" the same with optimizer.name=muon; "plain" computes with float32
+weights under autocast, with F.cross_entropy, clip_grad_norm_ and fused AdamW. Same seed, same first
+weights, same windows, same schedule; the validation losses are taken over the same tokens.
 """
 
-import math
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from trainer.ranks import Ranks
 from trainer.run import Data, open_data
 from trainer.windows import prefetch, to_device, windows_at
 
+MUON = ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3")
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -88,8 +88,9 @@ def plain(config: Config, data: Data, micro_batch: int) -> dict[int, float]:
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--config", "name", default="gpt2", show_default=True)
 @click.option("--steps", default=2000, show_default=True)
+@click.option("--with-muon", is_flag=True, help="Also train with Muon, to see what it is worth.")
 @click.option("--set", "settings", multiple=True)
-def main(data: Path, name: str, steps: int, settings: tuple[str, ...]) -> None:
+def main(data: Path, name: str, steps: int, with_muon: bool, settings: tuple[str, ...]) -> None:
     more = (
         "batch.tokens_per_step=16384",
         f"schedule.max_steps={steps}",
@@ -102,22 +103,37 @@ def main(data: Path, name: str, steps: int, settings: tuple[str, ...]) -> None:
         *settings,
     )
     config = configs.load(name, more)
+    forge, seconds, hardware = forge_train(name, data, more)
+    click.echo(f"{hardware}, torch {torch.__version__}; validation loss of {name}")
+    click.echo(f"forge: {seconds:.0f} s of training")
+    muon: dict[int, float] = {}
+    if with_muon:
+        muon, seconds, _ = forge_train(name, data, (*more, *MUON))
+        click.echo(f"muon: {seconds:.0f} s of training")
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "trainer.cli", name, "--data", str(data)]
-        command += ["--out", f"{folder}/run", *(f"--set={setting}" for setting in more)]
-        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-        rows = read_metrics(Path(folder, "run"))
-    forge = {row["step"]: row["loss"] for row in rows if row["kind"] == "evaluate"}
-    between = time.perf_counter()
     micro_batch = memory.plan_step(config, Ranks(), Ranks().device()).micro_batch_size
     expected = plain(config, open_data(config, data), micro_batch)
-    click.echo(f"{rows[0]['hardware']}, torch {torch.__version__}; validation loss of {name}")
-    click.echo(f"{'step':>6}{'plain':>10}{'forge':>10}{'difference':>12}")
+    click.echo(f"plain: {time.perf_counter() - started:.0f} s with compilation")
+    click.echo(f"{'step':>6}{'plain':>10}{'forge':>10}{'difference':>12}{'muon':>10}")
     for step, loss in expected.items():
-        click.echo(f"{step:>6}{loss:>10.4f}{forge[step]:>10.4f}{forge[step] / loss - 1:>12.2%}")
-    assert math.isfinite(loss)
-    click.echo(f"forge {between - started:.0f} s, plain {time.perf_counter() - between:.0f} s")
+        other = f"{muon[step]:.4f}" if muon else "-"
+        click.echo(
+            f"{step:>6}{loss:>10.4f}{forge[step]:>10.4f}{forge[step] / loss - 1:>12.2%}{other:>10}"
+        )
+
+
+def forge_train(
+    name: str, data: Path, settings: tuple[str, ...]
+) -> tuple[dict[int, float], float, str]:
+    """(validation losses by step, seconds from the first step to the last, hardware)."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "trainer.cli", name, "--data", str(data)]
+        command += ["--out", f"{folder}/run", *(f"--set={setting}" for setting in settings)]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        rows = read_metrics(Path(folder, "run"))
+    steps = [row["seconds"] for row in rows if row["kind"] == "step"]
+    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "evaluate"}
+    return losses, steps[-1] - steps[0], rows[0]["hardware"]
 
 
 if __name__ == "__main__":
