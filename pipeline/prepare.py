@@ -32,8 +32,8 @@ from pipeline.slices import (
     Job,
     Options,
     Record,
+    finished,
     record_path,
-    shard_path,
     start_worker,
     tokenize_slice,
 )
@@ -98,7 +98,7 @@ def tokenize(
                 plan["source"]["files"] = old.source["files"] + source.record()["files"]
                 plan["source"] |= {"name": old.source["name"]}
             made = {"source": old.source, "options": old.options, "tokenizer": old.tokenizer}
-            _same_plan(plan, made, folder, append)
+            _same_plan(plan, made, folder, any_files=append)
             if not append or not source.files:
                 _tidy(folder, old)
                 return Outcome(old, up_to_date=True)
@@ -122,7 +122,7 @@ def tokenize(
             _check_room(folder, run)
             records = run.run(min(workers, len(slices)) or 1)
             index = _commit(folder, plan, records, sorted(damaged), old)
-        shutil.rmtree(folder / WORK_FOLDER)
+        _tidy(folder, index)
     seconds = time.perf_counter() - started
     outcome = Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
     timing = {
@@ -180,7 +180,7 @@ def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> Iterator[No
             )
         work.mkdir(exist_ok=True)
         if plan_file.exists() and any(work.glob("[0-9]*.json")):
-            _same_plan(plan, json.loads(plan_file.read_bytes()), folder)
+            _same_plan(plan, json.loads(plan_file.read_bytes()), folder, any_files=True)
         elif plan_file.exists() and old is None:  # nothing is finished yet: any plan may follow
             _clear(folder)
             work.mkdir()
@@ -234,22 +234,22 @@ def _shard_files(folder: Path) -> list[Path]:
     return [path for name in names for path in folder.glob(name)]
 
 
-def _same_plan(
-    wanted: dict[str, Any], made: dict[str, Any], folder: Path, append: bool = False
-) -> None:
+def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_files: bool) -> None:
     """ForgeError that says what differs, unless both plans are the same.
 
-    The order of the files does not count: appended ones stand behind the others. With `append`,
-    neither do the files nor the hub's commit.
+    The order of the files does not count: appended ones stand behind the others. With `any_files`,
+    neither do the files nor the hub's commit: each finished slice knows what it was made of.
     """
     differences = []
     for section, old in made.items():
         new = wanted[section]
         for key in {**old, **new}:
             before, now = old.get(key), new.get(key)
-            if append and section == "source" and key in ("files", "hub"):
-                continue
+            if any_files and section == "source" and key == "hub" and before and now:
+                before, now = before | {"revision": ""}, now | {"revision": ""}
             if key == "files":
+                if any_files:
+                    continue
                 by_name = [sorted(files, key=lambda f: str(f["name"])) for files in (before, now)]
                 if by_name[0] != by_name[1]:
                     differences.append("source files (names, sizes or contents)")
@@ -350,7 +350,7 @@ class _Run:
     ) -> None:
         self.skip_errors = skip_errors
         self.source, self.folder, self.options = source, folder, options
-        self.all_slices = self.slices = slices  # max_tokens shortens the second
+        self.slices = slices  # max_tokens shortens them
         self.last_limit: int | None = None  # of the last slice, once max_tokens makes it the last
         self.on_progress = on_progress
         self.downloads: Downloads | None = None
@@ -361,11 +361,13 @@ class _Run:
         self.counted_bytes = self.counted_tokens = 0
         self.total_bytes = sum(each.bytes for each in slices)
         for each in slices:
-            path = record_path(folder, each.number)
-            if path.exists():
-                self.records[each.number] = Record.from_json(path.read_bytes())
-        self.by_number = {each.number: each for each in slices}
-        self.kept_bytes = sum(self.by_number[n].bytes for n in self.records)
+            if record := finished(self._job(each, (), None)):
+                self.records[each.number] = record
+            else:
+                record_path(folder, each.number).unlink(missing_ok=True)
+        self.kept_bytes = sum(each.bytes for each in slices if each.number in self.records)
+        self.kept_tokens = self._num_tokens()
+        self.num_settled = self.settled_tokens = 0  # slices from the first on, and train tokens
 
     def run(self, workers: int) -> list[Record]:
         """All records in the order of the slices, up to the one that reaches max_tokens."""
@@ -385,10 +387,7 @@ class _Run:
                     time.sleep(0.05)  # waiting for a download
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in done:
-                    number = running.pop(future)
-                    self.records[number] = future.result()
-                    if self.downloads:
-                        self.downloads.release(self.by_number[number])
+                    self.records[running.pop(future)] = future.result()
                 self.counted_bytes, self.counted_tokens = done_bytes.value, done_tokens.value
                 self._report()
         except KeyboardInterrupt:
@@ -413,9 +412,6 @@ class _Run:
                 leftover.unlink(missing_ok=True)
             if self.downloads:
                 self.downloads.close()
-        for each in self.all_slices[len(self.slices) :]:
-            for split in shards.SPLITS:
-                shard_path(self.folder, split, each.number).unlink(missing_ok=True)
         return [self.records[each.number] for each in self.slices]
 
     def _settled(self) -> bool:
@@ -423,28 +419,30 @@ class _Run:
 
         The first slice to reach max_tokens is the last one needed. It is made (again) with just
         the limit that the slices before it leave, so that the result does not depend on which
-        slices happened to be done first.
+        slices happened to be done first; its files have to be there until then.
         """
-        train_tokens = 0
-        for position, each in enumerate(self.slices):
+        while self.num_settled < len(self.slices):
+            each = self.slices[self.num_settled]
             record = self.records.get(each.number)
             if record is None:
                 return False
-            left = (self.options.max_tokens or math.inf) - train_tokens
+            left = (self.options.max_tokens or math.inf) - self.settled_tokens
             if record.num_tokens("train") >= left:
-                self.slices = self.slices[: position + 1]
+                self.slices = self.slices[: self.num_settled + 1]
                 if record.limit != left:
                     self.last_limit = int(left)
                     del self.records[each.number]
                     record_path(self.folder, each.number).unlink()
                     return False
-                return True
-            train_tokens += record.num_tokens("train")
+            self.num_settled += 1
+            self.settled_tokens += record.num_tokens("train")
+            if self.downloads:
+                self.downloads.release(each)
         return True
 
     def _next_jobs(self, busy: set[int], free: int) -> Iterator[Job]:
         """At most `free` jobs to start now, and no more than max_tokens is likely to need."""
-        expected = sum(record.num_tokens("train") for record in self.records.values())
+        expected = self._num_tokens("train")
         for each in self.slices:
             if each.number in self.records:
                 continue
@@ -459,17 +457,26 @@ class _Run:
             free -= 1
             last = each is self.slices[-1]
             limit = self.last_limit if last and self.last_limit else self.options.max_tokens
-            names = tuple(self.source.files[part.file].name for part in each.parts)
-            yield Job(
-                slice=each,
-                kind=self.source.kind,
-                paths=paths,
-                names=names,
-                folder=self.folder,
-                options=self.options,
-                limit=limit,
-                skip_errors=self.skip_errors,
-            )
+            yield self._job(each, paths, limit)
+
+    def _job(self, each: Slice, paths: tuple[Path, ...], limit: int | None) -> Job:
+        return Job(
+            slice=each,
+            kind=self.source.kind,
+            paths=paths,
+            files=tuple(self.source.files[part.file] for part in each.parts),
+            folder=self.folder,
+            options=self.options,
+            limit=limit,
+            skip_errors=self.skip_errors,
+        )
+
+    def _num_tokens(self, *splits: str) -> int:
+        return sum(
+            record.num_tokens(split)
+            for record in self.records.values()
+            for split in splits or shards.SPLITS
+        )
 
     def _paths(self, each: Slice) -> tuple[Path, ...] | None:
         """Where the files of a slice lie; None while one of them is still being downloaded."""
@@ -483,5 +490,4 @@ class _Run:
             needed = self.options.max_tokens * sources.BYTES_PER_TOKEN
             total = min(total, max(int(needed), self.kept_bytes))
         done = min(total, self.kept_bytes + self.counted_bytes)
-        kept = sum(record.num_tokens("train") for record in self.records.values())
-        self.on_progress(Progress(done, total, max(kept, self.counted_tokens)))
+        self.on_progress(Progress(done, total, self.kept_tokens + self.counted_tokens))

@@ -3,7 +3,8 @@
 Before: sources.py and tokenizer.py, which it calls. After: prepare.py, which runs many at a time.
 
 A slice is an independent task: read, encode, write the shards, then a small record in `.work/`,
-last. A slice is finished when its record is there, so any number of kills gives the same bytes.
+last. A slice is finished when its record is there and says that it was made of the same pieces of
+the same files, so any number of kills gives the same bytes.
 """
 
 import json
@@ -22,7 +23,7 @@ import xxhash
 from pipeline import shards, sources, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import DocumentLengths, Shard, ShardWriter, Tokens
-from pipeline.sources import Slice
+from pipeline.sources import Slice, SourceFile
 
 WORK_FOLDER = ".work"
 
@@ -53,11 +54,19 @@ class Job:
     slice: Slice
     kind: str
     paths: tuple[Path, ...]  # one a part
-    names: tuple[str, ...]  # what the source calls them
+    files: tuple[SourceFile, ...]  # what the source says of them
     folder: Path
     options: Options
     limit: int | None  # train tokens after which to stop
     skip_errors: bool = False  # leave out the row groups (or the rest of a file) that are damaged
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """What the slice is made of, in words that change when any of it does."""
+        return tuple(
+            f"{file.name}, {file.bytes} bytes, {file.checksum}, [{part.start}, {part.stop})"
+            for file, part in zip(self.files, self.slice.parts, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Record:
     """What one finished slice says of itself, in `.work/000000.json`."""
 
     slice: int
+    pieces: tuple[str, ...]  # Job.pieces
     limit: int | None
     shards: tuple[Shard, ...]
     document_tokens: dict[str, DocumentLengths]
@@ -82,7 +92,7 @@ class Record:
     @staticmethod
     def from_json(data: bytes) -> "Record":
         raw = json.loads(data)
-        raw["damaged"] = tuple(raw["damaged"])
+        raw["pieces"], raw["damaged"] = tuple(raw["pieces"]), tuple(raw["damaged"])
         raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
         raw["document_tokens"] = {
             split: DocumentLengths(each["min"], each["max"], tuple(each["histogram"]))
@@ -168,6 +178,7 @@ def tokenize_slice(job: Job) -> Record:
         shards.sync_folder(job.folder)
         record = Record(
             job.slice.number,
+            job.pieces,
             job.limit,
             tuple(shard for made, _ in committed.values() for shard in made),
             {split: lengths for split, (_, lengths) in committed.items()},
@@ -176,7 +187,9 @@ def tokenize_slice(job: Job) -> Record:
             num_low_scores,
             tuple(damaged),
         )
-        shards.write_whole(record_path(job.folder, job.slice.number), record.to_json())
+        # Not waited for: should a power cut take it, its slice is made again.
+        path = record_path(job.folder, job.slice.number)
+        shards.write_whole(path, record.to_json(), wait_for_disk=False)
         return record
     except OSError as error:
         raise ForgeError(
@@ -194,7 +207,7 @@ def tokenize_slice(job: Job) -> Record:
 def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
     """The text of a slice; places that cannot be read go to `damaged` if the job skips errors."""
     options = job.options
-    for part, path, name in zip(job.slice.parts, job.paths, job.names, strict=True):
+    for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
         groups = [part]
         if job.skip_errors:
             groups = [replace(part, start=g, stop=g + 1) for g in range(part.start, part.stop)]
@@ -206,7 +219,7 @@ def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
             except ForgeError as error:
                 if not job.skip_errors:
                     raise
-                damaged.append(f"{error.where}: {error.what}".replace(str(path), name))
+                damaged.append(f"{error.where}: {error.what}".replace(str(path), file.name))
 
 
 def _write_documents(texts: pa.LargeStringArray, sides: dict[str, _Side], job: Job) -> bool:
@@ -235,6 +248,23 @@ def _write_documents(texts: pa.LargeStringArray, sides: dict[str, _Side], job: J
     for split, side in sides.items():
         side.write(chosen[split], text_bytes[split])
     return full
+
+
+def finished(job: Job) -> Record | None:
+    """The record of a slice that an earlier run finished; None if it has to be made.
+
+    It has to be when a file of it has changed since, when a shard of it is not whole, and when
+    damaged places were left out of it: they may be sound by now.
+    """
+    try:
+        record = Record.from_json(record_path(job.folder, job.slice.number).read_bytes())
+        sound = all(
+            shards.check_header(job.folder / shard.file) == shard.num_tokens
+            for shard in record.shards
+        )
+    except (OSError, ValueError, KeyError, TypeError, ForgeError):
+        return None
+    return record if sound and record.pieces == job.pieces and not record.damaged else None
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:

@@ -37,8 +37,8 @@ BYTES_PER_TOKEN = 4.4  # English text under GPT-2's BPE; only sizes slices and e
 # Where a document's educational score may stand, in order of preference.
 SCORE_COLUMNS = ("metadata.int_score", "metadata.score", "int_score", "score")
 TAIL_BYTES = 64 * 1024
-MIN_SLICE_BYTES = 48 * 2**20  # each slice waits for the disk once, some 30 ms
-ENOUGH_SLICES = 64
+MIN_SLICE_BYTES = 48 * 2**20  # each slice has a few ms of its own: to open, to commit
+ENOUGH_SLICES = 256  # so that some 16 cores or more end at about the same time
 
 
 @dataclass(frozen=True)

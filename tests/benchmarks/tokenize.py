@@ -78,7 +78,8 @@ def run_with_tiktoken(source: sources.Source, folder: Path) -> int:
     first = sources.plan(source, "text", TIKTOKEN_BYTES, None)[0]
     (folder / slices.WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     paths = tuple(source.local_path(part.file) for part in first.parts)
-    job = Job(first, source.kind, paths, ("",) * len(paths), folder, Options(), None)
+    files = tuple(source.files[part.file] for part in first.parts)
+    job = Job(first, source.kind, paths, files, folder, Options(), None)
     made = slices.tokenize_slice(job)
     return sum(shard.text_bytes for shard in made.shards)
 
