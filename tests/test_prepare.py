@@ -126,6 +126,75 @@ def test_an_error_keeps_finished_slices_and_the_next_run_goes_on(
     assert contents(out) == contents(tmp_path / "straight")
 
 
+def all_but_the_index(source: Path, out: Path) -> dict[str, int]:
+    """Make `out` as if the last moment had been missing; when each train shard was made."""
+    found = sources.resolve(str(source), None, "train", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_commit", None)
+        with pytest.raises(TypeError, match="not callable"):
+            prepare.tokenize(found, out, Options(val_fraction=0.2), workers=1)
+    return {p.name: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [("b replaced", "a"), ("a replaced", "b"), ("0 new", ""), ("c new", "ab"), ("sizes", "ab")],
+)
+def test_the_next_run_keeps_the_slices_of_unchanged_files_and_makes_all_others_again(
+    tmp_path: Path, make_shards, make_parquet, documents, change: str, kept: str
+) -> None:
+    """The source changes between an unfinished run and the next, whose bytes are its own."""
+    source, out, rows = tmp_path / "in", tmp_path / "out", 10
+    texts = {"a": documents[:30], "b": documents[30:60]}
+    for name in texts:
+        make_parquet(source / f"{name}.parquet", texts[name], rows)
+    before = all_but_the_index(source, out)
+    plan = pieces(source)
+    if change == "sizes":
+        sources.MIN_SLICE_BYTES *= 2  # the fixture restores it
+    else:
+        name = change[0]
+        make_parquet(source / f"{name}.parquet", [t.upper() for t in texts.get(name, "xyz")], rows)
+    make_shards(source, out)
+    make_shards(source, tmp_path / "straight")
+    assert contents(out) == contents(tmp_path / "straight")
+    same = {p.name for p in out.glob("train_*.bin") if before.get(p.name) == p.stat().st_mtime_ns}
+    now = pieces(source).items() & plan.items()
+    assert same == {f"train_{n:06}.bin" for n, each in now if all(p[0] in kept for p in each)}
+    assert bool(same) == bool(kept)
+    assert same < set(before)
+
+
+def pieces(source: Path) -> dict[int, tuple[tuple[str, int, int], ...]]:
+    """What each slice is made of: one letter for a file, and row groups."""
+    found = sources.resolve(str(source), None, "train", None)
+    return {
+        each.number: tuple((found.files[p.file].name[0], p.start, p.stop) for p in each.parts)
+        for each in sources.plan(found, "text", 10**9, None)
+    }
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("damage", ["shard lost", "shard cut", "record cut"])
+def test_a_slice_whose_files_are_not_whole_is_made_again(
+    tmp_path: Path, folder_of_text: Path, make_shards, damage: str
+) -> None:
+    out = tmp_path / "out"
+    before = all_but_the_index(folder_of_text, out)
+    shard, record = out / "train_000003.bin", out / ".work" / "000003.json"
+    if damage == "shard lost":
+        shard.unlink()
+    else:
+        path = shard if damage == "shard cut" else record
+        path.write_bytes(path.read_bytes()[:-10])
+    make_shards(folder_of_text, out)
+    make_shards(folder_of_text, tmp_path / "straight")
+    assert contents(out) == contents(tmp_path / "straight")
+    changed = {name for name, at in before.items() if (out / name).stat().st_mtime_ns != at}
+    assert changed == {"train_000003.bin"}
+
+
 # ---------------------------------------------------------------------------------------------
 # No byte lost
 
