@@ -32,6 +32,7 @@ from pipeline.slices import (
     Job,
     Options,
     Record,
+    cannot_write,
     finished,
     record_path,
     start_worker,
@@ -111,30 +112,27 @@ def tokenize(
             options.min_score,
             (lambda error, name: damaged.append(f"{name}: {error.what}")) if skip_errors else None,
         )
-        if (
-            overwrite
-        ):  # not before the source has been found to be good, as far as its metadata says
+        if overwrite:  # not before the source is found to be good, as far as its metadata says
             _clear(folder)
-        with _claim(folder, plan, old):
-            first = 1 + max((shard.slice for shard in old.shards), default=-1) if old else 0
-            slices = [replace(each, number=each.number + first) for each in slices]
-            run = _Run(source, folder, options, slices, keep_downloads, skip_errors, on_progress)
-            _check_room(folder, run)
-            records = run.run(min(workers, len(slices)) or 1)
-            index = _commit(folder, plan, records, sorted(damaged), old)
+        _claim(folder, plan, old)
+        first = 1 + max((shard.slice for shard in old.shards), default=-1) if old else 0
+        slices = [replace(each, number=each.number + first) for each in slices]
+        run = _Run(source, folder, options, slices, keep_downloads, skip_errors, on_progress)
+        _check_room(folder, run)
+        records = run.run(min(workers, len(slices)) or 1)
+        index = _commit(folder, plan, records, sorted(damaged), old)
         _tidy(folder, index)
-    seconds = time.perf_counter() - started
-    outcome = Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
-    timing = {
-        "seconds": round(seconds, 3),
-        "workers": workers,
-        "source_bytes": outcome.new_bytes,
-        "tokens": outcome.new_tokens,
-        "megabytes_per_second": round(outcome.new_bytes / 1e6 / seconds, 2),
-        "tokens_per_second": round(outcome.new_tokens / seconds),
-    }
-    shards.write_whole(folder / TIMING_FILE, (json.dumps(timing, indent=2) + "\n").encode())
-    return outcome
+        seconds = time.perf_counter() - started
+        timing = {
+            "seconds": round(seconds, 3),
+            "workers": workers,
+            "source_bytes": run.counted_bytes,
+            "tokens": run.counted_tokens,
+            "megabytes_per_second": round(run.counted_bytes / 1e6 / seconds, 2),
+            "tokens_per_second": round(run.counted_tokens / seconds),
+        }
+        shards.write_whole(folder / TIMING_FILE, (json.dumps(timing, indent=2) + "\n").encode())
+    return Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
 
 
 @contextmanager
@@ -155,6 +153,8 @@ def _hold(folder: Path) -> Iterator[None]:
         raise ForgeError(
             "another forge-prep is writing this folder", where=folder, fix="let it finish"
         ) from None
+    except OSError as error:
+        raise cannot_write(error, folder) from error
     finally:
         os.close(descriptor)
         if is_new:
@@ -162,42 +162,32 @@ def _hold(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-@contextmanager
-def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> Iterator[None]:
+def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> None:
     """Put the plan and the vocabulary into `folder`, if what lies there allows it.
 
     `old` is its index when shards are appended to a finished folder.
     """
     work = folder / WORK_FOLDER
     plan_file = work / "plan.json"
-    try:
-        ours = old or work.exists() or not folder.exists()
-        if not ours and any(path.name != DOWNLOADS_FOLDER for path in folder.iterdir()):
-            raise ForgeError(
-                "the folder is not empty and holds no unfinished run of forge-prep",
-                where=folder,
-                fix="choose another --out (--overwrite removes shards only, nothing else)",
-            )
-        work.mkdir(exist_ok=True)
-        if plan_file.exists() and any(work.glob("[0-9]*.json")):
-            _same_plan(plan, json.loads(plan_file.read_bytes()), folder, any_files=True)
-        elif plan_file.exists() and old is None:  # nothing is finished yet: any plan may follow
-            _clear(folder)
-            work.mkdir()
-        for leftover in [*folder.glob("*.partial"), *work.glob("*.partial")]:
-            leftover.unlink(missing_ok=True)
-        shards.write_whole(plan_file, (json.dumps(plan) + "\n").encode())
-        vocabulary = folder / shards.VOCABULARY_FILE
-        if not vocabulary.exists():
-            shards.write_whole(vocabulary, tokenizer.vocabulary())
-        yield
-    except OSError as error:
+    ours = old or work.exists() or not folder.exists()
+    if not ours and any(path.name != DOWNLOADS_FOLDER for path in folder.iterdir()):
         raise ForgeError(
-            f"cannot write: {error.strerror}",
-            where=error.filename or folder,
-            fix="make room (or give write permission) and run the same command again; "
-            "finished slices are kept",
-        ) from error
+            "the folder is not empty and holds no unfinished run of forge-prep",
+            where=folder,
+            fix="choose another --out (--overwrite removes shards only, nothing else)",
+        )
+    work.mkdir(exist_ok=True)
+    if plan_file.exists() and any(work.glob("[0-9]*.json")):
+        _same_plan(plan, json.loads(plan_file.read_bytes()), folder, any_files=True)
+    elif plan_file.exists() and old is None:  # nothing is finished yet: any plan may follow
+        _clear(folder)
+        work.mkdir()
+    for leftover in [*folder.glob("*.partial"), *work.glob("*.partial")]:
+        leftover.unlink(missing_ok=True)
+    shards.write_whole(plan_file, (json.dumps(plan) + "\n").encode())
+    vocabulary = folder / shards.VOCABULARY_FILE
+    if not vocabulary.exists() or vocabulary.read_bytes() != tokenizer.vocabulary():
+        shards.write_whole(vocabulary, tokenizer.vocabulary())
 
 
 def _new_files(source: Source, old: Index, options: Options) -> Source:

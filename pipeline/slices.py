@@ -192,12 +192,7 @@ def tokenize_slice(job: Job) -> Record:
         shards.write_whole(path, record.to_json(), wait_for_disk=False)
         return record
     except OSError as error:
-        raise ForgeError(
-            f"cannot write: {error.strerror}",
-            where=error.filename or job.folder,
-            fix="make room (or give write permission) and run the same command again; "
-            "finished slices are kept",
-        ) from error
+        raise cannot_write(error, job.folder) from error
     finally:
         for side in sides.values():
             if side.writer is not None:
@@ -265,6 +260,15 @@ def finished(job: Job) -> Record | None:
     except (OSError, ValueError, KeyError, TypeError, ForgeError):
         return None
     return record if sound and record.pieces == job.pieces and not record.damaged else None
+
+
+def cannot_write(error: OSError, folder: Path) -> ForgeError:
+    return ForgeError(
+        f"cannot write: {error.strerror or error}",
+        where=error.filename or folder,
+        fix="make room (or give write permission) and run the same command again; "
+        "finished slices are kept",
+    )
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:

@@ -6,7 +6,9 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -510,6 +512,69 @@ def test_a_write_that_fails_in_a_worker_is_an_error_and_leaves_nothing_half_done
     assert "finished slices are kept" in str(caught.value.fix)
     assert not list((tmp_path / "out").rglob("*.partial"))
     assert not list((tmp_path / "out").glob("*.bin"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own of 12 MB, as far as this machine lets one mount it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_a_full_disk_is_an_error_and_the_next_run_goes_on(
+    disk: Path, tmp_path: Path, documents, make_parquet, make_shards
+) -> None:
+    """Somebody else fills the disk while we are at work; then there is room again."""
+    source = sources.resolve(
+        str(make_parquet(tmp_path / "a.parquet", documents * 8)), None, "train", None
+    )
+    options, out = Options(val_fraction=0.2), disk / "out"
+
+    def fill(progress: prepare.Progress) -> None:
+        if len(list(out.glob("train_*.bin"))) >= 3:
+            with suppress(OSError), (disk / "film").open("ab", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 4096)
+
+    with pytest.raises(ForgeError, match="cannot write: No space left on device") as caught:
+        prepare.tokenize(source, out, options, workers=2, on_progress=fill)
+    assert "make room" in str(caught.value.fix)
+    assert not list(out.rglob("*.partial"))
+    finished = {p: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
+    assert len(finished) >= 3
+    (disk / "film").unlink()
+    prepare.tokenize(source, out, options, workers=2)
+    recorded = {p: p.stat().st_mtime_ns for p in finished}
+    assert len(recorded.items() & finished.items()) >= 3
+    prepare.tokenize(source, tmp_path / "straight", options, workers=1)
+    assert contents(out) == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_read_only_disk_is_an_error_with_a_cure(
+    disk: Path, tmp_path: Path, make_parquet, overwrite: bool
+) -> None:
+    source = sources.resolve(
+        str(make_parquet(tmp_path / "a.parquet", ["a", "b"])), None, "train", None
+    )
+    prepare.tokenize(source, disk / "made", Options(), workers=1)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for name in ("made", "new"):
+        options = Options(val_fraction=0.0 if overwrite else 0.005)
+        if name == "made" and not overwrite:
+            assert prepare.tokenize(source, disk / name, options, workers=1).up_to_date
+            continue
+        with pytest.raises(ForgeError, match="Read-only file system") as caught:
+            prepare.tokenize(source, disk / name, options, workers=1, overwrite=overwrite)
+        assert caught.value.fix
 
 
 def test_too_little_room_is_said_before_the_work(
