@@ -16,17 +16,18 @@ COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 class Count(click.ParamType[int]):
-    """A whole number such as 250000, 500k, 2.5M or 10B."""
+    """A whole number such as 250000, 500k, 2.5M, 10B or 1e9."""
 
     name = "count"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", str(value).lower().replace("_", ""))
+        plain = re.sub("[_,]", "", str(value).lower())
+        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d\d?)?)([kmbt]?)", plain)
         number = round(float(match[1]) * COUNT_UNITS[match[2]]) if match else 0
         if number < 1:
-            self.fail(f"{value!r} is no count; write 250000, 500k, 2.5M or 10B", param, ctx)
+            self.fail(f"{value!r} is no count; write 250000, 500k, 2.5M, 10B or 1e9", param, ctx)
         return number
 
 
@@ -135,6 +136,8 @@ def tokenize(
     from pipeline.prepare import tokenize
     from pipeline.slices import Options
 
+    if append and overwrite:
+        raise click.UsageError("--append keeps the shards, --overwrite removes them: choose one")
     resolved = sources.resolve(source, config, split, revision)
     folder = out or Path("data_cache") / default_name(source, config)
     options = Options(text_column, val_fraction, max_tokens, shard_tokens, min_score)

@@ -24,7 +24,7 @@ CHUNK_TOKENS = 2**22
 def index_folder(folder: Path, raw: bool) -> Index:
     """Make the index of a folder of other people's token files; ForgeError if they are not."""
     if not folder.is_dir():
-        raise ForgeError("no such folder", where=folder)
+        raise ForgeError("no such folder", where=folder, fix="check the path")
     if (folder / shards.INDEX_FILE).exists():
         raise ForgeError("the folder has an index already", where=folder, fix="forge-prep info DIR")
     files = sorted(folder.glob("*.bin"))
@@ -32,9 +32,17 @@ def index_folder(folder: Path, raw: bool) -> Index:
         made = list(convert(folder) if raw else map(describe, files))
         shards.write_whole(folder / shards.VOCABULARY_FILE, tokenizer.vocabulary())
     except OSError as error:
-        raise ForgeError(f"cannot write: {error.strerror}", where=error.filename) from error
+        raise ForgeError(
+            f"cannot write: {error.strerror}",
+            where=error.filename or folder,
+            fix="make room (or give write permission) and run the same command again",
+        ) from error
     if not made:
-        raise ForgeError("no token files (*.bin) here", where=folder)
+        raise ForgeError(
+            "no token files (*.bin) here",
+            where=folder,
+            fix="text becomes shards with forge-prep tokenize",
+        )
     lengths = {split: DocumentLengths() for split in shards.SPLITS}
     for shard, figures in made:
         lengths[shard.split] += figures
@@ -109,7 +117,11 @@ def describe(path: Path) -> tuple[Shard, DocumentLengths]:
         starts.append(np.flatnonzero(chunk == shards.EOT_TOKEN) + first)
     bounds = np.concatenate([*starts, [num_tokens]]).astype(np.int64)
     if len(bounds) == 1:
-        raise ForgeError("no <|endoftext|> in the whole file: not GPT-2 documents", where=path)
+        raise ForgeError(
+            "no <|endoftext|> in the whole file: not GPT-2 documents",
+            where=path,
+            fix="take files of GPT-2 tokens, or tokenize the text itself: forge-prep tokenize",
+        )
     shard = Shard(
         file=path.name,
         split="val" if "val" in path.name else "train",

@@ -161,4 +161,5 @@ def find_document(index: Index, split: str, number: int) -> tuple[Shard, int, np
         if before
         else f"the {split} split is empty",
         where=index.folder,
+        fix="count from 0, or look at the other --split",
     )

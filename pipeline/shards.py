@@ -176,6 +176,12 @@ class ShardWriter:
 
     def write(self, tokens: Tokens) -> None:
         data = np.ascontiguousarray(tokens, dtype="<u2").view(np.uint8).data
+        if self.num_tokens + len(tokens) > MAX_SHARD_TOKENS:
+            raise ForgeError(
+                f"a shard of over {MAX_SHARD_TOKENS:,} tokens does not fit the format",
+                where=self.path,
+                fix="a text file makes one shard: split it (split --line-bytes=1G, for .jsonl)",
+            )
         self._file.write(data)
         # Starts writing to the disk now, so that commit() finds next to nothing left to wait for.
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -184,12 +190,6 @@ class ShardWriter:
 
     def commit(self) -> str:
         """Put the shard under its name, on the disk, and return its checksum."""
-        if self.num_tokens > MAX_SHARD_TOKENS:
-            raise ForgeError(
-                f"a shard of {self.num_tokens:,} tokens does not fit the format's 32-bit count",
-                where=self.path,
-                fix="take smaller shards: --shard-tokens",
-            )
         self._file.seek(0)
         self._file.write(encode_header(self.num_tokens))
         self._file.flush()
@@ -276,14 +276,15 @@ def read_vocabulary(path: Path) -> list[bytes]:
 
     Enough to decode (join the bytes) and to count text bytes, with no tokenizer library.
     """
+    fix = f"copy {VOCABULARY_FILE} from another folder of shards"
     try:
         lines = path.read_bytes().splitlines()
         tokens = [base64.b64decode(line.split()[0]) for line in lines]
     except (OSError, ValueError, IndexError) as error:
-        raise ForgeError(f"cannot read the vocabulary: {error}", where=path) from error
+        raise ForgeError(f"cannot read the vocabulary: {error}", where=path, fix=fix) from error
     if len(tokens) != VOCAB_SIZE - 1:
         raise ForgeError(
-            f"the vocabulary has {len(tokens)} tokens, not {VOCAB_SIZE - 1}", where=path
+            f"the vocabulary has {len(tokens)} tokens, not {VOCAB_SIZE - 1}", where=path, fix=fix
         )
     return [*tokens, b""]
 
@@ -306,13 +307,16 @@ def load_index(folder: Path) -> Index:
             fix="run its forge-prep tokenize command again; it goes on where it stopped",
         ) from None
     except OSError as error:
-        raise ForgeError(f"cannot read the index: {error.strerror}", where=path) from error
+        raise ForgeError(
+            f"cannot read the index: {error.strerror}", where=path, fix="give read permission"
+        ) from error
     try:
         raw = json.loads(data)
         if (raw["format"], raw["version"]) != (INDEX_FORMAT, INDEX_VERSION):
             raise ForgeError(
                 f"the index is of another format: {raw['format']!r} version {raw['version']}",
                 where=path,
+                fix="read it with the version of llm-forge that made it, or make it again",
             )
         lengths = {
             split: DocumentLengths(

@@ -8,6 +8,7 @@ the same files, so any number of kills gives the same bytes.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import threading
@@ -40,7 +41,12 @@ class Options:
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:  # NaN, too
-            raise ForgeError(f"--val-fraction must be from 0 to below 1, not {self.val_fraction}")
+            raise ForgeError(
+                f"--val-fraction must be from 0 to below 1, not {self.val_fraction}",
+                fix="0.005 holds out one document in 200",
+            )
+        if self.min_score is not None and math.isnan(self.min_score):
+            raise ForgeError("--min-score is not a number", fix="write it as 3 or 2.5")
 
     def record(self) -> dict[str, Any]:
         rule = "val if xxh3_64(utf-8 text) < val_fraction * 2**64"

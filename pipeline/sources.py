@@ -108,6 +108,8 @@ class Source:
 def resolve(name: str, config: str | None, split: str, revision: str | None) -> Source:
     """Find the files that SOURCE names. ForgeError when there are none."""
     path = Path(name)
+    if not name:
+        raise ForgeError("SOURCE is empty", fix="name a file, a folder or a hub dataset")
     if path.is_dir():
         paths = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p.name))
         root = path
@@ -157,7 +159,9 @@ def describe_file(path: Path, name: str) -> SourceFile:
             file.seek(max(0, size - TAIL_BYTES))
             return SourceFile(name, size, xxhash.xxh3_64_hexdigest(file.read()))
     except OSError as error:
-        raise ForgeError(f"cannot read a source file: {error.strerror}", where=path) from error
+        raise ForgeError(
+            f"cannot read a source file: {error.strerror}", where=path, fix="give read permission"
+        ) from error
 
 
 def resolve_hub(name: str, config: str | None, split: str, revision: str | None) -> Source:
@@ -177,14 +181,20 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
         ) from error
     if not by_split or split not in by_split:
         raise ForgeError(
-            f"the dataset has no split {split!r} (it has {', '.join(by_split or [])})", where=name
+            f"the dataset has no split {split!r} (it has {', '.join(by_split or [])})",
+            where=name,
+            fix="name one of them with --split",
         )
     from huggingface_hub import HfFileSystem
 
     hub = HfFileSystem()
     paths = [str(path) for path in by_split[split]]
     if any(not path.startswith("hf://") for path in paths):
-        raise ForgeError("the dataset's files do not lie on the hub", where=name)
+        raise ForgeError(
+            "the dataset's files do not lie on the hub",
+            where=name,
+            fix="download them and give their folder",
+        )
     infos = {path: hub.info(path) for path in paths}
     parsed: list[Any] = [hub.resolve_path(path) for path in paths]
     files = tuple(
@@ -193,7 +203,11 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
     )
     kinds = {kind_of(file.name) for file in files}
     if len(kinds) != 1 or None in kinds:
-        raise ForgeError(f"the split's files are not all of one known kind: {kinds}", where=name)
+        raise ForgeError(
+            f"the split's files are not all of one known kind: {kinds}",
+            where=name,
+            fix=f"download them and give a glob of one kind; known endings: {SUFFIXES}",
+        )
     commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
     commit |= {"config": config} if config else {}
     return Source(name, str(kinds.pop()), "", files, commit)
@@ -284,11 +298,12 @@ def row_groups(
         return []
     schema = metadata.schema.to_arrow_schema()
     check_column(schema, text_column, where)
+    columns = {metadata.schema.column(c).path: c for c in range(metadata.num_columns)}
     if min_score is not None:
-        score_column([metadata.schema.column(c).path for c in range(metadata.num_columns)], where)
-    column = next(
-        c for c in range(metadata.num_columns) if metadata.schema.column(c).path == text_column
-    )
+        score = score_column(list(columns), where)
+        kind = metadata.schema.column(columns[score]).physical_type
+        check_score(kind in ("INT32", "INT64", "FLOAT", "DOUBLE"), score, kind, where)
+    column = columns[text_column]
     return [
         Part(file, g, g + 1, metadata.row_group(g).column(column).total_uncompressed_size)
         for g in range(metadata.num_row_groups)
@@ -303,11 +318,21 @@ def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
             fix="name the column of the text with --text-column",
         )
     kind = schema.field(text_column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if plain not in (pa.string(), pa.large_string(), pa.string_view()):
         raise ForgeError(
             f"column {text_column!r} holds {kind}, not strings",
             where=where,
             fix="name the column of the text with --text-column",
+        )
+
+
+def check_score(is_number: bool, column: str, kind: str, where: object) -> None:
+    if not is_number:
+        raise ForgeError(
+            f"the score {column!r} holds {kind}, not a number",
+            where=where,
+            fix="leave out --min-score, or take a source with scores",
         )
 
 
@@ -378,7 +403,8 @@ def read_parquet(
                         yield Batch(texts, texts.nbytes)
                         continue
                     first, *inside = columns[1].split(".")
-                    scores = pc.struct_field(batch.column(first), inside)
+                    scores = batch.column(first)
+                    scores = pc.struct_field(scores, inside) if inside else scores
                     kept = texts.filter(pc.fill_null(pc.greater_equal(scores, min_score), False))
                     yield Batch(kept, texts.nbytes, len(texts) - len(kept))
             except (pa.ArrowException, OSError) as error:
@@ -426,8 +452,12 @@ def has_score(document: dict[str, Any], min_score: float, where: str) -> bool:
     inner = document.get("metadata")
     if isinstance(inner, dict):
         flat |= {f"metadata.{key}": value for key, value in inner.items()}
-    score = flat[score_column(list(flat), where)]
-    return isinstance(score, int | float) and score >= min_score
+    column = score_column(list(flat), where)
+    score = flat[column]
+    check_score(
+        score is None or isinstance(score, int | float), column, type(score).__name__, where
+    )
+    return score is not None and score >= min_score
 
 
 def parse_line(line: bytes, text_column: str, where: str) -> dict[str, Any]:

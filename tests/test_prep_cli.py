@@ -1,5 +1,6 @@
 """forge-prep as people and scripts meet it: exit codes, messages, JSON; never a traceback."""
 
+import ast
 import json
 import os
 import shutil
@@ -67,6 +68,7 @@ def test_tokenize_json_is_one_object_and_nothing_else(forge, source: Path, tmp_p
     ("arguments", "says"),
     [
         (["tokenize", "nowhere.parquet"], "no such file, folder or glob"),
+        (["tokenize", ""], "SOURCE is empty"),
         (["info", "nowhere"], "no such folder of shards"),
         (["verify", "nowhere"], "no such folder of shards"),
         (["show", "nowhere", "0"], "no such folder of shards"),
@@ -86,6 +88,8 @@ def test_what_is_not_there_is_exit_code_1(
         ["tokenize"],
         ["tokenize", "x", "--max-tokens", "many"],
         ["tokenize", "x", "--max-tokens", "0"],
+        ["tokenize", "x", "--max-tokens", "1e400"],
+        ["tokenize", "x", "--append", "--overwrite"],
         ["tokenize", "x", "--val-fraction", "1"],
         ["tokenize", "x", "--workers", "0"],
         ["show", "x", "-1"],
@@ -99,12 +103,31 @@ def test_wrong_usage_is_exit_code_2(forge, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"), [("7", 7), ("500k", 500_000), ("2.5M", 2_500_000), ("1_0B", 10**10)]
+    ("written", "meant"),
+    [
+        ("7", 7),
+        ("500k", 500_000),
+        ("2.5M", 2_500_000),
+        ("1_0B", 10**10),
+        ("1e9", 10**9),
+        ("10,000", 10**4),
+    ],
 )
 def test_counts_are_written_as_people_write_them(written: str, meant: int) -> None:
     from pipeline.cli import Count
 
     assert Count()(written) == meant
+
+
+def test_every_error_of_the_pipeline_says_what_to_do() -> None:
+    calls = [
+        (path.name, node.lineno, {keyword.arg for keyword in node.keywords})
+        for path in (ROOT / "pipeline").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ForgeError"
+    ]
+    assert len(calls) > 30
+    assert [call for call in calls if "fix" not in call[2]] == []
 
 
 def test_info_counts_what_is_there(forge, small_shards: Path) -> None:

@@ -250,17 +250,21 @@ def test_null_and_empty_documents_are_skipped_and_counted(
     assert texts_of(tmp_path / "out", "train") == [b"one", b"two", b"three"] * 3
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["metadata.int_score", "int_score"])
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_documents_below_min_score_or_without_one_are_dropped_and_counted(
-    tmp_path: Path, make_shards, kind: str
+    tmp_path: Path, make_shards, kind: str, inside: bool
 ) -> None:
-    rows = [
-        {"text": f"text {n}", "metadata": {"score": 9.9, "int_score": score}}
-        for n, score in enumerate([3, 2, None, 5, 1, 4])
-    ]
+    """smollm-corpus has the score in a struct, fineweb-edu as a column."""
+    rows: list[dict[str, object]] = []
+    for n, score in enumerate([3, 2, None, 5, 1, 4]):
+        scores = {"score": 9.9, "int_score": score}
+        rows.append({"text": f"text {n}"} | ({"metadata": scores} if inside else scores))
+    if kind == "parquet":
+        rows.append({"text": "text 6", "metadata" if inside else "int_score": None})
     path = tmp_path / f"a.{kind}"
     if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist([*rows, {"text": "text 6", "metadata": None}]), path)
+        pq.write_table(pa.Table.from_pylist(rows), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     index = make_shards(path, tmp_path / "out", val_fraction=0.0, min_score=3)
@@ -273,6 +277,14 @@ def test_min_score_needs_scores(tmp_path: Path, make_parquet, make_shards) -> No
     source = make_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(ForgeError, match=r"no score: none of metadata\.int_score"):
         make_shards(source, tmp_path / "out", min_score=3)
+    row = {"text": "a", "score": "3"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "b.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps(row))
+    for name, kind in (("b.parquet", "BYTE_ARRAY"), ("b.jsonl", "str")):
+        with pytest.raises(ForgeError, match=f"the score 'score' holds {kind}, not a number"):
+            make_shards(tmp_path / name, tmp_path / "out", min_score=3)
+    with pytest.raises(ForgeError, match="not a number"):
+        Options(min_score=float("nan"))
 
 
 def test_damaged_places_are_left_out_and_listed_if_so_wished(

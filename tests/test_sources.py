@@ -77,8 +77,9 @@ def test_parquet_gives_its_documents_in_order(tmp_path: Path, make_parquet) -> N
     assert read(make_parquet(tmp_path / "b.parquet", TEXTS, column="body"), "body") == TEXTS
 
 
-def test_both_types_of_strings_read_alike(tmp_path: Path) -> None:
-    for kind in (pa.string(), pa.large_string()):
+def test_all_types_of_strings_read_alike(tmp_path: Path) -> None:
+    categories = pa.dictionary(pa.int32(), pa.string())  # pandas' categories
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), categories):
         path = tmp_path / "a.parquet"
         pq.write_table(pa.table({"text": pa.array(TEXTS, kind)}), path)
         assert read(path) == TEXTS
