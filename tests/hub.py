@@ -3,7 +3,7 @@
 It serves one dataset from a folder. `faults` holds, by file name, what the next downloads of that
 file shall suffer: a status (429, 503), "break" (the connection ends in mid-file) or "change" (bytes
 of another hash); "footer of NAME" is for reads of a piece of it. `requests` lists what was asked:
-(method, path, Authorization header).
+(method, path, Authorization header). `commit` is what main stands at.
 """
 
 import hashlib
@@ -16,13 +16,14 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
+NEXT_COMMIT = "234567890abcdef1234567890abcdef123456789"
 
 
 class Hub:
     """`with Hub("owner/name", folder) as hub:` serves at `hub.endpoint`."""
 
     def __init__(self, dataset: str, folder: Path) -> None:
-        self.dataset, self.folder = dataset, folder
+        self.dataset, self.folder, self.commit = dataset, folder, COMMIT
         self.faults: dict[str, list[int | str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
@@ -78,15 +79,15 @@ class Hub:
         api, files = f"/api/datasets/{self.dataset}", f"/datasets/{self.dataset}/resolve/"
         if path.startswith(files):
             revision, _, name = path.removeprefix(files).partition("/")
-            if revision in ("main", COMMIT) and (self.folder / name).is_file():
+            if revision in ("main", self.commit) and (self.folder / name).is_file():
                 self.send_file(http, name)
             else:
                 self.send(
                     http, 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
                 )
-        elif path == api or path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+        elif path == api or path in (f"{api}/revision/main", f"{api}/revision/{self.commit}"):
             siblings = [{"rfilename": str(p.relative_to(self.folder))} for p in self.files()]
-            facts = {"id": self.dataset, "sha": COMMIT, "siblings": siblings, "tags": []}
+            facts = {"id": self.dataset, "sha": self.commit, "siblings": siblings, "tags": []}
             facts |= {"private": False, "disabled": False, "downloads": 0, "likes": 0}
             self.send(http, 200, facts)
         elif path.startswith(f"{api}/tree/"):
@@ -110,7 +111,7 @@ class Hub:
         data = (self.folder / name).read_bytes()
         entry = self.entry(self.folder / name)
         etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
         headers |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(data))}
         asked = http.headers.get("Range", "")
         key = f"footer of {name}" if re.search(r"\d$", asked) else name
@@ -148,7 +149,9 @@ class Hub:
     ) -> None:
         data = json.dumps(answer).encode()
         http.send_response(status)
-        headers = {"Content-Type": "application/json", "X-Repo-Commit": COMMIT} | (headers or {})
+        headers = {"Content-Type": "application/json", "X-Repo-Commit": self.commit} | (
+            headers or {}
+        )
         for key, value in {**headers, "Content-Length": str(len(data))}.items():
             http.send_header(key, value)
         http.end_headers()

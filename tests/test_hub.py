@@ -2,16 +2,21 @@
 
 import json
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
-from hub import COMMIT, Hub
+from hub import COMMIT, NEXT_COMMIT, Hub
 
-from pipeline import shards
+from pipeline import prepare, shards
 
 DATASET = "somebody/corpus"
 README = """---
@@ -42,6 +47,18 @@ def hub(dataset: Path) -> Iterator[Hub]:
         yield served
 
 
+# kill -9 of the program when a file has come and the first slice is finished.
+KILL = """
+import os, pathlib, time
+is_whole = downloads.is_whole
+def die(path, wanted):
+    while str(path).endswith("{name}"):
+        if list(pathlib.Path("{out}").glob(".work/[0-9]*.json")):
+            os.kill(os.getpid(), 9)
+        time.sleep(0.01)
+    return is_whole(path, wanted)
+downloads.is_whole = die
+"""
 Tokenize = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -50,13 +67,19 @@ def tokenize(hub: Hub, tmp_path: Path) -> Tokenize:
     """forge-prep tokenize of the dataset, in a process of its own that knows this hub alone."""
 
     def run(
-        *arguments: object, tries: int = 6, slice_bytes: int = 2**24, **environment: str
+        *arguments: object,
+        tries: int = 6,
+        slice_bytes: int = 2**24,
+        killed_at: str = "",
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         program = (
             f"from pipeline import cli, downloads, sources; downloads.DOWNLOAD_TRIES = {tries}\n"
             f"downloads.FIRST_PAUSE_SECONDS = 0.05; sources.MIN_SLICE_BYTES = {slice_bytes}\n"
-            "cli.main()"
         )
+        if killed_at:
+            program += KILL.format(name=killed_at, out=tmp_path / "out")
+        program += "cli.main()"
         settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
         settings |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         command = [sys.executable, "-c", program, "tokenize", DATASET]
@@ -155,6 +178,100 @@ def test_a_file_that_stays_wrong_is_an_error_and_the_next_run_goes_on(
     hub.faults.clear()
     assert tokenize().returncode == 0
     assert shard_bytes(tmp_path / "out") == local
+
+
+@pytest.fixture
+def growing_hub(dataset: Path, tmp_path: Path) -> Iterator[Hub]:
+    """The dataset without its last two files, which come with the next commit."""
+    folder = shutil.copytree(dataset, tmp_path / "repository")
+    for name in NAMES[2:]:
+        (folder / name).unlink()
+    with Hub(DATASET, folder) as served:
+        yield served
+
+
+def grow(hub: Hub, dataset: Path) -> None:
+    for name in NAMES[2:]:
+        shutil.copy(dataset / name, hub.folder / name)
+    hub.commit = NEXT_COMMIT
+
+
+def test_append_adds_the_files_of_a_newer_commit_after_a_kill_too(
+    growing_hub: Hub, dataset: Path, local: dict[str, bytes], tmp_path: Path, tokenize: Tokenize
+) -> None:
+    hub, out = growing_hub, tmp_path / "out"
+    assert tokenize(HF_ENDPOINT=hub.endpoint).returncode == 0
+    first = shard_bytes(out)
+    grow(hub, dataset)
+    refused = tokenize(HF_ENDPOINT=hub.endpoint)
+    assert refused.returncode == 1
+    assert "--append" in refused.stderr
+    hub.requests.clear()
+    append: dict[str, Any] = {"slice_bytes": 1000, "HF_ENDPOINT": hub.endpoint}
+    killed = tokenize("--append", killed_at=NAMES[3], **append)
+    assert killed.returncode == -signal.SIGKILL
+    assert first.items() < shard_bytes(out).items()
+    finished = finished_slices(out)
+    assert finished
+    done = tokenize("--append", **append)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    assert not any(hub.downloads(name) for name in NAMES[:2]), "old files are not fetched again"
+    index = shards.load_index(out)
+    assert index.source["hub"]["revision"] == NEXT_COMMIT
+    assert [file["name"] for file in index.source["files"]] == NAMES
+    assert first.items() < shard_bytes(out).items()
+    assert documents_of(shard_bytes(out)) == documents_of(local)
+    assert shards.verify(index, 1, lambda count: None) == []
+    assert json.loads(tokenize("--append", "--json", HF_ENDPOINT=hub.endpoint).stdout)["up_to_date"]
+    assert not (out / ".work").exists()
+
+
+def finished_slices(out: Path) -> dict[Path, int]:
+    """The train shards of an unfinished run's finished slices, and when they were made."""
+    made = [out / f"train_{record.stem}.bin" for record in out.glob(".work/[0-9]*.json")]
+    return {path: path.stat().st_mtime_ns for path in made}
+
+
+def documents_of(files: dict[str, bytes]) -> list[tuple[str, bytes]]:
+    """All documents with their side, as bytes of tokens, in any order."""
+    found = []
+    for name, data in files.items():
+        tokens = np.frombuffer(data, "<u2", offset=shards.HEADER.size)
+        for document in np.split(tokens, np.flatnonzero(tokens == shards.EOT_TOKEN))[1:]:
+            found.append((name.partition("_")[0], document.tobytes()))
+    return sorted(found)
+
+
+def test_a_commit_between_two_runs_keeps_what_did_not_change(
+    growing_hub: Hub, dataset: Path, local: dict[str, bytes], tmp_path: Path, tokenize: Tokenize
+) -> None:
+    hub, out = growing_hub, tmp_path / "out"
+    killed = tokenize(killed_at=NAMES[1], slice_bytes=1000, HF_ENDPOINT=hub.endpoint)
+    assert killed.returncode == -signal.SIGKILL
+    finished = finished_slices(out)
+    assert finished
+    grow(hub, dataset)
+    done = tokenize(HF_ENDPOINT=hub.endpoint, slice_bytes=1000)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    assert shards.load_index(out).source["hub"]["revision"] == NEXT_COMMIT
+    assert documents_of(shard_bytes(out)) == documents_of(local)
+
+
+def test_the_slice_that_is_made_again_for_max_tokens_still_has_its_file(
+    tokenize: Tokenize, hub: Hub, tmp_path: Path, dataset: Path, make_shards
+) -> None:
+    """It is the last one of the first file, all of whose slices were finished once."""
+    order = list(NAMES)
+    random.Random(prepare.SHUFFLE_SEED).shuffle(order)
+    whole = make_shards(dataset / order[0], tmp_path / "one").total("num_tokens", "train")
+    ran = tokenize("--max-tokens", whole - 10, slice_bytes=1000)
+    assert ran.returncode == 0, ran.stderr
+    assert whole - 10 <= shards.load_index(tmp_path / "out").total("num_tokens", "train") <= whole
+    fetched = [path for path in hub.downloads(order[0]) if path.endswith(order[0])]
+    assert fetched
+    assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
 def test_a_limited_run_takes_no_more_files_than_it_needs(
