@@ -405,6 +405,11 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
     Hashing and counting release the interpreter's lock, so threads use all cores.
     """
     problems = []
+    listed = json.loads((index.folder / INDEX_FILE).read_bytes())["splits"]
+    summed = json.loads(index.to_json())["splits"]
+    for split in SPLITS:
+        if listed.get(split) != summed[split]:
+            problems.append(f"{INDEX_FILE}: the totals of {split} are not the sums over its shards")
     known = {shard.file for shard in index.shards}
     known |= {file["name"] for file in index.source.get("files", [])}
     for path in sorted(index.folder.glob("*.bin")):

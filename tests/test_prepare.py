@@ -3,9 +3,11 @@
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -128,13 +130,13 @@ def test_an_error_keeps_finished_slices_and_the_next_run_goes_on(
     assert contents(out) == contents(tmp_path / "straight")
 
 
-def all_but_the_index(source: Path, out: Path) -> dict[str, int]:
+def all_but_the_index(source: Path, out: Path, append: bool = False) -> dict[str, int]:
     """Make `out` as if the last moment had been missing; when each train shard was made."""
     found = sources.resolve(str(source), None, "train", None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_commit", None)
         with pytest.raises(TypeError, match="not callable"):
-            prepare.tokenize(found, out, Options(val_fraction=0.2), workers=1)
+            prepare.tokenize(found, out, Options(val_fraction=0.2), workers=1, append=append)
     return {p.name: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
 
 
@@ -399,6 +401,29 @@ def test_append_adds_new_files_and_moves_nothing(
         assert prepare.tokenize(found, out, options, workers=1, append=append).up_to_date
 
 
+@pytest.mark.usefixtures("small_slices")
+def test_append_goes_on_after_a_kill_and_gives_the_same_bytes(
+    tmp_path: Path, documents, make_parquet, make_shards
+) -> None:
+    source, outs = tmp_path / "in", [tmp_path / name for name in ("killed", "straight", "plain")]
+    make_parquet(source / "b.parquet", documents[:30])
+    for out in outs:
+        make_shards(source, out)
+    make_parquet(source / "a.parquet", documents[30:])
+    before = all_but_the_index(source, outs[0], append=True)
+    found = sources.resolve(str(source), None, "train", None)
+    for out in outs[:2]:
+        prepare.tokenize(found, out, Options(val_fraction=0.2), workers=2, append=True)
+    assert contents(outs[0]) == contents(outs[1])
+    assert {p.name: p.stat().st_mtime_ns for p in outs[0].glob("train_*.bin")} == before
+    # Without --append, and with the old source, the killed run is forgotten.
+    all_but_the_index(source, outs[2], append=True)
+    (source / "a.parquet").unlink()
+    make_shards(source, outs[2])
+    make_shards(source, tmp_path / "old")
+    assert contents(outs[2]) == contents(tmp_path / "old")
+
+
 def test_append_needs_the_old_files_as_they_were(finished: Path, make_parquet) -> None:
     make_parquet(finished.parent / "a.parquet", ["changed"])
     found = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
@@ -587,6 +612,28 @@ def test_a_read_only_disk_is_an_error_with_a_cure(
         with pytest.raises(ForgeError, match="Read-only file system") as caught:
             prepare.tokenize(source, disk / name, options, workers=1, overwrite=overwrite)
         assert caught.value.fix
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_a_worker_killed_by_the_kernel_is_an_error_and_the_next_run_goes_on(
+    tmp_path: Path, folder_of_text: Path, make_shards
+) -> None:
+    source = sources.resolve(str(folder_of_text), None, "train", None)
+    options, out = Options(val_fraction=0.2), tmp_path / "out"
+
+    def kill(progress: prepare.Progress) -> None:
+        if any(out.glob(".work/[0-9]*.json")):
+            for worker in multiprocessing.active_children()[:1]:
+                os.kill(worker.pid or 0, signal.SIGKILL)
+
+    with pytest.raises(ForgeError, match="a worker process was killed") as caught:
+        prepare.tokenize(source, out, options, workers=2, on_progress=kill)
+    assert "fewer --workers" in str(caught.value.fix)
+    assert multiprocessing.active_children() == []
+    assert not list(out.rglob("*.partial"))
+    prepare.tokenize(source, out, options, workers=2)
+    make_shards(folder_of_text, tmp_path / "straight")
+    assert contents(out) == contents(tmp_path / "straight")
 
 
 def test_too_little_room_is_said_before_the_work(

@@ -117,6 +117,13 @@ def test_verify_finds_tokens_outside_the_vocabulary_and_wrong_counts(copy: Path)
     assert "does not start with <|endoftext|>" in found
 
 
+def test_verify_finds_totals_that_do_not_add_up(copy: Path) -> None:
+    raw = json.loads((copy / "index.json").read_text())
+    raw["splits"]["val"]["num_documents"] += 1
+    (copy / "index.json").write_text(json.dumps(raw))
+    assert problems(copy) == "index.json: the totals of val are not the sums over its shards"
+
+
 def test_a_folder_without_index_is_not_finished(copy: Path) -> None:
     (copy / "index.json").unlink()
     with pytest.raises(ForgeError, match="not finished"):
