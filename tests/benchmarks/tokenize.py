@@ -3,14 +3,15 @@
 Prints MB/s of text, best of --tries, of
 
     a  reading the parquet column alone
-    b  encoding alone, from a fresh encoder on
+    b  encoding alone, from a fresh encoder on, as much text as c
     c  forge-prep tokenize, one worker; then with each other number of --workers
     e  c's inner loop with tiktoken (encode_to_numpy) as the encoder
     f  tiktoken's encode_ordinary_batch into arrays, as nanoGPT and llm.c prepare their data
 
 and of c: seconds to the first token on the disk, and the memory of workers and parent after 1, 10
 and 50 slices a worker. `whole` counts from the start of the process to its end, `steady` from the
-first finished slices on. The text is --source, read --repeat times over.
+first finished slices on; `CPU` is MB of text a second of processor time, start-up included, which
+holds on a machine that is busy with other things. The text is --source, --repeat times over.
 """
 
 import argparse
@@ -51,13 +52,16 @@ def text_bytes(texts: pa.LargeStringArray) -> int:
     return int(ends[texts.offset + len(texts)] - ends[texts.offset])
 
 
-def best(tries: int, work: Callable[[], int]) -> float:
-    """The best MB/s of some tries of `work`, which returns the bytes of text it did."""
+def best(tries: int, work: Callable[[], int]) -> tuple[float, float]:
+    """The best MB/s, and MB a CPU second, of tries of `work`, which returns its bytes of text."""
     speeds = []
     for _ in range(tries):
-        started = time.perf_counter()
-        speeds.append(work() / 1e6 / (time.perf_counter() - started))
-    return max(speeds)
+        started, cpu = time.perf_counter(), time.process_time()
+        megabytes = work() / 1e6
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        speeds.append((megabytes / seconds, megabytes / cpu))
+    wall, processor = zip(*speeds, strict=True)
+    return max(wall), max(processor)
 
 
 class TiktokenEncoder:
@@ -90,6 +94,7 @@ class Run:
 
     num_bytes: int
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of the parent and the workers
     first_token_seconds: float = 0.0
     first_slices_seconds: float = 0.0
     first_slices: int = 0
@@ -101,6 +106,10 @@ class Run:
     @property
     def whole(self) -> float:
         return self.num_bytes / 1e6 / self.seconds
+
+    @property
+    def cpu(self) -> float:
+        return self.num_bytes / 1e6 / self.cpu_seconds
 
     @property
     def steady(self) -> float:
@@ -119,6 +128,11 @@ def memory_mib(process: int) -> float:
     return int(anonymous[0]) / 1024 if anonymous else 0.0
 
 
+def children_cpu() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def children(process: int) -> list[int]:
     try:
         return [
@@ -133,7 +147,7 @@ def run_forge_prep(source: Path, out: Path, workers: int, shard_tokens: int) -> 
     command = [sys.executable, "-m", "pipeline.cli", "tokenize", source, "--out", out]
     command += ["--workers", workers, "--shard-tokens", shard_tokens]
     run = Run(0)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), children_cpu()
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         seconds = time.perf_counter() - started
@@ -151,7 +165,7 @@ def run_forge_prep(source: Path, out: Path, workers: int, shard_tokens: int) -> 
             if finished >= mark * workers:
                 run.worker_mib.setdefault(mark, now)
         time.sleep(0.03)
-    run.seconds = time.perf_counter() - started
+    run.seconds, run.cpu_seconds = time.perf_counter() - started, children_cpu() - cpu
     if process.returncode:
         sys.exit(process.returncode)
     index = shards.load_index(out)
@@ -190,7 +204,7 @@ def main() -> None:
     print_table(speed, runs)
 
 
-def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, tuple[float, float]]:
     """Rows a, b, e and f."""
     source = sources.resolve(str(arguments.source), None, "train", None)
     texts = list(batches(source))
@@ -199,7 +213,9 @@ def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, floa
 
     def encode() -> int:
         encoder = tokenizer.BulkEncoder(vocabulary)
-        return sum(text_bytes(t) for t in texts if len(encoder.encode(t)[1]))
+        for batch in (all_texts := texts * arguments.repeat):
+            encoder.encode(batch)
+        return sum(map(text_bytes, all_texts))
 
     def encode_as_others_do() -> int:
         done = 0
@@ -223,7 +239,7 @@ def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, floa
     }
 
 
-def print_table(speed: dict[str, float], runs: dict[int, Run]) -> None:
+def print_table(speed: dict[str, tuple[float, float]], runs: dict[int, Run]) -> None:
     first = next(iter(runs.values()))
     names = {
         "a": "reading the column alone",
@@ -232,22 +248,27 @@ def print_table(speed: dict[str, float], runs: dict[int, Run]) -> None:
         "f": "tiktoken encode_ordinary_batch, all cores",
     }
     print(f"{first.num_bytes / 1e9:.2f} GB of text, {len(os.sched_getaffinity(0))} cores\n")
-    print(f"{'':52}{'whole':>8}{'steady':>8}  MB/s")
+    print(f"{'':52}{'whole':>8}{'steady':>8}{'CPU':>8}  MB/s")
     for key in "ab":
         if key in speed:
-            print(f"{key}  {names[key]:49}{speed[key]:8.0f}")
+            print(f"{key}  {names[key]:49}{speed[key][0]:8.0f}{'':8}{speed[key][1]:8.0f}")
     for count, run in runs.items():
         label = f"forge-prep tokenize, {count} worker{'s' * (count > 1)}"
-        print(f"{'c' if run is first else 'd'}  {label:49}{run.whole:8.0f}{run.steady:8.0f}")
+        print(f"{'c' if run is first else 'd'}  {label:49}", end="")
+        print(f"{run.whole:8.0f}{run.steady:8.0f}{run.cpu:8.0f}")
     for key in "ef":
         if key in speed:
-            print(f"{key}  {names[key]:49}{speed[key]:8.1f}")
+            print(f"{key}  {names[key]:49}{speed[key][0]:8.1f}{'':8}{speed[key][1]:8.1f}")
     print()
     if speed:
-        series = 1 / (1 / speed["a"] + 1 / speed["b"])
-        whole, steady = first.whole / series, first.steady / series
-        print(f"c / (a and b in series): {whole:.2f}  (steady {steady:.2f})")
-        print(f"c / e: {first.whole / speed['e']:.1f}   c / f: {first.whole / speed['f']:.1f}")
+        series, series_cpu = (
+            1 / (1 / a + 1 / b) for a, b in zip(speed["a"], speed["b"], strict=True)
+        )
+        ratios = (first.whole / series, first.steady / series, first.cpu / series_cpu)
+        print("c / (a and b in series): {:.2f}, steady {:.2f}, CPU {:.2f}".format(*ratios))
+        for key in "bef":
+            ratios = (first.whole / speed[key][0], first.cpu / speed[key][1])
+            print("c / {}: {:.2f}, CPU {:.2f}".format(key, *ratios))
     for count, run in list(runs.items())[1:]:
         print(
             f"{count} workers / {next(iter(runs))}: {run.steady / first.steady:.2f} in steady state"
