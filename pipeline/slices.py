@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 import xxhash
 
 from pipeline import shards, sources, tokenizer
 from pipeline.errors import ForgeError
-from pipeline.shards import DocumentLengths, Shard, ShardWriter, Tokens
+from pipeline.shards import DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Slice, SourceFile
 
 WORK_FOLDER = ".work"
@@ -136,12 +136,13 @@ class _Side:
         self.num_tokens = self.text_bytes = 0
         self.lengths: list[np.ndarray] = []
 
-    def write(self, documents: list[Tokens], text_bytes: int) -> None:
+    def write(self, documents: list[npt.NDArray[np.uint32]], text_bytes: int) -> None:
         if not documents:
             return
         self.writer = self.writer or ShardWriter(self.path)
-        eot = np.array([shards.EOT_TOKEN], np.uint16)
-        self.writer.write(np.concatenate([x for document in documents for x in (eot, document)]))
+        eot = np.array([shards.EOT_TOKEN], np.uint32)
+        pieces = [x for document in documents for x in (eot, document)]
+        self.writer.write(np.concatenate(pieces, dtype=np.uint16, casting="unsafe"))
         self.num_tokens = self.writer.num_tokens
         self.text_bytes += text_bytes
         self.lengths.append(np.array([len(document) for document in documents], np.int64))
@@ -170,11 +171,11 @@ def tokenize_slice(job: Job) -> Record:
     damaged: list[str] = []
     try:
         for texts, source_bytes, low_scores in _texts(job, damaged):
-            kept, nulls, empty = sources.drop_blank(texts)
+            documents, nulls, empty = sources.documents(texts)
             num_nulls, num_empty = num_nulls + nulls, num_empty + empty
             num_low_scores += low_scores
             before = sides["train"].num_tokens + sides["val"].num_tokens
-            full = _write_documents(kept, sides, job)
+            full = _write_documents(documents, sides, job)
             with _done_bytes.get_lock():
                 _done_bytes.value += source_bytes
                 _done_tokens.value += sides["train"].num_tokens + sides["val"].num_tokens - before
@@ -223,26 +224,18 @@ def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
                 damaged.append(f"{error.where}: {error.what}".replace(str(path), file.name))
 
 
-def _write_documents(texts: pa.LargeStringArray, sides: dict[str, _Side], job: Job) -> bool:
-    """Encode n texts and write each to its side; True once the train side has job.limit tokens."""
-    if len(texts) == 0:
-        return False
-    tokens, bounds = _encoder.encode(texts)
-    _, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
-    text = memoryview(data)
+def _write_documents(documents: list[bytes], sides: dict[str, _Side], job: Job) -> bool:
+    """Encode documents and write each to its side; True once train has job.limit tokens."""
     threshold = int(job.options.val_fraction * 2**64)
-    chosen: dict[str, list[Tokens]] = {split: [] for split in shards.SPLITS}
+    chosen: dict[str, list[npt.NDArray[np.uint32]]] = {split: [] for split in shards.SPLITS}
     text_bytes = dict.fromkeys(shards.SPLITS, 0)
     train_tokens, full = sides["train"].num_tokens, False
-    for n in range(len(texts)):
-        hashed = xxhash.xxh3_64_intdigest(text[ends[n] : ends[n + 1]])
-        split = "val" if hashed < threshold else "train"
-        document = tokens[bounds[n] : bounds[n + 1]]
-        chosen[split].append(document)
-        text_bytes[split] += ends[n + 1] - ends[n]
+    for document, tokens in zip(documents, _encoder.encode(documents), strict=True):
+        split = "val" if xxhash.xxh3_64_intdigest(document) < threshold else "train"
+        chosen[split].append(tokens)
+        text_bytes[split] += len(document)
         if split == "train":
-            train_tokens += len(document) + 1
+            train_tokens += len(tokens) + 1
             full = job.limit is not None and train_tokens >= job.limit
             if full:
                 break

@@ -8,6 +8,7 @@ read_texts() streams the text of one part of a slice.
 
 import glob
 import io
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -513,13 +515,12 @@ def read_txt(path: Path, part: Part, text_column: str, min_score: float | None) 
     yield Batch(pa.array([text], pa.large_string()), len(data))
 
 
-def drop_blank(texts: pa.LargeStringArray) -> tuple[pa.LargeStringArray, int, int]:
-    """Texts without nulls and empty ones: (texts, number of nulls, number of empties)."""
+def documents(texts: pa.LargeStringArray) -> tuple[list[bytes], int, int]:
+    """Texts in UTF-8 without nulls and empty ones: (texts, number of nulls, number of empties)."""
     num_nulls = texts.null_count
-    if num_nulls:
-        texts = texts.drop_null()
-    filled = pc.not_equal(pc.binary_length(texts), 0)
-    num_empty = len(texts) - (pc.sum(filled).as_py() or 0)
-    if num_empty:
-        texts = texts.filter(filled)
-    return texts, num_nulls, num_empty
+    texts = texts.drop_null() if num_nulls else texts
+    _, offsets, data = texts.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    text = memoryview(data or b"")
+    filled = [bytes(text[a:b]) for a, b in itertools.pairwise(bounds.tolist()) if a < b]
+    return filled, num_nulls, len(texts) - len(filled)

@@ -11,7 +11,6 @@ publishes: its hash is the one that tiktoken pins.
 import base64
 import hashlib
 import importlib.util
-import itertools
 import json
 import resource
 from functools import cache
@@ -20,10 +19,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from pipeline.errors import ForgeError
-from pipeline.shards import EOT_TOKEN, VOCAB_SIZE, VOCABULARY_FILE, VOCABULARY_SHA256, Tokens
+from pipeline.shards import EOT_TOKEN, VOCAB_SIZE, VOCABULARY_FILE, VOCABULARY_SHA256
 
 EOT_TEXT = "<|endoftext|>"
 # GPT-2's split pattern (openai/gpt-2 src/encoder.py), in the equivalent form that tiktoken uses.
@@ -125,7 +123,7 @@ def token_bytes() -> tuple[bytes, ...]:
 
 
 class BulkEncoder:
-    """gigatoken behind the one call that we need: Arrow strings in, arrays out.
+    """gigatoken behind the one call that we need.
 
     `vocabulary_file` is a path to r50k_base.tiktoken. It knows no special token at all, so text
     cannot make one.
@@ -135,19 +133,13 @@ class BulkEncoder:
         self.vocabulary_file = vocabulary_file
         self._first_bytes = -CACHE_LIMIT_BYTES  # of memory, when the encoder was made
 
-    def encode(self, texts: pa.LargeStringArray) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Encode n texts without nulls: (all tokens, n + 1 offsets into them)."""
+    def encode(self, documents: list[bytes]) -> list[npt.NDArray[np.uint32]]:
+        """Token ids of each document, which is UTF-8."""
         import gigatoken
 
         if memory_bytes() - self._first_bytes >= CACHE_LIMIT_BYTES:
             self._encoder = gigatoken.Tokenizer.from_tiktoken(self.vocabulary_file, "r50k", {})
             self._first_bytes = memory_bytes()
-        _, offsets, data = texts.buffers()
-        bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-        # One text a call keeps up with batches of 1,024, needs no awkward arrays (0.3 s and more
-        # of import) and never touches gigatoken's thread pool, which worker processes must not use.
-        text, encode, ends = memoryview(data or b""), self._encoder.encode, bounds.tolist()
-        encoded = [encode(bytes(text[a:b])) for a, b in itertools.pairwise(ends)]
-        starts = np.zeros(len(encoded) + 1, np.int64)
-        np.cumsum([len(tokens) for tokens in encoded], out=starts[1:])
-        return np.concatenate(encoded, dtype=np.uint16, casting="unsafe"), starts
+        # One document a call keeps up with batches of 1,024, needs no awkward arrays (0.3 s and
+        # more of import) and never touches gigatoken's threads, which workers must not use.
+        return list(map(self._encoder.backend.encode, documents))

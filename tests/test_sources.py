@@ -254,9 +254,10 @@ def test_a_seed_shuffles_the_files_and_nothing_else(tmp_path: Path, make_parquet
 
 
 def test_blank_documents_are_dropped_and_counted() -> None:
-    texts = pa.array(["a", None, "", "b", None, "", ""], pa.large_string())
-    kept, nulls, empty = sources.drop_blank(texts)
-    assert (kept.to_pylist(), nulls, empty) == (["a", "b"], 2, 3)
+    texts = pa.array(["a", None, "", "\u00e9", None, "", ""], pa.large_string())
+    assert sources.documents(texts) == ([b"a", b"\xc3\xa9"], 2, 3)
+    assert sources.documents(texts[2:5]) == ([b"\xc3\xa9"], 1, 1), "a piece of an array"
+    assert sources.documents(texts[:0]) == ([], 0, 0)
 
 
 def test_a_file_that_vanishes_is_an_error_with_its_name(tmp_path: Path) -> None:

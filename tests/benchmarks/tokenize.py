@@ -39,7 +39,8 @@ TIKTOKEN_BYTES = 30_000_000  # enough text for the slow rows
 MARKS = (1, 10, 50)  # slices a worker
 
 
-def batches(source: sources.Source) -> Iterator[pa.LargeStringArray]:
+def columns(source: sources.Source) -> Iterator[pa.LargeStringArray]:
+    """The text column, some 1,024 documents at a time."""
     for each in sources.plan(source, "text", 2**40, None):
         for part in each.parts:
             path = source.local_path(part.file)
@@ -47,9 +48,12 @@ def batches(source: sources.Source) -> Iterator[pa.LargeStringArray]:
                 yield batch.texts
 
 
-def text_bytes(texts: pa.LargeStringArray) -> int:
-    ends = np.frombuffer(texts.buffers()[1], np.int64)
-    return int(ends[texts.offset + len(texts)] - ends[texts.offset])
+def batches(source: sources.Source) -> Iterator[list[bytes]]:
+    return (sources.documents(texts)[0] for texts in columns(source))
+
+
+def text_bytes(documents: list[bytes]) -> int:
+    return sum(map(len, documents))
 
 
 def best(tries: int, work: Callable[[], int]) -> tuple[float, float]:
@@ -67,11 +71,9 @@ def best(tries: int, work: Callable[[], int]) -> tuple[float, float]:
 class TiktokenEncoder:
     """In place of tokenizer.BulkEncoder."""
 
-    def encode(self, texts: pa.LargeStringArray) -> tuple[shards.Tokens, npt.NDArray[np.int64]]:
-        encoding = tokenizer.reference()
-        each = [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts.to_pylist()]
-        starts = np.cumsum([0, *map(len, each)])
-        return np.concatenate(each, dtype=np.uint16, casting="unsafe"), starts
+    def encode(self, documents: list[bytes]) -> list[npt.NDArray[np.uint32]]:
+        encode = tokenizer.reference().encode_to_numpy
+        return [encode(document.decode(), disallowed_special=()) for document in documents]
 
 
 def run_with_tiktoken(source: sources.Source, folder: Path) -> int:
@@ -221,7 +223,7 @@ def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, tupl
         done = 0
         for batch in texts:
             encoded = tokenizer.reference().encode_ordinary_batch(
-                batch.to_pylist(), num_threads=len(os.sched_getaffinity(0))
+                [document.decode() for document in batch], num_threads=len(os.sched_getaffinity(0))
             )
             for ids in encoded:
                 np.array(ids, np.uint16)
@@ -232,7 +234,7 @@ def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, tupl
 
     tokenizer.encode("loaded before the clock starts")
     return {
-        "a": best(arguments.tries, lambda: sum(map(text_bytes, batches(source)))),
+        "a": best(arguments.tries, lambda: sum(texts.nbytes for texts in columns(source))),
         "b": best(arguments.tries, encode),
         "e": best(arguments.tries, lambda: run_with_tiktoken(source, folder / "tiktoken")),
         "f": best(arguments.tries, encode_as_others_do),
