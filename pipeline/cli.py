@@ -305,6 +305,7 @@ class ProgressBar:
     def __init__(self, total: int | None = None) -> None:
         from tqdm import tqdm
 
+        self.first: Any = None  # the last prepare.Progress before any text was done
         width = min(110, shutil.get_terminal_size().columns)
         self.bar = tqdm(
             total=total,
@@ -326,12 +327,17 @@ class ProgressBar:
         self.bar.update(count)
 
     def update(self, progress: Any) -> None:
-        """Show a prepare.Progress."""
-        if self.bar.total != progress.total_bytes:
+        """Show a prepare.Progress. The clock runs from the first text on: start-up is no speed."""
+        if self.bar.disable:
+            return
+        if self.first is None or progress.done_bytes == self.first.done_bytes:
+            self.first = progress
             self.bar.reset(progress.total_bytes)
             self.bar.initial = progress.done_bytes
         self.bar.n = progress.done_bytes
-        self.bar.set_postfix_str(f"{progress.num_tokens / 1e6:,.1f} M tokens", refresh=False)
+        new = (progress.num_tokens - self.first.num_tokens) / 1e6
+        speed = new / max(1e-3, self.bar.format_dict["elapsed"])
+        self.bar.set_postfix_str(f"{speed:.1f} M tokens/s", refresh=False)
         self.bar.refresh()
 
 
