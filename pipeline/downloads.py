@@ -5,8 +5,9 @@ of prepare.py, which read them as local files.
 """
 
 import hashlib
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from pipeline.errors import ForgeError
@@ -31,7 +32,6 @@ class Downloads:
         for each in slices:
             for part in each.parts:
                 self.users[part.file] = self.users.get(part.file, 0) + 1
-        self.pool = ThreadPoolExecutor(FILES_AHEAD)
         self.fetched: dict[int, Future[Path]] = {}
 
     def paths(self, each: Slice) -> tuple[Path, ...] | None:
@@ -43,10 +43,18 @@ class Downloads:
         ahead = [file for file in dict.fromkeys(coming) if file not in wanted][:FILES_AHEAD]
         for file in [*wanted, *ahead]:
             if file not in self.fetched:
-                self.fetched[file] = self.pool.submit(self._fetch, file)
+                self.fetched[file] = Future()
+                # A daemon: Ctrl-C does not wait for gigabytes.
+                threading.Thread(target=self._run, args=(file,), daemon=True).start()
         if not all(self.fetched[file].done() for file in wanted):
             return None
         return tuple(self.fetched[file].result() for file in wanted)
+
+    def _run(self, file: int) -> None:
+        try:
+            self.fetched[file].set_result(self._fetch(file))
+        except BaseException as error:
+            self.fetched[file].set_exception(error)
 
     def _fetch(self, file: int) -> Path:
         from huggingface_hub import hf_hub_download
@@ -82,9 +90,6 @@ class Downloads:
             self.users[part.file] -= 1
             if self.users[part.file] == 0 and not self.keep and part.file in self.fetched:
                 self.fetched[part.file].result().unlink(missing_ok=True)
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def is_whole(path: Path, wanted: SourceFile) -> bool:

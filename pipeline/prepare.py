@@ -400,8 +400,6 @@ class _Run:
             pool.shutdown(wait=True, cancel_futures=True)
             for leftover in self.folder.rglob("*.partial"):
                 leftover.unlink(missing_ok=True)
-            if self.downloads:
-                self.downloads.close()
         return [self.records[each.number] for each in self.slices]
 
     def _settled(self) -> bool:

@@ -1,9 +1,10 @@
 """A hub of one's own on loopback: the paths and headers of the Hugging Face Hub, and its bad days.
 
-It serves one dataset from a folder. `faults` holds, by file name, what the next downloads of that
-file shall suffer: a status (429, 503), "break" (the connection ends in mid-file) or "change" (bytes
-of another hash); "footer of NAME" is for reads of a piece of it. `requests` lists what was asked:
-(method, path, Authorization header). `commit` is what main stands at.
+It serves one dataset from a folder, whose main stands at `commit`. `faults` holds, by file name,
+what the next downloads of that file shall suffer: a status (429, 503), "break" (the connection ends
+in mid-file), "stall" (nothing comes from the middle on) or "change" (bytes of another hash);
+"footer of NAME" is for reads of a piece of it. `requests` lists what was asked: (method, path,
+Authorization header).
 """
 
 import hashlib
@@ -26,6 +27,7 @@ class Hub:
         self.dataset, self.folder, self.commit = dataset, folder, COMMIT
         self.faults: dict[str, list[int | str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
+        self.stalled, self.closed = threading.Event(), threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -34,6 +36,7 @@ class Hub:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -135,10 +138,13 @@ class Hub:
         http.end_headers()
         if http.command == "HEAD":
             return
-        if fault == "break":
+        if fault in ("break", "stall"):
             content = content[: len(content) // 2]
             http.close_connection = True
         http.wfile.write(content)
+        if fault == "stall":
+            self.stalled.set()
+            self.closed.wait()
 
     def send(
         self,

@@ -59,20 +59,21 @@ def die(path, wanted):
     return is_whole(path, wanted)
 downloads.is_whole = die
 """
+Start = Callable[..., "subprocess.Popen[str]"]
 Tokenize = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def tokenize(hub: Hub, tmp_path: Path) -> Tokenize:
+def start(hub: Hub, tmp_path: Path) -> Start:
     """forge-prep tokenize of the dataset, in a process of its own that knows this hub alone."""
 
-    def run(
+    def start(
         *arguments: object,
         tries: int = 6,
         slice_bytes: int = 2**24,
         killed_at: str = "",
         **environment: str,
-    ) -> subprocess.CompletedProcess[str]:
+    ) -> subprocess.Popen[str]:
         program = (
             f"from pipeline import cli, downloads, sources; downloads.DOWNLOAD_TRIES = {tries}\n"
             f"downloads.FIRST_PAUSE_SECONDS = 0.05; sources.MIN_SLICE_BYTES = {slice_bytes}\n"
@@ -84,15 +85,24 @@ def tokenize(hub: Hub, tmp_path: Path) -> Tokenize:
         settings |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         command = [sys.executable, "-c", program, "tokenize", DATASET]
         command += ["--config", "fineweb-edu-dedup", "--out", tmp_path / "out", *arguments]
-        return subprocess.run(
+        return subprocess.Popen(
             [*map(str, command), "--workers", "1", "--val-fraction", "0.2"],
             env=os.environ | settings | environment,
             cwd=ROOT,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
-            check=False,
         )
+
+    return start
+
+
+@pytest.fixture
+def tokenize(start: Start) -> Tokenize:
+    def run(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+        process = start(*arguments, **settings)
+        stdout, stderr = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
     return run
 
@@ -178,6 +188,17 @@ def test_a_file_that_stays_wrong_is_an_error_and_the_next_run_goes_on(
     hub.faults.clear()
     assert tokenize().returncode == 0
     assert shard_bytes(tmp_path / "out") == local
+
+
+def test_ctrl_c_does_not_wait_for_a_download(start: Start, hub: Hub) -> None:
+    hub.faults[NAMES[0]] = ["stall"]
+    process = start(HF_HUB_DOWNLOAD_TIMEOUT="100")
+    assert hub.stalled.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=40)
+    assert process.returncode == 1
+    assert stderr.startswith("Error: stopped by Ctrl-C")
+    assert "Traceback" not in stderr
 
 
 @pytest.fixture
