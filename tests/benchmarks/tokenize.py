@@ -3,7 +3,7 @@
 Prints MB/s of text, best of --tries, of
 
     a  reading the parquet column alone
-    b  encoding alone, from a fresh encoder on, as much text as c
+    b  encoding alone, from a fresh encoder on, as much text as c; then once, no word known before
     c  forge-prep tokenize, one worker; then with each other number of --workers
     e  c's inner loop with tiktoken (encode_to_numpy) as the encoder
     f  tiktoken's encode_ordinary_batch into arrays, as nanoGPT and llm.c prepare their data
@@ -213,11 +213,11 @@ def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, tupl
     vocabulary = folder / shards.VOCABULARY_FILE
     vocabulary.write_bytes(tokenizer.vocabulary())
 
-    def encode() -> int:
+    def encode(times: int) -> int:
         encoder = tokenizer.BulkEncoder(vocabulary)
-        for batch in (all_texts := texts * arguments.repeat):
+        for batch in texts * times:
             encoder.encode(batch)
-        return sum(map(text_bytes, all_texts))
+        return sum(map(text_bytes, texts)) * times
 
     def encode_as_others_do() -> int:
         done = 0
@@ -235,7 +235,8 @@ def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, tupl
     tokenizer.encode("loaded before the clock starts")
     return {
         "a": best(arguments.tries, lambda: sum(texts.nbytes for texts in columns(source))),
-        "b": best(arguments.tries, encode),
+        "b": best(arguments.tries, lambda: encode(arguments.repeat)),
+        "b once": best(arguments.tries, lambda: encode(1)),
         "e": best(arguments.tries, lambda: run_with_tiktoken(source, folder / "tiktoken")),
         "f": best(arguments.tries, encode_as_others_do),
     }
@@ -246,14 +247,15 @@ def print_table(speed: dict[str, tuple[float, float]], runs: dict[int, Run]) -> 
     names = {
         "a": "reading the column alone",
         "b": "encoding alone",
+        "b once": "encoding alone, text that comes once",
         "e": "forge-prep's loop with tiktoken",
         "f": "tiktoken encode_ordinary_batch, all cores",
     }
     print(f"{first.num_bytes / 1e9:.2f} GB of text, {len(os.sched_getaffinity(0))} cores\n")
     print(f"{'':52}{'whole':>8}{'steady':>8}{'CPU':>8}  MB/s")
-    for key in "ab":
+    for key in ("a", "b", "b once"):
         if key in speed:
-            print(f"{key}  {names[key]:49}{speed[key][0]:8.0f}{'':8}{speed[key][1]:8.0f}")
+            print(f"{key[0]}  {names[key]:49}{speed[key][0]:8.0f}{'':8}{speed[key][1]:8.0f}")
     for count, run in runs.items():
         label = f"forge-prep tokenize, {count} worker{'s' * (count > 1)}"
         print(f"{'c' if run is first else 'd'}  {label:49}", end="")
