@@ -22,12 +22,17 @@ class Downloads:
     """Files of a hub dataset, fetched a few ahead of the workers and removed behind them."""
 
     def __init__(
-        self, source: Source, folder: Path, slices: list[Slice], keep_downloads: bool
+        self,
+        source: Source,
+        folder: Path,
+        slices: list[Slice],
+        finished: set[int],
+        keep_downloads: bool,
     ) -> None:
         assert source.hub is not None
         self.source, self.hub, self.keep = source, source.hub, keep_downloads
         self.folder = folder
-        self.slices = slices
+        self.slices = [each for each in slices if each.number not in finished]
         self.users: dict[int, int] = {}  # slices left that read a file
         for each in slices:
             for part in each.parts:

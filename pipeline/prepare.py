@@ -344,10 +344,6 @@ class _Run:
         self.slices = slices  # max_tokens shortens them
         self.last_limit: int | None = None  # of the last slice, once max_tokens makes it the last
         self.on_progress = on_progress
-        self.downloads: Downloads | None = None
-        if source.hub:
-            fetched = (folder if keep_downloads else folder / WORK_FOLDER) / DOWNLOADS_FOLDER
-            self.downloads = Downloads(source, fetched, slices, keep_downloads)
         self.records: dict[int, Record] = {}
         self.counted_bytes = self.counted_tokens = 0
         self.total_bytes = sum(each.bytes for each in slices)
@@ -356,6 +352,10 @@ class _Run:
                 self.records[each.number] = record
             else:
                 record_path(folder, each.number).unlink(missing_ok=True)
+        self.downloads: Downloads | None = None
+        if source.hub:
+            fetched = (folder if keep_downloads else folder / WORK_FOLDER) / DOWNLOADS_FOLDER
+            self.downloads = Downloads(source, fetched, slices, set(self.records), keep_downloads)
         self.kept_bytes = sum(each.bytes for each in slices if each.number in self.records)
         self.kept_tokens = self._num_tokens()
         self.num_settled = self.settled_tokens = 0  # slices from the first on, and train tokens
