@@ -22,30 +22,22 @@ class Downloads:
     """Files of a hub dataset, fetched a few ahead of the workers and removed behind them."""
 
     def __init__(
-        self,
-        source: Source,
-        folder: Path,
-        slices: list[Slice],
-        finished: set[int],
-        keep_downloads: bool,
+        self, source: Source, folder: Path, slices: list[Slice], keep_downloads: bool
     ) -> None:
         assert source.hub is not None
         self.source, self.hub, self.keep = source, source.hub, keep_downloads
         self.folder = folder
-        self.slices = [each for each in slices if each.number not in finished]
         self.users: dict[int, int] = {}  # slices left that read a file
         for each in slices:
             for part in each.parts:
                 self.users[part.file] = self.users.get(part.file, 0) + 1
         self.fetched: dict[int, Future[Path]] = {}
 
-    def paths(self, each: Slice) -> tuple[Path, ...] | None:
-        """Paths of the files of a slice, once they are here; starts those that come next."""
+    def paths(self, each: Slice, later: list[Slice]) -> tuple[Path, ...] | None:
+        """Paths of the files of a slice, once they are here; starts some of those of `later`."""
         wanted = [part.file for part in each.parts]
-        coming = [
-            p.file for later in self.slices if later.number > each.number for p in later.parts
-        ]
-        ahead = [file for file in dict.fromkeys(coming) if file not in wanted][:FILES_AHEAD]
+        coming = dict.fromkeys(part.file for other in later for part in other.parts)
+        ahead = [file for file in coming if file not in wanted][:FILES_AHEAD]
         for file in [*wanted, *ahead]:
             if file not in self.fetched:
                 self.fetched[file] = Future()

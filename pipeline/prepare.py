@@ -344,6 +344,10 @@ class _Run:
         self.slices = slices  # max_tokens shortens them
         self.last_limit: int | None = None  # of the last slice, once max_tokens makes it the last
         self.on_progress = on_progress
+        self.downloads: Downloads | None = None
+        if source.hub:
+            fetched = (folder if keep_downloads else folder / WORK_FOLDER) / DOWNLOADS_FOLDER
+            self.downloads = Downloads(source, fetched, slices, keep_downloads)
         self.records: dict[int, Record] = {}
         self.counted_bytes = self.counted_tokens = 0
         self.total_bytes = sum(each.bytes for each in slices)
@@ -352,10 +356,6 @@ class _Run:
                 self.records[each.number] = record
             else:
                 record_path(folder, each.number).unlink(missing_ok=True)
-        self.downloads: Downloads | None = None
-        if source.hub:
-            fetched = (folder if keep_downloads else folder / WORK_FOLDER) / DOWNLOADS_FOLDER
-            self.downloads = Downloads(source, fetched, slices, set(self.records), keep_downloads)
         self.kept_bytes = sum(each.bytes for each in slices if each.number in self.records)
         self.kept_tokens = self._num_tokens()
         self.num_settled = self.settled_tokens = 0  # slices from the first on, and train tokens
@@ -431,16 +431,17 @@ class _Run:
 
     def _next_jobs(self, busy: set[int], free: int) -> Iterator[Job]:
         """At most `free` jobs to start now, and no more than max_tokens is likely to need."""
-        expected = self._num_tokens("train")
+        needed, expected = [], self._num_tokens("train")
         for each in self.slices:
-            if each.number in self.records:
-                continue
-            if free <= 0 or expected >= (self.options.max_tokens or math.inf):
-                return
-            expected += int(each.bytes / sources.BYTES_PER_TOKEN)
+            if each.number not in self.records:
+                if expected >= (self.options.max_tokens or math.inf):
+                    break
+                expected += int(each.bytes / sources.BYTES_PER_TOKEN)
+                needed.append(each)
+        for position, each in enumerate(needed):
             if each.number in busy:
                 continue
-            paths = self._paths(each)
+            paths = self._paths(each, needed[position + 1 :]) if free > 0 else None
             if paths is None:
                 return
             free -= 1
@@ -467,10 +468,10 @@ class _Run:
             for split in splits or shards.SPLITS
         )
 
-    def _paths(self, each: Slice) -> tuple[Path, ...] | None:
+    def _paths(self, each: Slice, later: list[Slice]) -> tuple[Path, ...] | None:
         """Where the files of a slice lie; None while one of them is still being downloaded."""
         if self.downloads:
-            return self.downloads.paths(each)
+            return self.downloads.paths(each, later)
         return tuple(self.source.local_path(part.file) for part in each.parts)
 
     def _report(self) -> None:
