@@ -105,11 +105,11 @@ def main(data: Path, name: str, steps: int, with_muon: bool, settings: tuple[str
     config = configs.load(name, more)
     forge, seconds, hardware = forge_train(name, data, more)
     click.echo(f"{hardware}, torch {torch.__version__}; validation loss of {name}")
-    click.echo(f"forge: {seconds:.0f} s of training")
+    click.echo(f"forge: {seconds:.0f} s of training; {in_short(forge)}")
     muon: dict[int, float] = {}
     if with_muon:
         muon, seconds, _ = forge_train(name, data, (*more, *MUON))
-        click.echo(f"muon: {seconds:.0f} s of training")
+        click.echo(f"muon: {seconds:.0f} s of training; {in_short(muon)}")
     started = time.perf_counter()
     micro_batch = memory.plan_step(config, Ranks(), Ranks().device()).micro_batch_size
     expected = plain(config, open_data(config, data), micro_batch)
@@ -120,6 +120,11 @@ def main(data: Path, name: str, steps: int, with_muon: bool, settings: tuple[str
         click.echo(
             f"{step:>6}{loss:>10.4f}{forge[step]:>10.4f}{forge[step] / loss - 1:>12.2%}{other:>10}"
         )
+
+
+def in_short(losses: dict[int, float]) -> str:
+    """On a line of its own, as soon as it is known: what comes after may be cut off."""
+    return " ".join(f"{step}:{loss:.4f}" for step, loss in losses.items())
 
 
 def forge_train(
