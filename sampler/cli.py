@@ -1,6 +1,6 @@
 """forge-sample and forge-export: command lines. Decorators, one call each, one error handler."""
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,18 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 @click.command(cls=ForgeCommand, context_settings=SETTINGS)
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, help="Text to go on from.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--prompt",
+    help="Text to go on from; - reads it from standard input.  [default: ask for prompts on a "
+    f"terminal, else {DEFAULT_PROMPT!r}]",
+)
+@click.option(
+    "--prompts-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help='A prompt a line; of a .jsonl file, a JSON object with "prompt" a line, and JSON lines '
+    "come out, with whatever else came in.",
+)
 @click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True)
 @click.option(
     "--temperature",
@@ -41,57 +51,94 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
     type=click.FloatRange(0, 1, min_open=True),
     help="Draw from the likeliest tokens that together reach this probability.",
 )
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    help="Draw from tokens with at least this share of the likeliest one's probability.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1 makes tokens that were there before less likely (CTRL's).",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option(
+    "--at-context-end",
+    type=click.Choice(["slide", "stop"]),
+    default="slide",
+    show_default=True,
+    help="When the context is full: drop its older half and go on, or end the text.",
+)
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--parallel",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Texts made at the same time.  [default: at most 64 on a GPU, 8 on a CPU]",
+)
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**62),
     default=0,
     show_default=True,
-    help="Same seed, same text.",
+    help="Same seed, same text; counted up over --num-samples.",
 )
 @click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a sample, not streamed.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object a text, with tokens and their log-probabilities; not streamed.",
+)
 @click.version_option(package_name="llm-forge")
 def sample(
-    run: Path,
-    prompt: str,
-    max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    num_samples: int,
-    seed: int,
+    model: Path,
+    prompt: str | None,
+    prompts_file: Path | None,
     checkpoint: int | None,
+    num_samples: int,
+    parallel: int | None,
+    seed: int,
     as_json: bool,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    at_context_end: str,
+    **sampling: Any,
 ) -> None:
-    """Generate text with RUN, the folder of a run of forge-train.
+    """Generate text with MODEL.
 
-    Prints the text as it comes, and stops at <|endoftext|>.
+    MODEL is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
+    local folder in transformers' GPT-2 layout. Prints the text as it comes, and stops at
+    <|endoftext|>. Without a prompt, a terminal asks for one after the other.
     """
-    import torch
+    from sampler import load, terminal
+    from sampler.decode import Sampling
+    from sampler.generate import Limits
 
-    from pipeline import tokenizer
-    from sampler import generate
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, vocabulary, state = generate.load_run(run, checkpoint, device)
-    sampling = generate.Sampling(temperature, top_k, top_p)
-    for number in range(num_samples):
-        tokens = generate.generate(
-            model, tokenizer.encode(prompt), max_tokens, sampling, seed + number
-        )
-        if as_json:
-            ids = list(tokens)
-            text = "".join(generate.stream(iter(ids), vocabulary))
-            row = {"step": state.step, "seed": seed + number, "prompt": prompt}
-            click.echo(json.dumps({**row, "text": text, "tokens": ids}))
-            continue
-        if num_samples > 1:
-            click.echo(f"--- sample {number + 1} of {num_samples}, seed {seed + number}")
-        click.echo(prompt, nl=False)
-        for piece in generate.stream(tokens, vocabulary):
-            click.echo(piece, nl=False)
-        click.echo()
+    if prompt is not None and prompts_file is not None:
+        raise click.UsageError("--prompt and --prompts-file exclude each other")
+    prompts = None
+    if prompts_file is not None:
+        prompts = terminal.read_prompts(prompts_file)
+        as_json = as_json or prompts_file.suffix == ".jsonl"
+    elif prompt is not None or not sys.stdin.isatty():
+        text = sys.stdin.read() if prompt == "-" else prompt
+        prompts = [terminal.Prompt(DEFAULT_PROMPT if text is None else text)]
+    loaded = load.open_model(model, checkpoint, load.best_device())
+    rows = num_samples * len(prompts or [None])
+    session = terminal.Session(
+        loaded,
+        Sampling(**sampling),
+        Limits(max_tokens, stop, at_context_end == "slide"),
+        min(rows, parallel or terminal.PARALLEL[loaded.model.wte.weight.device.type]),
+        as_json,
+    )
+    if prompts is None:
+        session.interact(num_samples, seed)
+    else:
+        session.write(prompts, num_samples, seed)
 
 
 @click.command(cls=ForgeCommand, context_settings=SETTINGS)

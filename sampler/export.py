@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
-from sampler.generate import load_run
+from sampler.load import is_transposed, open_model
 from trainer import checkpoint
 from trainer.config import ModelConfig, load
 from trainer.metrics import METRICS_FILE, duration, read_metrics
@@ -31,8 +31,11 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> None:
     out = out.resolve()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ForgeError("the folder for the export is not empty", where=out, fix="name a new one")
-    model, _, state = load_run(run, step, torch.device("cpu"))
-    card = model_card(run.resolve(), state)
+    loaded = open_model(run, step, torch.device("cpu"))
+    if loaded.state is None:
+        raise ForgeError("that is an exported folder", where=run, fix="give a run of forge-train")
+    model = loaded.model
+    card = model_card(loaded.path.resolve(), loaded.state, dtype)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -73,8 +76,7 @@ def transformers_weights(model: GPT2) -> dict[str, Tensor]:
     """Weights under GPT2LMHeadModel's names. Its Conv1D layers store the transpose of a Linear."""
     named = {}
     for name, weight in model.named_parameters():
-        is_linear = weight.ndim == 2 and not name.startswith(("wte", "wpe"))
-        value = weight.detach().T if is_linear else weight.detach()
+        value = weight.detach().T if is_transposed(name, weight) else weight.detach()
         named[f"transformer.{name}"] = value.contiguous()
         has_bias = not name.startswith(("wte", "wpe"))
         if has_bias and not model.config.bias:  # transformers' GPT-2 always has them
@@ -140,7 +142,7 @@ def tokenizer_json() -> dict[str, Any]:
     }
 
 
-def model_card(run: Path, state: checkpoint.State) -> str:
+def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
     """README.md of the export: data, tokens, losses, hours, hardware."""
     config = load(str(run / CONFIG_FILE))
     try:

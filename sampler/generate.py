@@ -1,127 +1,134 @@
-"""Checkpoint -> text: KV-cached decoding.
+"""Prompts -> texts: fills the decoder's rows, and reads what they draw until each text ends.
 
-Before: trainer/checkpoint.py, the weights of a run. After: the terminal, by way of cli.py.
+Before: decode.py, one step of B rows. After: terminal.py, which shows the texts.
 """
 
 import codecs
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from pipeline.errors import ForgeError
-from pipeline.shards import EOT_TOKEN, VOCAB_SIZE, VOCABULARY_FILE, read_vocabulary
-from trainer import checkpoint
-from trainer.config import ModelConfig, load
-from trainer.model import GPT2
-from trainer.run import CONFIG_FILE
+from pipeline.shards import EOT_TOKEN
+from sampler.decode import MAX_STEPS, Decoder
 
-MIN_TEMPERATURE = 1e-3  # below it, the likeliest token is taken
+Finish = Literal["eot", "stop", "length", "context"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. Temperature 0 takes the likeliest."""
+class Limits:
+    """Where texts end, besides <|endoftext|>."""
 
-    temperature: float = 0.8
-    top_k: int | None = None  # of so many likeliest tokens only
-    top_p: float | None = None  # of the likeliest tokens that together reach this probability
+    max_tokens: int = 100
+    stops: tuple[str, ...] = ()  # strings; the text ends before the first of them
+    slides: bool = True  # at the context's end, drop the older half of it; else end there
+
+
+@dataclass
+class Sample:
+    """One text in the making. An empty prompt starts from <|endoftext|>, as every document does."""
+
+    number: int
+    prompt: list[int]
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # natural logarithms, if asked for
+    text: str = ""  # what can be shown: whole characters, and nothing that may become a stop
+    finish: Finish | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("temperature", self.temperature), ("top-p", self.top_p)):
-            if value is not None and not math.isfinite(value):
-                raise ForgeError(f"--{name} must be a number, not {value}")
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def noise(self, count: int) -> torch.Tensor:
+        """The next uniform numbers of this text: (count,) float64, whatever its neighbours are."""
+        return torch.rand(count, dtype=torch.float64, generator=self._generator)
+
+    def history(self, most: int) -> list[int]:
+        """The text so far, at most so many tokens of its end."""
+        return ((self.prompt or [EOT_TOKEN]) + self.tokens)[-most:]
+
+    def take(
+        self, tokens: list[int], logs: list[float], vocabulary: list[bytes], limits: Limits
+    ) -> None:
+        """Go on with what was drawn, as far as the text goes."""
+        tokens = tokens[: limits.max_tokens - len(self.tokens)]
+        if EOT_TOKEN in tokens:
+            tokens = tokens[: tokens.index(EOT_TOKEN)]
+            self.finish = "eot"
+        elif len(self.tokens) + len(tokens) == limits.max_tokens:
+            self.finish = "length"
+        for piece in [[token] for token in tokens] if limits.stops else [tokens]:
+            self.tokens += piece
+            self._held += self._decoder.decode(b"".join(vocabulary[token] for token in piece))
+            found = [self._held.find(stop) for stop in limits.stops if stop in self._held]
+            if found:
+                self._held = self._held[: min(found)]
+                self.finish = "stop"
+                break
+            waiting = max((_overlap(self._held, stop) for stop in limits.stops), default=0)
+            self.text += self._held[: len(self._held) - waiting]
+            self._held = self._held[len(self._held) - waiting :]
+        self.logprobs = (self.logprobs + logs)[: len(self.tokens)]
+        if self.finish:
+            self.end(self.finish)
+
+    def end(self, finish: Finish) -> None:
+        rest = "" if finish == "stop" else self._decoder.decode(b"", final=True)
+        self.text, self._held, self.finish = self.text + self._held + rest, "", finish
 
 
-class KVCache:
-    """Keys and values of one sequence for all layers: (L, 1, H, T, D), filled from the left."""
-
-    def __init__(self, config: ModelConfig, weight: Tensor) -> None:
-        heads, size = config.num_heads, config.embedding_size // config.num_heads
-        shape = (config.num_layers, 1, heads, config.context_length, size)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.empty_like(self.keys)
-        self.num_layers = config.num_layers
-        self.length = 0
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        if layer == self.num_layers - 1:
-            self.length = end
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the start of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def load_run(
-    run: Path, step: int | None, device: torch.device
-) -> tuple[GPT2, list[bytes], checkpoint.State]:
-    """Model, vocabulary and state of a run at one of its checkpoints (default: the latest)."""
-    if not (run / CONFIG_FILE).is_file():
-        raise ForgeError("no run of forge-train", where=run, fix="give the folder named with --out")
-    found = checkpoint.steps(run)
-    if not found:
-        raise ForgeError("the run has no checkpoint yet", where=run, fix="wait for the first one")
-    if step is not None and step not in found:
-        have = ", ".join(map(str, found))
-        raise ForgeError(f"the run has no checkpoint of step {step}; it has {have}", where=run)
-    chosen = found[-1] if step is None else step
-    model = GPT2(load(str(run / CONFIG_FILE)).model)
-    state = checkpoint.load_state(run, chosen)
-    checkpoint.load_weights(checkpoint.checkpoint_path(run, chosen) / checkpoint.MODEL_FILE, model)
-    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return model, read_vocabulary(run / VOCABULARY_FILE), state
-
-
-@torch.inference_mode()
 def generate(
-    model: GPT2, prompt: list[int], max_tokens: int, sampling: Sampling, seed: int
-) -> Iterator[int]:
-    """Yield up to `max_tokens` new tokens, ending early before <|endoftext|>.
+    decoder: Decoder, samples: Iterable[Sample], vocabulary: list[bytes], limits: Limits
+) -> Iterator[Sample]:
+    """Write all samples, as many at a time as the decoder has rows.
 
-    An empty prompt starts from <|endoftext|>, as every document does. When the context is full, its
-    older half is dropped and the rest is read again.
+    Yields a sample whenever it has grown, and with its `finish` set once at its end. A row whose
+    text has ended takes the next sample at once.
     """
-    weight, length = model.wte.weight, model.config.context_length
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt) or [EOT_TOKEN]
-    cache = KVCache(model.config, weight)
-    unread = tokens[-(length - 1) :]
-    for _ in range(max_tokens):
-        if cache.length + len(unread) > length:
-            cache.length, unread = 0, tokens[-(length // 2) :]
-        x = model.hidden(torch.tensor([unread], device=weight.device), cache)
-        token = draw(model.logits(x[0, -1]).float().cpu(), sampling, generator)
-        if token == EOT_TOKEN:
+    waiting, length = iter(samples), decoder.context_length
+    rows: list[Sample | None] = [None] * decoder.num_rows
+    stride = MAX_STEPS if decoder.graph is not None else 1
+    unread: dict[int, list[int]] = {}
+    while True:
+        for row, old in enumerate(rows):
+            if old is None and (new := next(waiting, None)) is not None:
+                rows[row] = new
+                unread[row] = new.history(length)
+                if len(new.prompt) > length and not limits.slides:
+                    raise ForgeError(
+                        f"a prompt of {len(new.prompt):,} tokens; the context has {length:,}",
+                        fix="shorten it, or --at-context-end slide, which reads the end of it",
+                    )
+        if unread:
+            decoder.read(unread)
+            unread = {}
+        active = {row: sample for row, sample in enumerate(rows) if sample is not None}
+        if not active:
             return
-        tokens.append(token)
-        unread = [token]
-        yield token
-
-
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token from logits (V,)."""
-    logits[VOCAB_SIZE:] = -torch.inf  # rows that a config may have added
-    if sampling.temperature < MIN_TEMPERATURE:
-        return int(logits.argmax())
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < len(logits):
-        least = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = logits.softmax(0)
-    if sampling.top_p is not None:
-        ordered, order = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(0) - ordered >= sampling.top_p  # the first always stays
-        probabilities[order[beyond]] = 0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def stream(tokens: Iterator[int], vocabulary: list[bytes]) -> Iterator[str]:
-    """Tokens as text, piece by piece; a character split over tokens waits for its last byte."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        yield decoder.decode(vocabulary[token])
-    yield decoder.decode(b"", final=True)
+        room = min(length - decoder.lengths[row] for row in active)
+        wanted = max(limits.max_tokens - len(sample.tokens) for sample in active.values())
+        noise = torch.zeros(min(stride, room, wanted), len(rows), dtype=torch.float64)
+        for row, sample in active.items():
+            noise[:, row] = sample.noise(len(noise))
+        tokens, logs = decoder.run(noise)
+        for row, sample in active.items():
+            sample.take(tokens[row], logs[row] if logs else [], vocabulary, limits)
+            if sample.finish is None and decoder.lengths[row] == length:
+                if limits.slides:
+                    unread[row] = sample.history(max(1, length // 2))
+                else:
+                    sample.end("context")
+            yield sample
+            if sample.finish is not None:
+                rows[row] = None
+                decoder.clear(row)

@@ -72,6 +72,20 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory, make_shards, make_par
     return root / "shards"
 
 
+@pytest.fixture(scope="session")
+def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps of a very small model, with checkpoints at 4 and 8. Not to be written to."""
+    from test_train import QUICK
+
+    from trainer.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["tiny", "--data", str(small_shards), "--out", str(folder), *QUICK]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
 @pytest.fixture
 def forge() -> Callable[..., Result]:
     """Run one of the programs in this process: forge("prep", "info", DIR)."""

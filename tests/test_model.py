@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sampler.decode import KVCache
 from sampler.export import model_config, transformers_weights
-from sampler.generate import KVCache
 from trainer import config as configs
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
@@ -169,9 +169,11 @@ def test_a_cache_changes_nothing() -> None:
     inputs, _ = draw(SMALL, batch=1)
     with torch.no_grad():
         whole = model.hidden(inputs)
-        cache = KVCache(SMALL, model.wte.weight)
-        pieces = [model.hidden(inputs[:, :20], cache)]
-        pieces += [model.hidden(inputs[:, n : n + 1], cache) for n in range(20, 64)]
+        cache = KVCache(SMALL, 1, model.wte.weight)
+        pieces = [model.hidden(inputs[:, :20], cache.for_prompts(torch.tensor([0]), 20))]
+        for n in range(20, 64):
+            cache.lengths.fill_(n)
+            pieces.append(model.hidden(inputs[:, n : n + 1], cache.for_step(n + 1, is_even=True)))
     assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-5)
 
 

@@ -1,29 +1,201 @@
-"""forge-sample and forge-export on a run: same seed same text, and transformers agrees."""
+"""forge-sample: the tokens of the plain way, whatever the batch and the cache."""
 
 import json
-import shutil
+import os
+import pty
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOSTILE
+from conftest import ROOT
 
 from pipeline import shards, tokenizer
-from sampler.generate import Sampling, draw, generate, load_run, stream
+from sampler.decode import Decoder, Sampling, draw
+from sampler.generate import Limits, Sample, generate
+from sampler.load import open_model
+from trainer import checkpoint
+from trainer.config import ModelConfig
+from trainer.model import GPT2
+
+GREEDY = Sampling(temperature=0)
+VOCABULARY = list(tokenizer.token_bytes())
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from click.testing import CliRunner
-    from test_train import QUICK
+def written(
+    model: GPT2,
+    prompts: list[list[int]],
+    limits: Limits,
+    sampling: Sampling = GREEDY,
+    parallel: int | None = None,
+) -> list[Sample]:
+    decoder = Decoder(model, parallel or len(prompts), sampling, log=True)
+    samples = [Sample(number, prompt, number) for number, prompt in enumerate(prompts)]
+    for _ in generate(decoder, samples, VOCABULARY, limits):
+        pass
+    return samples
 
-    from trainer.cli import main
 
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    arguments = ["tiny", "--data", str(small_shards), "--out", str(folder), *QUICK]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    return folder
+def plainly(model: GPT2, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens with no cache; a full context is read again from its younger half on."""
+    length = model.config.context_length
+    tokens = list(prompt)
+    start = max(0, len(tokens) - length)
+    with torch.no_grad():
+        for _ in range(count):
+            if len(tokens) - start > length:
+                start = len(tokens) - length // 2
+            x = model.hidden(torch.tensor([tokens[start:]]))[0, -1]
+            tokens.append(int(model.logits(x)[: shards.EOT_TOKEN].argmax()))
+    return tokens[len(prompt) :]
+
+
+def made(context_length: int) -> GPT2:
+    """A small model that does not repeat itself, and has no <|endoftext|> to end with."""
+    model = GPT2(ModelConfig(2, 2, 32, context_length=context_length, vocab_size=500))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        scale = {"wte.weight": 0.1, "wpe.weight": 3.0}.get(name, 0.3)
+        is_gain = weight.ndim == 1 and name.endswith("weight")
+        torch.nn.init.normal_(weight, float(is_gain), scale, generator=generator)
+    return model.requires_grad_(False)
+
+
+def test_512_greedy_tokens_of_a_ragged_batch_are_those_of_the_plain_way() -> None:
+    """At every position the plain model, reading the whole text with no cache, wants that token."""
+    model = made(640)
+    generator = torch.Generator().manual_seed(1)
+    lengths = (1, 17, 128)
+    prompts = [torch.randint(500, (n,), generator=generator).tolist() for n in lengths]
+    for prompt, sample in zip(prompts, written(model, prompts, Limits(512)), strict=True):
+        assert len(sample.tokens) == 512
+        assert len({*sample.tokens}) > 50  # no loop over a few tokens, which would prove little
+        text = torch.tensor([prompt + sample.tokens])
+        wanted = model.logits(model.hidden(text[:, :-1]))[0, len(prompt) - 1 :].argmax(-1)
+        assert sample.tokens == wanted.tolist()
+
+
+def test_a_full_context_slides_as_a_fresh_read_of_its_younger_half() -> None:
+    model = made(64)
+    prompts = [[5, 6, 7], [8], list(range(100))]
+    for prompt, sample in zip(prompts, written(model, prompts, Limits(150)), strict=True):
+        assert sample.tokens == plainly(model, prompt, 150)
+        assert sample.finish == "length"
+
+
+def test_a_full_context_can_end_the_text() -> None:
+    prompts = [[5] * n for n in (1, 10, 64)]
+    limits = Limits(99, slides=False)
+    for prompt, sample in zip(prompts, written(made(64), prompts, limits), strict=True):
+        assert sample.finish == "context"
+        assert len(prompt) + len(sample.tokens) == 64 + 1  # the last one is drawn, not read
+
+
+def test_a_text_depends_on_its_seed_and_not_on_its_neighbours() -> None:
+    model = made(64)
+    prompts = [[7], [8, 9, 10], list(range(30)), [7]]
+    sampling = Sampling(temperature=1.0, top_p=0.95)
+    alone = written(model, prompts, Limits(40), sampling, parallel=1)
+    assert alone[0].tokens != alone[3].tokens
+    for parallel in (2, 3, 4):
+        together = written(model, prompts, Limits(40), sampling, parallel)
+        assert [s.tokens for s in together] == [s.tokens for s in alone]
+
+
+def test_logprobs_are_those_of_the_model_itself() -> None:
+    model = made(64)
+    prompts = [[1, 2, 3], [4]]
+    sampling = Sampling(temperature=0.5, top_k=7, repetition_penalty=1.5)
+    for sample in written(model, prompts, Limits(20), sampling):
+        tokens = sample.prompt + sample.tokens
+        with torch.no_grad():
+            logits = model.logits(model.hidden(torch.tensor([tokens[:-1]])))[0]
+        wanted = logits.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]][-20:]
+        assert torch.allclose(torch.tensor(sample.logprobs), wanted, atol=1e-4)
+
+
+def drawn(
+    logits: list[float], sampling: Sampling, seen: list[int] | None = None
+) -> dict[int, float]:
+    """How often each token is drawn, over evenly spaced noise."""
+    count = 2000
+    mask = None
+    if seen is not None:
+        mask = torch.zeros(count, len(logits), dtype=torch.bool)
+        mask[:, seen] = True
+    noise = torch.arange(count, dtype=torch.float64) / count
+    tokens = draw(torch.tensor([logits]).expand(count, -1), sampling, noise, mask)
+    return {t: (tokens == t).sum().item() / count for t in sorted({*tokens.tolist()})}
+
+
+def test_drawing_follows_the_distribution_that_the_options_leave() -> None:
+    logits = [1.0, 3.0, -1.0, 2.0, 0.0]  # softmax: 0.086 0.636 0.012 0.234 0.032
+
+    def close(found: dict[int, float], wanted: dict[int, float]) -> bool:
+        total = sum(wanted.values())
+        return found == pytest.approx({t: p / total for t, p in wanted.items()}, abs=2e-3)
+
+    full = dict(enumerate(torch.tensor(logits).softmax(0).tolist()))
+    assert close(drawn(logits, Sampling(temperature=1)), full)
+    hot = dict(enumerate((torch.tensor(logits) / 2).softmax(0).tolist()))
+    assert close(drawn(logits, Sampling(temperature=2)), hot)
+    assert close(drawn(logits, Sampling(temperature=1, top_k=2)), {1: full[1], 3: full[3]})
+    assert close(drawn(logits, Sampling(temperature=1, top_p=0.6)), {1: 1})
+    assert close(drawn(logits, Sampling(temperature=1, top_p=0.7)), {1: full[1], 3: full[3]})
+    assert close(drawn(logits, Sampling(temperature=1, min_p=0.3)), {1: full[1], 3: full[3]})
+    assert close(drawn(logits, Sampling(temperature=0)), {1: 1})
+    both = Sampling(temperature=1, top_k=3, top_p=0.7)  # 0.666 of the three is less than 0.7
+    assert close(drawn(logits, both), {1: full[1], 3: full[3]})
+
+
+def test_the_repetition_penalty_makes_what_was_there_less_likely() -> None:
+    logits = [2.0, 1.9, -1.0]
+    assert drawn(logits, Sampling(2.0, temperature=0), seen=[0]) == {1: 1}
+    # Positive logits are divided, negative ones multiplied: both fall.
+    wanted = torch.tensor([1.0, 1.9, -2.0]).softmax(0)
+    found = drawn(logits, Sampling(2.0, temperature=1), seen=[0, 2])
+    assert list(found.values()) == pytest.approx(wanted.tolist(), abs=2e-3)
+
+
+def test_generation_stops_at_the_end_of_text(run: Path) -> None:
+    model = open_model(run, None, CPU).model
+    with torch.no_grad():  # a model that only ever wants <|endoftext|>
+        model.ln_f.weight.zero_()
+        model.wte.weight[shards.EOT_TOKEN] = 10
+        model.ln_f.bias.fill_(1)
+    (sample,) = written(model, [[1, 2]], Limits(10))
+    assert (sample.tokens, sample.finish) == ([], "eot")
+
+
+def taken(tokens: list[int], vocabulary: list[bytes], *stops: str) -> tuple[list[str], Sample]:
+    """What a text shows after each token."""
+    sample, shown = Sample(0, [], 0), []
+    for token in tokens:
+        if sample.finish is None:
+            sample.take([token], [], vocabulary, Limits(len(tokens), stops))
+            shown.append(sample.text)
+    return shown, sample
+
+
+def test_a_character_split_over_tokens_comes_out_whole() -> None:
+    vocabulary = [*([b""] * 3), b"\xe6\x9e", b"\x9c", b"ok", b"\xe6"]
+    assert taken([3, 4, 5], vocabulary)[0] == ["", "果", "果ok"]
+    assert taken([5, 6], vocabulary)[0] == ["ok", "ok\ufffd"]
+
+
+def test_nothing_of_a_stop_text_is_shown() -> None:
+    vocabulary = [b"a", b"b", b"c", b"ab", b"\n"]
+    shown, sample = taken([0, 3, 3, 2, 0], vocabulary, "abc", "zz")
+    assert shown == ["", "a", "aab", "aab"]
+    assert (sample.text, sample.finish, sample.tokens) == ("aab", "stop", [0, 3, 3, 2])
+    shown, sample = taken([0, 1, 0], vocabulary, "abc")
+    assert (shown[-1], sample.finish) == ("aba", "length")
+    sample = Sample(0, [], 0)
+    sample.take([0, 0, 1, 2, 4, 0], [], vocabulary, Limits(6, ("bc", "\n")))
+    assert (sample.text, sample.tokens) == ("aa", [0, 0, 1, 2])
 
 
 def test_the_same_seed_gives_the_same_text(run: Path, forge) -> None:
@@ -39,108 +211,120 @@ def test_json_gives_text_and_tokens_that_agree(run: Path, forge) -> None:
     assert [row["seed"] for row in rows] == [0, 1]
     for row in rows:
         assert row["text"] == tokenizer.decode(row["tokens"]).decode("utf-8", "replace")
-        assert len(row["tokens"]) <= 8
+        assert len(row["tokens"]) == len(row["logprobs"]) <= 8
+
+
+def test_samples_are_printed_in_order_whatever_ends_first(run: Path, forge) -> None:
+    few = ["--num-samples", 5, "--max-tokens", 30, "--stop", " the", "--seed", 3]
+    one = [forge("sample", run, *few, "--parallel", n).output for n in (1, 3, 5)]
+    assert one[0] == one[1] == one[2]
+    assert [line for line in one[0].splitlines() if line.startswith("---")] == [
+        f"--- sample {n} of 5, seed {n + 2}" for n in range(1, 6)
+    ]
+
+
+def test_a_file_of_prompts_comes_out_in_order_with_what_came_in(
+    run: Path, tmp_path: Path, forge
+) -> None:
+    rows = [{"prompt": text, "id": n} for n, text in enumerate(["One", "Two — ", ""] * 3)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = forge("sample", run, "--prompts-file", path, "--max-tokens", 5).output.splitlines()
+    found = [json.loads(line) for line in out]
+    assert [{"prompt": row["prompt"], "id": row["id"]} for row in found] == rows
+    assert [row["tokens"] for row in found[:3]] == [row["tokens"] for row in found[3:6]]
+
+    plain = tmp_path / "prompts.txt"
+    plain.write_text("One\n\nTwo\n")
+    text = forge("sample", run, "--prompts-file", plain, "--max-tokens", 5).output
+    assert "sample 2 of 2" in text
+    path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    result = forge("sample", run, "--prompts-file", path)
+    assert result.exit_code == 1
+    assert "line 2" in result.output
 
 
 def test_an_older_checkpoint_can_be_sampled_and_a_missing_one_is_named(run: Path, forge) -> None:
-    assert forge("sample", run, "--checkpoint", 4, "--max-tokens", 3).exit_code == 0
+    older = forge("sample", run, "--checkpoint", 4, "--max-tokens", 3)
+    folder = checkpoint.checkpoint_path(run, 4)
+    assert forge("sample", folder, "--max-tokens", 3).output == older.output
     result = forge("sample", run, "--checkpoint", 5)
     assert result.exit_code == 1
     assert "it has 4, 8" in result.output
 
 
-def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path: Path, forge) -> None:
-    for program, more in (("sample", []), ("export", [tmp_path / "out"])):
-        result = forge(program, tmp_path, *more)
-        assert result.exit_code == 1
-        assert "no run of forge-train" in result.output
+def test_sampling_reads_no_optimizer_state(run: Path, tmp_path: Path, forge) -> None:
+    import shutil
 
-
-def test_cached_decoding_takes_the_tokens_of_the_plain_way(run: Path) -> None:
-    model, _, _ = load_run(run, None, torch.device("cpu"))
-    prompt = tokenizer.encode("The list of the")
-    cached = list(generate(model, prompt, 30, Sampling(temperature=0), 0))
-    tokens = list(prompt)
-    with torch.no_grad():
-        for _ in cached:
-            tokens.append(int(model.logits(model.hidden(torch.tensor([tokens]))[0, -1]).argmax()))
-    assert tokens[len(prompt) :] == cached
-
-
-def test_generation_goes_on_past_the_context(run: Path) -> None:
-    model, _, _ = load_run(run, None, torch.device("cpu"))
-    long = tokenizer.encode("word " * 100)
-    assert len(list(generate(model, long, 150, Sampling(top_k=5), 0))) > 64
-
-
-def test_drawing_keeps_to_top_k_and_top_p() -> None:
-    logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
-    drawn = {draw(logits, Sampling(1.0, top_k=2), generator) for _ in range(200)}
-    assert drawn == {0, 1}
-    drawn = {draw(logits, Sampling(1.0, top_p=0.6), generator) for _ in range(200)}
-    assert drawn == {0}  # the likeliest has 0.64
-    assert draw(logits, Sampling(0), generator) == 0
-
-
-def test_generation_stops_at_the_end_of_text(run: Path) -> None:
-    model, _, _ = load_run(run, None, torch.device("cpu"))
-    with torch.no_grad():  # a model that only ever wants <|endoftext|>
-        model.ln_f.weight.zero_()
-        model.wte.weight[shards.EOT_TOKEN] = 10
-        model.ln_f.bias.fill_(1)
-    assert list(generate(model, [1, 2], 10, Sampling(temperature=0), 0)) == []
-
-
-def test_a_character_split_over_tokens_comes_out_whole() -> None:
-    vocabulary = [*([b""] * 3), b"\xe6\x9e", b"\x9c", b"ok", b"\xe6"]
-    assert list(stream(iter([3, 4, 5]), vocabulary)) == ["", "果", "ok", ""]
-    assert "".join(stream(iter([5, 6]), vocabulary)) == "ok\ufffd"
-
-
-def test_an_export_is_the_same_model_to_transformers(run: Path, tmp_path: Path, forge) -> None:
-    transformers = pytest.importorskip("transformers")
-    out = tmp_path / "hf"
-    result = forge("export", run, out, "--dtype", "float32")
-    assert result.exit_code == 0, result.output
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
-    model, _, _ = load_run(run, None, torch.device("cpu"))
-    tokens = torch.randint(50257, (2, 64), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        difference = (model.logits(model.hidden(tokens)) - theirs(tokens).logits).abs().max()
-    assert difference < 1e-4
-
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    for text in HOSTILE:
-        if "<|endoftext|>" not in text:  # a tokenizer there reads it as the special token
-            assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text), repr(text[:80])
-            assert their_tokenizer.decode(tokenizer.encode(text)) == text
-    assert their_tokenizer("<|endoftext|>")["input_ids"] == [shards.EOT_TOKEN]
-    card = (out / "README.md").read_text()
-    assert "Trained from scratch on 2,048 tokens" in card
-
-
-def test_an_export_does_not_mind_half_a_metrics_line(run: Path, tmp_path: Path, forge) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    with (copy / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "st')
-    assert forge("export", copy, tmp_path / "hf").exit_code == 0
-    (copy / "metrics.jsonl").unlink()
-    result = forge("export", copy, tmp_path / "other")
-    assert result.exit_code == 1
-    assert "the run folder is not whole" in result.output
-    assert not list(tmp_path.glob("other*"))
+    for path in copy.rglob(checkpoint.OPTIMIZER_FILE):
+        path.unlink()
+    assert forge("sample", copy, "--max-tokens", 3).exit_code == 0
+
+
+def test_a_folder_that_is_no_model_is_one_clear_error(tmp_path: Path, forge) -> None:
+    for program, more in (("sample", []), ("export", [tmp_path / "out"])):
+        for path in (tmp_path, tmp_path / "missing"):
+            result = forge(program, path, *more)
+            assert result.exit_code == 1
+            assert "run of forge-train" in result.output
 
 
 def test_settings_that_are_no_numbers_are_refused(run: Path, forge) -> None:
-    for option in ("--temperature", "--top-p"):
+    for option in ("--temperature", "--top-p", "--min-p", "--repetition-penalty"):
         result = forge("sample", run, option, "nan")
         assert result.exit_code in (1, 2)
         assert isinstance(result.exception, SystemExit)
 
 
-def test_an_export_does_not_overwrite(run: Path, tmp_path: Path, forge) -> None:
-    (tmp_path / "mine.txt").write_text("precious")
-    result = forge("export", run, tmp_path)
+def test_a_prompt_beyond_the_context_is_cut_or_refused_never_silently(run: Path, forge) -> None:
+    long = ["--prompt", "word " * 100, "--max-tokens", 2]
+    assert "only the last 64 are read" in forge("sample", run, *long).stderr
+    result = forge("sample", run, *long, "--at-context-end", "stop")
     assert result.exit_code == 1
-    assert "not empty" in result.output
+    assert "the context has 64" in result.output
+
+
+def test_the_interactive_mode_outlives_ctrl_c(run: Path, tmp_path: Path) -> None:
+    """In a real terminal: a prompt, Ctrl-C in the middle of its text, another prompt, Ctrl-D."""
+    ours, theirs = pty.openpty()
+    arguments = [str(run), "--max-tokens", "1000000", "--stop", "zzzz"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sampler.cli", *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=ROOT,
+        env=os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"},
+        start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    said = b""
+
+    def wait_for(text: bytes, after: int = 0) -> None:
+        nonlocal said
+        deadline = time.monotonic() + 60
+        while text not in said[after:]:
+            assert time.monotonic() < deadline, said[-500:]
+            said += os.read(ours, 4096)
+
+    try:
+        wait_for(b"> ")
+        for number in range(2):
+            before = len(said)
+            os.write(ours, b"The number %d\n" % number)
+            wait_for(
+                b"\nThe number %d" % number, before
+            )  # its echo, then itself as the text's start
+            before = len(said)
+            wait_for(b" ", before + 50)
+            os.write(ours, b"\x03")
+            wait_for(b"\n> ", before)
+        os.write(ours, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert (tmp_path / "llm-forge" / "prompts").read_text().count("The number") == 2

@@ -100,16 +100,18 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def load_state(run: Path, step: int) -> State:
-    """state.json of a checkpoint, after checking both files against it."""
+def load_state(
+    run: Path, step: int, files: tuple[str, ...] = (MODEL_FILE, OPTIMIZER_FILE)
+) -> State:
+    """state.json of a checkpoint, after checking `files` against it."""
     path = checkpoint_path(run, step)
     fix = "use an older one: --checkpoint STEP; for training, remove this folder"
     try:
         state = State(**json.loads((path / STATE_FILE).read_text()))
-        for name, wanted in state.checksums.items():
-            if _checksum(path / name) != wanted:
+        for name in files:
+            if _checksum(path / name) != state.checksums[name]:
                 raise ForgeError("damaged checkpoint: checksum differs", where=path / name, fix=fix)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ForgeError(f"cannot read a checkpoint: {error}", where=path, fix=fix) from error
     return state
 

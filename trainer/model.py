@@ -21,12 +21,12 @@ from trainer.cross_entropy import HeadLoss
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens before (sampler/generate.py has one)."""
+    """Keys and values of the tokens before (sampler/cache.py has one)."""
 
-    length: int  # tokens already in it
+    positions: Tensor  # of the tokens at hand in their texts: (T,) or (B, T)
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, H, T, D) to a layer and return all of it: (B, H, length + T, D)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Take in k and v, and attend from q over all that is there: each (B, H, T, D)."""
 
 
 class Attention(nn.Module):
@@ -41,10 +41,10 @@ class Attention(nn.Module):
         B, T, C = x.shape  # noqa: N806
         # (B, T, 3C) -> three of (B, H, T, D)
         q, k, v = self.c_attn(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        # A single new token may look at everything; a whole prompt or window is causal.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = cache.attend(self.layer, q, k, v)
         out: Tensor = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return out
 
@@ -117,9 +117,8 @@ class GPT2(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """The last layer's normalized output: tokens (B, T) -> (B, T, C)."""
-        start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x = self.wte(tokens) + self.wpe(positions)
+        new = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.wte(tokens) + self.wpe(new if cache is None else cache.positions)
         for block in self.h:
             x = block(x, cache)
         out: Tensor = self.ln_f(x)

@@ -1,0 +1,194 @@
+"""A model from wherever it lives: a run, a checkpoint, an export, anybody's GPT-2 folder.
+
+Before: trainer/checkpoint.py, or transformers' layout on the disk. After: decode.py, evaluate.py
+and export.py, which take what is loaded here.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline import tokenizer
+from pipeline.errors import ForgeError
+from pipeline.shards import EOT_TOKEN, VOCABULARY_FILE, read_vocabulary
+from trainer import checkpoint
+from trainer.config import ModelConfig, load
+from trainer.model import GPT2
+from trainer.run import CONFIG_FILE
+
+HF_CONFIG = "config.json"
+HF_INDEX = "model.safetensors.index.json"
+# What a GPT-2 of transformers may say otherwise, and we would compute wrong.
+HF_FIXED = {
+    "layer_norm_epsilon": (1e-5, (1e-5,)),
+    "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
+    "scale_attn_weights": (True, (True,)),
+    "scale_attn_by_inverse_layer_idx": (False, (False,)),
+    "add_cross_attention": (False, (False,)),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation on its device, and the bytes of each of its tokens (V,)."""
+
+    path: Path
+    model: GPT2
+    vocabulary: list[bytes]
+    state: checkpoint.State | None  # where training stood; None for a folder of transformers
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_model(path: Path, step: int | None, device: torch.device) -> Loaded:
+    """Load `path`, whatever of the four it is; bfloat16 on a GPU, float32 on a CPU.
+
+    `step` chooses a checkpoint of a run (default: the latest).
+    """
+    is_checkpoint = (path / checkpoint.STATE_FILE).is_file()
+    if is_checkpoint and step is None:
+        run, name = path.resolve().parent.parent, path.resolve().name
+        path, step = run, int(name.removeprefix("step_"))
+    if (path / CONFIG_FILE).is_file():
+        loaded = _open_run(path, step)
+    elif not (path / HF_CONFIG).is_file():
+        raise ForgeError(
+            "no model there" if path.exists() else "no such folder",
+            where=path,
+            fix="give a run of forge-train (the folder named with --out), one of its checkpoints, "
+            "or a folder in transformers' GPT-2 layout",
+        )
+    elif step is not None:
+        raise ForgeError("an exported folder has no checkpoints", where=path, fix="no --checkpoint")
+    else:
+        loaded = _open_transformers(path)
+    loaded.model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    loaded.model.requires_grad_(False)
+    return loaded
+
+
+def _open_run(run: Path, step: int | None) -> Loaded:
+    found = checkpoint.steps(run)
+    if not found:
+        raise ForgeError("the run has no checkpoint yet", where=run, fix="wait for the first one")
+    if step is not None and step not in found:
+        have = ", ".join(map(str, found))
+        raise ForgeError(f"the run has no checkpoint of step {step}; it has {have}", where=run)
+    chosen = found[-1] if step is None else step
+    model = GPT2(load(str(run / CONFIG_FILE)).model)
+    state = checkpoint.load_state(run, chosen, (checkpoint.MODEL_FILE,))
+    checkpoint.load_weights(checkpoint.checkpoint_path(run, chosen) / checkpoint.MODEL_FILE, model)
+    return Loaded(run, model, read_vocabulary(run / VOCABULARY_FILE), state)
+
+
+def _open_transformers(folder: Path) -> Loaded:
+    """A folder in transformers' GPT-2 layout: one safetensors file or several, any prefix."""
+    config = _read_json(folder / HF_CONFIG)
+    if config.get("model_type") != "gpt2":
+        raise ForgeError(
+            f"a model of type {config.get('model_type')!r}; only GPT-2's layout can be read",
+            where=folder / HF_CONFIG,
+        )
+    different = [
+        f"{key} is {config[key]!r}"
+        for key, (_, known) in HF_FIXED.items()
+        if config.get(key, known[0]) not in known
+    ]
+    if config.get("n_inner") not in (None, 4 * config.get("n_embd", 0)):
+        different.append(f"n_inner is {config['n_inner']}")
+    if different:
+        raise ForgeError(
+            f"not the architecture that GPT-2 was published with: {', '.join(different)}",
+            where=folder / HF_CONFIG,
+        )
+    try:
+        settings = ModelConfig(
+            num_layers=config["n_layer"],
+            num_heads=config["n_head"],
+            embedding_size=config["n_embd"],
+            context_length=config.get("n_positions", 1024),
+            vocab_size=config.get("vocab_size", 50257),
+        )
+    except KeyError as error:
+        raise ForgeError(f"the config lacks {error}", where=folder / HF_CONFIG) from error
+    _check_tokenizer(folder)
+    model = GPT2(settings)
+    fill(model, _read_tensors(folder), folder)
+    return Loaded(folder, model, list(tokenizer.token_bytes()), None)
+
+
+def fill(model: GPT2, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy weights by GPT2LMHeadModel's names; its Conv1D is the transpose of a Linear."""
+    named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    head = named.pop("lm_head.weight", None)
+    # Old files carry attention's masks as if they were weights.
+    named = {n: t for n, t in named.items() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
+    wanted = dict(model.named_parameters())
+    wrong = sorted({*named} ^ {*wanted})
+    for name in {*named} & {*wanted}:
+        if is_transposed(name, wanted[name]):
+            named[name] = named[name].T
+        if named[name].shape != wanted[name].shape:
+            wrong.append(f"{name} {tuple(named[name].shape)}, not {tuple(wanted[name].shape)}")
+    if wrong:
+        raise ForgeError(f"weights that differ: {', '.join(wrong[:5])}", where=where)
+    if head is not None and not torch.equal(head, named["wte.weight"]):
+        raise ForgeError("the head is not tied to the token embedding", where=where)
+    with torch.no_grad():
+        for name, weight in wanted.items():
+            weight.copy_(named[name])
+
+
+def is_transposed(name: str, weight: Tensor) -> bool:
+    """Whether transformers stores this weight of GPT-2 the other way round."""
+    return weight.ndim == 2 and not name.startswith(("wte", "wpe"))
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    files = [checkpoint.MODEL_FILE]
+    if not (folder / checkpoint.MODEL_FILE).is_file():
+        if not (folder / HF_INDEX).is_file():
+            pickled = any(folder.glob("*.bin"))
+            raise ForgeError(
+                f"no {checkpoint.MODEL_FILE}"
+                + (", only pickled weights, which can run any program when opened" * pickled),
+                where=folder,
+                fix="convert them with transformers: save_pretrained(FOLDER) writes safetensors",
+            )
+        files = sorted({*_read_json(folder / HF_INDEX).get("weight_map", {}).values()})
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        try:
+            with safe_open(folder / name, "pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ForgeError(f"cannot read weights: {error}", where=folder / name) from error
+    return tensors
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """ForgeError if the folder's vocabulary is not GPT-2's; without one it is trusted."""
+    published = _read_json(tokenizer.package_data() / "encoder.json")
+    for name in ("vocab.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            content = _read_json(folder / name)
+            found = content.get("model", {}).get("vocab", {}) if "model" in content else content
+            if {tokenizer.EOT_TEXT: EOT_TOKEN, **found} != published:
+                raise ForgeError("the tokenizer is not GPT-2's", where=folder / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ForgeError(f"cannot read: {error}", where=path) from error
+    if not isinstance(content, dict):
+        raise ForgeError("not a JSON object", where=path)
+    return content

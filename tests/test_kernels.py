@@ -1,0 +1,76 @@
+"""The GPU's kernels give the plain model's numbers.
+
+On a GPU they run as they are; elsewhere in Triton's interpreter, where Triton is installed and
+TRITON_INTERPRET=1 is set. Otherwise these tests skip.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sampler import decode
+from sampler.decode import Decoder, Sampling
+from trainer.config import ModelConfig
+from trainer.model import GPT2
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU here, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+from sampler import kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# No size is a power of two, and no row a multiple of a block.
+SMALL = ModelConfig(num_layers=2, num_heads=3, embedding_size=72, context_length=96, vocab_size=777)
+
+
+def made(config: ModelConfig) -> GPT2:
+    model = GPT2(config)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():  # biases and gains that do something
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, 0.5, 0.2, generator=generator)
+    return model.to(DEVICE).requires_grad_(False)
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize("num_rows", [1, 5, 30])
+def test_attention_is_that_of_each_rows_own_length(num_rows: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    heads, size, room = 6, 24, 300
+    q = torch.randn(num_rows, heads, 1, size, generator=generator).to(DEVICE)
+    k, v = torch.randn(2, num_rows, groups, 1, size, generator=generator).to(DEVICE)
+    keys, values = torch.randn(2, num_rows, groups, room, size, generator=generator).to(DEVICE)
+    lengths = torch.randint(room, (num_rows,), generator=generator)
+    lengths[-1] = 0
+    before = keys.clone()
+    y = kernels.attend(q, k, v, keys, values, lengths.to(DEVICE))
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(keys[row, :, length], k[row, :, 0])
+        assert torch.equal(keys[row, :, :length], before[row, :, :length])
+        assert torch.equal(keys[row, :, length + 1 :], before[row, :, length + 1 :])
+        there = keys[row, :, : length + 1], values[row, :, : length + 1]
+        wanted = F.scaled_dot_product_attention(q[row], *there, enable_gqa=groups < heads)
+        assert torch.allclose(y[row], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_step_with_kernels_draws_what_the_plain_step_draws(
+    num_rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SMALL, bias=bias)
+    texts = {row: list(range(row, 20 * row + 3)) for row in range(num_rows)}
+    noise = torch.rand(8, num_rows, dtype=torch.float64)
+    drawn, logs = {}, {}
+    for with_kernels in (False, True):
+        monkeypatch.setattr(decode, "has_kernels", lambda weight, answer=with_kernels: answer)
+        decoder = Decoder(made(config), num_rows, Sampling(top_p=0.9), log=True)
+        decoder.read(texts)
+        drawn[with_kernels], logs[with_kernels] = decoder.run(noise)
+    assert drawn[True] == drawn[False]
+    assert torch.allclose(torch.tensor(logs[True]), torch.tensor(logs[False]), atol=1e-4)
