@@ -158,12 +158,13 @@ def sample(
 def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
     """Export RUN to OUT, a new folder in transformers' GPT-2 layout.
 
-    AutoModelForCausalLM and AutoTokenizer load it with no custom code.
+    RUN is a run of forge-train or one of its checkpoints. AutoModelForCausalLM and AutoTokenizer
+    load OUT with no custom code; where transformers is installed, that is checked.
     """
     from sampler import export as exporting
 
-    exporting.export(run, out, checkpoint, dtype)
-    click.echo(f"Exported: {out}")
+    checked = exporting.export(run, out, checkpoint, dtype)
+    click.echo(f"Exported: {out} ({checked})")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 Before: a run (trainer/checkpoint.py). After: transformers, and all that reads its GPT-2 folders.
 
 OUT gets config.json, generation_config.json, model.safetensors, tokenizer.json, vocab.json,
-merges.txt, tokenizer_config.json and README.md (the model card). It loads with no custom code.
+merges.txt, tokenizer_config.json and README.md (the model card). It loads with no custom code;
+where transformers is installed, the folder is kept only if transformers agrees with our model.
 """
 
+import copy
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
+from pipeline.shards import VOCAB_SIZE
 from sampler.load import is_transposed, open_model
 from trainer import checkpoint
 from trainer.config import ModelConfig, load
@@ -23,11 +27,21 @@ from trainer.metrics import METRICS_FILE, duration, read_metrics
 from trainer.model import GPT2
 from trainer.run import CONFIG_FILE, DATA_FILE
 
+CHECK_TEXTS = (
+    "Fruits are good for you because they're 100% natural.",
+    "it's I'LL we've 'tis 's''s  \u00a0\u2003\t\r\n\n  x  ",
+    "naïve café “quotes” ½ ² 中文字符 日本語 한국어 العربية עברית ไทย हिन्दी e\u0301",
+    "👩‍👩‍👧‍👦🏳️‍🌈 \u200b\u200d\ufeff \x00\x01\x7f",
+    "def f(x):\n    return {'a': [1, 2.5e-3]}  # ok\n" + "x" * 300 + " " * 300 + "1" * 300,
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(run: Path, out: Path, step: int | None, dtype: str) -> None:
-    """Write a run's checkpoint to `out` in transformers' GPT-2 layout, whole or not at all."""
+def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
+    """Write a run's checkpoint to `out` in transformers' GPT-2 layout, whole or not at all.
+
+    Returns what check() says.
+    """
     out = out.resolve()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ForgeError("the folder for the export is not empty", where=out, fix="name a new one")
@@ -64,12 +78,47 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> None:
         shutil.copyfile(tokenizer.package_data() / "encoder.json", partial / "vocab.json")
         shutil.copyfile(tokenizer.package_data() / "vocab.bpe", partial / "merges.txt")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        checked = check(partial, model, dtype)
         if out.exists():
             out.rmdir()
         partial.rename(out)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise ForgeError(f"cannot write: {error.strerror or error}", where=out) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return checked
+
+
+def check(folder: Path, model: GPT2, dtype: str) -> str:
+    """Read an export with transformers, where it is installed, and compare; says how it went.
+
+    Raises ForgeError if logits in float32 differ by 1e-4 from those of `model`, its weights rounded
+    to `dtype`, or if the tokenizer gives other ids than tiktoken.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return "not checked: transformers is not installed"
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    rounded = copy.deepcopy(model).to(DTYPES[dtype]).float()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    length = min(256, model.config.context_length)
+    tokens = torch.randint(VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = rounded.logits(rounded.hidden(tokens))
+        difference = (wanted - theirs(tokens).logits).abs().max().item()
+    # 1e-4 for logits of ordinary size; float32 has seven digits, whatever their size.
+    if not difference < 1e-4 * max(1.0, wanted.abs().max().item() / 100):
+        raise ForgeError(f"transformers' logits differ by {difference:.2g}", where=folder)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    their_tokenizer.model_max_length = 10**6  # or it warns of texts that no model reads here
+    for text in CHECK_TEXTS:
+        if their_tokenizer(text)["input_ids"] != tokenizer.encode(text):
+            raise ForgeError(f"transformers' tokens differ for {text[:40]!r}", where=folder)
+    return (
+        f"checked with transformers {transformers.__version__}: logits differ by at most "
+        f"{difference:.1e} in float32, tokens are tiktoken's"
+    )
 
 
 def transformers_weights(model: GPT2) -> dict[str, Tensor]:
@@ -156,21 +205,27 @@ def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
         ) from error
     before = [row for row in rows if row["step"] <= state.step]
     evaluated = [row for row in before if row["kind"] == "evaluate"][-1:]
+    trained = [row for row in before if row["kind"] == "step"][-1:]
     started = [row for row in before if row["kind"] == "start"][-1:]
     hub = data.get("hub") or {}
     revision = f" at {hub['revision']}" if hub else ""
+    ranks = started[0]["world_size"] if started else 1
+    launcher = f"torchrun --standalone --nproc_per_node={ranks} --no-python " if ranks > 1 else ""
     facts = [
-        f"- {config.model.num_parameters():,} parameters: {config.model.num_layers} layers, "
-        f"{config.model.num_heads} heads, {config.model.embedding_size} channels, context "
+        f"- {config.model.num_parameters():,} parameters, in {dtype}: {config.model.num_layers} "
+        f"layers, {config.model.num_heads} heads, {config.model.embedding_size} channels, context "
         f"{config.model.context_length}; GPT-2's architecture and tokenizer",
         f"- Trained from scratch on {state.tokens:,} tokens of {data['name']}{revision}, "
         f"in {state.step:,} steps and {duration(state.seconds)} hours",
         *(f"- Hardware: {row['hardware']}" for row in started),
+        *(f"- Training loss {row['loss']:.4f} nats a token at the last step" for row in trained),
         *(
             f"- Validation loss {row['loss']:.4f} nats a token, {row['bits_per_byte']:.4f} bits a "
-            "byte, on held-out documents of the same data"
+            f"byte, on held-out documents of the same data, at step {row['step']:,}"
             for row in evaluated
         ),
+        f"- Command: `{launcher}forge-train config.toml --data DIR --out RUN`; the config is below",
+        "- It goes on with text; it was not taught to follow instructions or to be right.",
     ]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
     use = [
@@ -178,11 +233,13 @@ def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        'inputs = tokenizer("Fruits are good for you because", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))",
         "```",
         "",
-        "Full config of the run:",
+        "The config of the run, `config.toml`:",
         "",
         "```toml",
         config.to_toml().rstrip(),

@@ -179,8 +179,9 @@ def _check_tokenizer(folder: Path) -> None:
     for name in ("vocab.json", "tokenizer.json"):
         if (folder / name).is_file():
             content = _read_json(folder / name)
-            found = content.get("model", {}).get("vocab", {}) if "model" in content else content
-            if {tokenizer.EOT_TEXT: EOT_TOKEN, **found} != published:
+            if name == "tokenizer.json":
+                content = content.get("model", {}).get("vocab", {})
+            if {tokenizer.EOT_TEXT: EOT_TOKEN, **content} != published:
                 raise ForgeError("the tokenizer is not GPT-2's", where=folder / name)
 
 

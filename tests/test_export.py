@@ -1,14 +1,18 @@
 """forge-export: transformers reads the same model, and what it writes can be read here."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOSTILE
+from conftest import HOSTILE, metrics_of
+from safetensors.torch import load_file, save_file
 
 from pipeline import shards, tokenizer
+from sampler import export
 from sampler.load import open_model
+from trainer.config import ModelConfig
 
 
 def test_an_export_is_the_same_model_to_transformers(run: Path, tmp_path: Path, forge) -> None:
@@ -23,6 +27,9 @@ def test_an_export_is_the_same_model_to_transformers(run: Path, tmp_path: Path, 
         difference = (model.logits(model.hidden(tokens)) - theirs(tokens).logits).abs().max()
     assert difference < 1e-4
 
+    assert "logits differ by at most" in result.output
+    assert "tiktoken's" in result.output
+
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     for text in HOSTILE:
         if "<|endoftext|>" not in text:  # a tokenizer there reads it as the special token
@@ -31,6 +38,112 @@ def test_an_export_is_the_same_model_to_transformers(run: Path, tmp_path: Path, 
     assert their_tokenizer("<|endoftext|>")["input_ids"] == [shards.EOT_TOKEN]
     card = (out / "README.md").read_text()
     assert "Trained from scratch on 2,048 tokens" in card
+
+
+def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path, forge) -> None:
+    forge("export", run, tmp_path / "hf", "--checkpoint", 4)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    (evaluated,) = (row for row in metrics_of(run, "evaluate") if row["step"] == 4)
+    for fact in (
+        "Trained from scratch on 1,024 tokens of ",
+        f"Validation loss {evaluated['loss']:.4f} nats",
+        "Training loss",
+        "Hardware: CPU",
+        "forge-train config.toml",
+        "embedding_size = 32",
+        "in bfloat16",
+    ):
+        assert fact in card, fact
+
+
+def test_an_export_that_transformers_reads_otherwise_is_not_kept(
+    run: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(export, "is_transposed", lambda name, weight: False)
+    result = forge("export", run, tmp_path / "hf")
+    assert result.exit_code != 0
+    monkeypatch.undo()
+    honest = export.model_config
+
+    def other(config: ModelConfig, dtype: str) -> dict:
+        return honest(config, dtype) | {"activation_function": "relu"}
+
+    monkeypatch.setattr(export, "model_config", other)
+    result = forge("export", run, tmp_path / "hf")
+    assert result.exit_code == 1
+    assert "logits differ" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_exported_writes_the_run_s_text(run: Path, tmp_path: Path, forge) -> None:
+    forge("export", run, tmp_path / "hf", "--dtype", "float32")
+    options = ["--max-tokens", 20, "--temperature", 0, "--prompt", "The list"]
+    texts = [forge("sample", path, *options) for path in (run, tmp_path / "hf")]
+    assert texts[0].exit_code == texts[1].exit_code == 0, texts[1].output
+    assert texts[0].output == texts[1].output
+
+
+@pytest.fixture
+def folder(run: Path, tmp_path: Path, forge) -> Path:
+    forge("export", run, tmp_path / "hf", "--dtype", "float32")
+    return tmp_path / "hf"
+
+
+def test_other_people_s_gpt2_folders_are_read(folder: Path, run: Path) -> None:
+    """Shards, no prefix, attention masks among the weights, an explicit head: all are about."""
+    model = open_model(run, None, torch.device("cpu")).model
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    bare = {name.removeprefix("transformer."): w for name, w in tensors.items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    bare["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    bare["lm_head.weight"] = bare["wte.weight"].clone()
+    names = sorted(bare)
+    where = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: bare[name].half() for name in part}, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    found = open_model(folder, None, torch.device("cpu")).model
+    for name, weight in found.named_parameters():
+        assert torch.allclose(weight, dict(model.named_parameters())[name], atol=1e-3)
+
+
+def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -> None:
+    config = json.loads((folder / "config.json").read_text())
+
+    def refused(reason: str) -> None:
+        result = forge("sample", folder, "--max-tokens", 2)
+        assert result.exit_code == 1, reason
+        assert reason in result.output
+
+    for key, value, reason in (
+        ("model_type", "llama", "'llama'"),
+        ("activation_function", "relu", "activation_function"),
+        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon"),
+        ("n_inner", 99, "n_inner"),
+        ("n_layer", 3, "weights that differ"),
+        ("n_positions", 128, "wpe.weight"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        refused(reason)
+    (folder / "config.json").write_text(json.dumps(config))
+
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocabulary | {"the": 1, "!": 2}))
+    refused("tokenizer is not GPT-2's")
+    (folder / "vocab.json").unlink()
+
+    tensors = load_file(folder / "model.safetensors")
+    untied = tensors["transformer.wte.weight"] + 1
+    save_file(tensors | {"lm_head.weight": untied}, folder / "model.safetensors")
+    refused("not tied")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused("pickled")
 
 
 def test_an_export_does_not_mind_half_a_metrics_line(run: Path, tmp_path: Path, forge) -> None:
