@@ -1,5 +1,6 @@
-"""forge-sample and forge-export: command lines. Decorators, one call each, one error handler."""
+"""forge-sample, forge-export, forge-eval: decorators, one call each, one error handler."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,60 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
 
     checked = exporting.export(run, out, checkpoint, dtype)
     click.echo(f"Exported: {out} ({checked})")
+
+
+@click.command(cls=ForgeCommand, context_settings=SETTINGS)
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of shards.")
+@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=1_048_576,
+    show_default=True,
+    help="How many of them, the same for all models (or all that there are).",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="Length of a window.  [default: the shortest context of the models]",
+)
+@click.option(
+    "--jsonl",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Multiple-choice questions in HellaSwag's format: ctx, endings, label.",
+)
+@click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a model and task.")
+@click.version_option(package_name="llm-forge")
+def evaluate(
+    models: tuple[Path, ...],
+    data: Path | None,
+    split: str,
+    tokens: int,
+    context: int | None,
+    jsonl: Path | None,
+    checkpoint: int | None,
+    as_json: bool,
+) -> None:
+    """Measure MODELS side by side: on shards (--data), on questions (--jsonl), or both.
+
+    A model is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
+    local folder in transformers' GPT-2 layout. All see the same tokens. Losses are in nats a token;
+    what follows ± is one standard error. acc_norm is HellaSwag's usual number: the ending with the
+    largest log p a character.
+    """
+    if data is None and jsonl is None:
+        raise click.UsageError("say on what: --data DIR, --jsonl FILE, or both")
+    from sampler import evaluate as evaluating
+
+    for rows in evaluating.evaluate(models, data, split, tokens, context, jsonl, checkpoint):
+        if as_json:
+            for row in rows:
+                click.echo(json.dumps(row))
+        else:
+            click.echo(evaluating.show(rows))
 
 
 if __name__ == "__main__":

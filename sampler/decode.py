@@ -159,8 +159,9 @@ class Decoder:
         self.is_fused = num_rows == 1 and model.config.family == "gpt2" and self.cache.has_kernels
         self.graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
-            extra = -len(weight) % HEAD_MULTIPLE
-            model.wte.weight = torch.nn.Parameter(F.pad(weight, (0, 0, 0, extra)), False)
+            with torch.inference_mode(False):  # the model may be used otherwise, too
+                padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % HEAD_MULTIPLE))
+                model.wte.weight = torch.nn.Parameter(padded, requires_grad=False)
             self._capture()
 
     def _capture(self) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.errors import ForgeError
@@ -39,13 +41,13 @@ class Sample:
     finish: Finish | None = None
 
     def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = np.random.Generator(np.random.Philox(self.seed))
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
-    def noise(self, count: int) -> torch.Tensor:
-        """The next uniform numbers of this text: (count,) float64, whatever its neighbours are."""
-        return torch.rand(count, dtype=torch.float64, generator=self._generator)
+    def noise(self, count: int) -> npt.NDArray[np.float64]:
+        """The next uniform numbers of this text: (count,), whatever its neighbours are."""
+        return self._generator.random(count)
 
     def history(self, most: int) -> list[int]:
         """The text so far, at most so many tokens of its end."""
@@ -117,10 +119,10 @@ def generate(
             return
         room = min(length - decoder.lengths[row] for row in active)
         wanted = max(limits.max_tokens - len(sample.tokens) for sample in active.values())
-        noise = torch.zeros(min(stride, room, wanted), len(rows), dtype=torch.float64)
+        noise = np.zeros((min(stride, room, wanted), len(rows)))
         for row, sample in active.items():
             noise[:, row] = sample.noise(len(noise))
-        tokens, logs = decoder.run(noise)
+        tokens, logs = decoder.run(torch.from_numpy(noise))
         for row, sample in active.items():
             sample.take(tokens[row], logs[row] if logs else [], vocabulary, limits)
             if sample.finish is None and decoder.lengths[row] == length:

@@ -47,10 +47,13 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_model(path: Path, step: int | None, device: torch.device) -> Loaded:
-    """Load `path`, whatever of the four it is; bfloat16 on a GPU, float32 on a CPU.
+def open_model(
+    path: Path, step: int | None, device: torch.device, dtype: torch.dtype | None = None
+) -> Loaded:
+    """Load `path`, whatever of the four it is.
 
-    `step` chooses a checkpoint of a run (default: the latest).
+    `step` chooses a checkpoint of a run (default: the latest); without `dtype` the weights become
+    bfloat16 on a GPU and float32 on a CPU.
     """
     is_checkpoint = (path / checkpoint.STATE_FILE).is_file()
     if is_checkpoint and step is None:
@@ -69,7 +72,8 @@ def open_model(path: Path, step: int | None, device: torch.device) -> Loaded:
         raise ForgeError("an exported folder has no checkpoints", where=path, fix="no --checkpoint")
     else:
         loaded = _open_transformers(path)
-    loaded.model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    loaded.model.to(device, dtype or usual)
     loaded.model.requires_grad_(False)
     return loaded
 

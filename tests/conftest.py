@@ -100,6 +100,7 @@ def forge() -> Callable[..., Result]:
             "train": trainer.cli.main,
             "sample": sampler.cli.sample,
             "export": sampler.cli.export,
+            "eval": sampler.cli.evaluate,
         }
         return CliRunner().invoke(commands[program], [str(a) for a in arguments])
 

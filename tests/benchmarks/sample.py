@@ -104,16 +104,15 @@ def theirs(model: GPT2, prompts: Tensor, count: int, static: bool = False) -> Ru
 
     transformers.logging.set_verbosity_error()
     settings = transformers.GPT2Config(**model_config(model.config, "bfloat16"))
-    with torch.device("meta"):
-        other = transformers.GPT2LMHeadModel(settings)
+    with prompts.device:
+        other = transformers.GPT2LMHeadModel(settings).to(model.wte.weight.dtype).eval()
     # The head may have grown for forge-sample.
     weights = {
         n: w[: settings.vocab_size] if "wte" in n else w
         for n, w in transformers_weights(model).items()
     }
-    other.load_state_dict(weights, strict=False, assign=True)
+    other.load_state_dict(weights, strict=False)
     other.tie_weights()
-    other.to(prompts.device).eval()
 
     def run(seconds: float) -> tuple[int, float]:
         started = time.perf_counter()

@@ -1,0 +1,312 @@
+"""How good models are, on the same tokens: loss, bits per byte, and multiple-choice questions.
+
+Before: load.py (models) and pipeline/shards.py's folders. After: a person who compares.
+
+Losses come with a standard error over windows, and with that of the difference to the first model
+over the same windows, which is much smaller: most of the noise is the text's, not the model's.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline import tokenizer
+from pipeline.errors import ForgeError
+from pipeline.shards import EOT_TOKEN, load_index
+from sampler.load import Loaded, best_device, open_model
+from trainer.loop import VALIDATION_SEED
+from trainer.model import GPT2, HEAD_CHUNK
+from trainer.windows import Windows, to_device, windows_at
+
+BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}  # through one forward
+
+Floats = npt.NDArray[np.float64]
+Row = dict[str, Any]
+
+
+def evaluate(
+    paths: tuple[Path, ...],
+    data: Path | None,
+    split: str,
+    num_tokens: int,
+    context_length: int | None,
+    questions_file: Path | None,
+    step: int | None,
+) -> Iterator[list[Row]]:
+    """Yield a row a model for the shards, and another for the questions. Computes in float32."""
+    questions = read_questions(questions_file) if questions_file else []
+    torch.set_float32_matmul_precision("high")
+    device = best_device()
+    models = [open_model(path, step, torch.device("cpu"), torch.float32) for path in paths]
+    if data is not None:
+        longest = min(loaded.model.config.context_length for loaded in models)
+        if context_length is not None and context_length > longest:
+            raise ForgeError(f"a model reads {longest} tokens at most", fix=f"--context {longest}")
+        yield on_shards(
+            _one_by_one(models, device), data, split, num_tokens, context_length or longest
+        )
+    if questions:
+        yield on_questions(_one_by_one(models, device), questions)
+
+
+def _one_by_one(models: list[Loaded], device: torch.device) -> Iterator[Loaded]:
+    """Each on the device in turn."""
+    for loaded in models:
+        loaded.model.to(device)
+        yield loaded
+        loaded.model.to("cpu")
+
+
+def token_losses(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
+    """-log p of every target in nats, in float32: (B, T) and (B, T) -> (B, T)."""
+    x = model.hidden(inputs).flatten(0, 1)
+    right, at_once = targets.flatten(), HEAD_CHUNK[x.device.type]
+    losses = []
+    for first in range(0, len(x), at_once):
+        part = slice(first, first + at_once)
+        logits = model.logits(x[part]).float()
+        losses.append(F.cross_entropy(logits, right[part], reduction="none"))
+    return torch.cat(losses).view(targets.shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# Shards
+
+
+@torch.inference_mode()
+def window_losses(loaded: Loaded, windows: Windows, count: int) -> tuple[Floats, Floats]:
+    """(nats, bytes of text) of the first `count` windows of the validation order: (count,) each."""
+    model = loaded.model
+    device = model.wte.weight.device
+    token_bytes = np.array([len(token) for token in loaded.vocabulary])
+    chosen = windows_at(np.arange(count), windows.num_windows, VALIDATION_SEED)
+    at_once = max(1, BATCH_TOKENS[device.type] // windows.context_length)
+    nats, num_bytes = [], []
+    with _progress(str(loaded.path), count * windows.context_length, "token") as progress:
+        for first in range(0, count, at_once):
+            batch = windows.read(chosen[first : first + at_once])
+            losses = token_losses(model, *to_device(batch, device))
+            nats.append(losses.double().sum(1).cpu().numpy())
+            num_bytes.append(token_bytes[batch[:, 1:]].sum(1))
+            progress.update(batch[:, 1:].size)
+    return np.concatenate(nats), np.concatenate(num_bytes).astype(np.float64)
+
+
+def on_shards(
+    models: Iterator[Loaded], folder: Path, split: str, num_tokens: int, context_length: int
+) -> list[Row]:
+    """Loss and bits per byte of each model over the same windows, as rows for show() or JSON."""
+    index = load_index(folder)
+    windows = Windows(index, split, context_length)
+    windows.check()
+    count = min(num_tokens // context_length, windows.num_windows)
+    if count < 2:
+        raise ForgeError(
+            f"the {split} split has {windows.num_windows} windows of {context_length} tokens, and "
+            f"{num_tokens:,} tokens are asked for; a standard error needs 2 windows at least",
+            where=folder,
+            fix="more text, more --tokens, or a shorter --context",
+        )
+    rows: list[Row] = []
+    first: Floats | None = None
+    for loaded in models:
+        if index.tokenizer["vocab_size"] > loaded.model.config.vocab_size:
+            raise ForgeError("the shards have token ids that the model has not", where=loaded.path)
+        nats, num_bytes = window_losses(loaded, windows, count)
+        losses = nats / context_length
+        bits = nats.sum() / math.log(2) / num_bytes.sum()
+        # Of a ratio of two sums: the spread of what it leaves over in each window.
+        rest = nats / math.log(2) - bits * num_bytes
+        row = {
+            **_describe(loaded),
+            "loss": losses.mean(),
+            "loss_error": standard_error(losses),
+            "bits_per_byte": bits,
+            "bits_per_byte_error": standard_error(rest) / num_bytes.mean(),
+            "num_tokens": count * context_length,
+            "context_length": context_length,
+            "split": split,
+        }
+        if first is None:
+            first = losses
+        else:
+            row["difference"] = (losses - first).mean()
+            row["difference_error"] = standard_error(losses - first)
+        rows.append(row)
+    return rows
+
+
+def standard_error(values: Floats) -> float:
+    """Of the mean of independent values."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+# ---------------------------------------------------------------------------------------------
+# Multiple choice
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which of the endings follows: `label` counts from 0."""
+
+    context: str
+    endings: list[str]
+    label: int
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions of a .jsonl file in HellaSwag's format (Zellers et al. 2019).
+
+    A row has `endings`, `label` and the context: either `ctx` (or `context`) as it is, or HellaSwag
+    1.0's `activity_label`, `ctx_a` and `ctx_b`, whose text is cleaned as the harness does.
+    """
+    questions = []
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ForgeError(f"cannot read the questions: {error}", where=path) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            endings = [str(ending) for ending in row["endings"]]
+            if "ctx_a" in row:
+                text = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+                context, endings = _clean(text), [_clean(ending) for ending in endings]
+            else:
+                context = str(row["ctx"] if "ctx" in row else row["context"])
+            question = Question(context, endings, int(row["label"]))
+            if not 0 <= question.label < len(endings):
+                raise ValueError(f"label {question.label} of {len(endings)} endings")
+            if not all(endings):
+                raise ValueError("an ending is empty")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ForgeError(
+                f"no question in HellaSwag's format: {error!r}",
+                where=f"{path}, line {number}",
+                fix='{"ctx": "...", "endings": ["...", "..."], "label": 0}',
+            ) from error
+        questions.append(question)
+    if not questions:
+        raise ForgeError("the file has no question", where=path)
+    return questions
+
+
+def _clean(text: str) -> str:
+    """WikiHow's marks out of a HellaSwag text."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def encode_pair(context: str, ending: str) -> tuple[list[int], int]:
+    """Tokens of context and ending with a space between, and how many of them are the ending's.
+
+    They are encoded together; spaces at the context's end count as the ending's.
+    """
+    if not context:
+        tokens = tokenizer.encode(" " + ending)
+        return [EOT_TOKEN, *tokens], len(tokens)
+    stripped = context.rstrip()
+    tokens = tokenizer.encode(f"{context} {ending}")
+    return tokens, len(tokens) - len(tokenizer.encode(stripped))
+
+
+@torch.inference_mode()
+def ending_scores(loaded: Loaded, questions: list[Question]) -> list[list[float]]:
+    """log p of each ending of each question, in nats."""
+    model = loaded.model
+    device = model.wte.weight.device
+    pairs = [
+        (number, place, *encode_pair(question.context, ending))
+        for number, question in enumerate(questions)
+        for place, ending in enumerate(question.endings)
+    ]
+    pairs.sort(key=lambda pair: len(pair[2]))
+    scores = [[0.0] * len(question.endings) for question in questions]
+    most = model.config.context_length + 1
+    with _progress(str(loaded.path), len(pairs), "ending") as progress:
+        at_once = max(1, BATCH_TOKENS[device.type] // min(most, len(pairs[-1][2])))
+        for first in range(0, len(pairs), at_once):
+            batch = pairs[first : first + at_once]
+            texts = [tokens[-most:] for *_, tokens, _ in batch]
+            longest = max(map(len, texts))
+            padded = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+            padded = padded.to(device)
+            losses = token_losses(model, padded[:, :-1], padded[:, 1:]).double().cpu()
+            for text, row, (number, place, _, count) in zip(texts, losses, batch, strict=True):
+                end = len(text) - 1
+                scores[number][place] = -row[max(0, end - count) : end].sum().item()
+            progress.update(len(batch))
+    return scores
+
+
+def on_questions(models: Iterator[Loaded], questions: list[Question]) -> list[Row]:
+    """Accuracy by log p, and by log p over the ending's characters, as the harness counts them."""
+    rows = []
+    for loaded in models:
+        scores = ending_scores(loaded, questions)
+        right, right_by_length = [], []
+        for question, nats in zip(questions, scores, strict=True):
+            lengths = [len(ending) for ending in question.endings]
+            right.append(int(np.argmax(nats)) == question.label)
+            right_by_length.append(int(np.argmax(np.divide(nats, lengths))) == question.label)
+        rows.append(
+            {
+                **_describe(loaded),
+                "acc": float(np.mean(right)),
+                "acc_error": standard_error(np.array(right, np.float64)),
+                "acc_norm": float(np.mean(right_by_length)),
+                "acc_norm_error": standard_error(np.array(right_by_length, np.float64)),
+                "num_questions": len(questions),
+            }
+        )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def show(rows: list[Row]) -> str:
+    """A table: a line a model, each figure with its standard error."""
+    columns = {
+        "loss": ("loss", ".4f"),
+        "bits_per_byte": ("bits per byte", ".4f"),
+        "difference": ("loss - first's", "+.4f"),
+        "acc": ("acc", ".4f"),
+        "acc_norm": ("acc_norm", ".4f"),
+    }
+    present = [key for key in columns if any(key in row for row in rows)]
+    width = max(5, *(len(row["model"]) for row in rows))
+    head = f"{'model':{width}}  {'parameters':>13}"
+    lines = [head + "".join(f"  {columns[key][0]:>18}" for key in present)]
+    for row in rows:
+        line = f"{row['model']:{width}}  {row['num_parameters']:>13,}"
+        for key in present:
+            cell = ""
+            if key in row:
+                cell = f"{row[key]:{columns[key][1]}} ± {row[key + '_error']:.4f}"
+            line += f"  {cell:>18}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _describe(loaded: Loaded) -> Row:
+    step = {"step": loaded.state.step} if loaded.state else {}
+    count = sum(weight.numel() for weight in loaded.model.parameters())
+    return {"model": str(loaded.path), **step, "num_parameters": count}
+
+
+def _progress(label: str, total: int, unit: str) -> "tqdm[Any]":
+    return tqdm(total=total, unit=unit, unit_scale=True, desc=label, leave=False, disable=None)
