@@ -26,10 +26,11 @@ from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN, load_index
 from sampler.load import Loaded, best_device, open_model
 from trainer.loop import VALIDATION_SEED
-from trainer.model import GPT2, HEAD_CHUNK
+from trainer.model import GPT2
 from trainer.windows import Windows, to_device, windows_at
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}  # through one forward
+HEAD_TOKENS = {"cuda": 4096, "cpu": 64}  # whose logits exist at one time
 
 Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
@@ -71,7 +72,7 @@ def _one_by_one(models: list[Loaded], device: torch.device) -> Iterator[Loaded]:
 def token_losses(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
     """-log p of every target in nats, in float32: (B, T) and (B, T) -> (B, T)."""
     x = model.hidden(inputs).flatten(0, 1)
-    right, at_once = targets.flatten(), HEAD_CHUNK[x.device.type]
+    right, at_once = targets.flatten(), HEAD_TOKENS[x.device.type]
     losses = []
     for first in range(0, len(x), at_once):
         part = slice(first, first + at_once)

@@ -58,10 +58,17 @@ def test_attention_is_that_of_each_rows_own_length(num_rows: int, groups: int) -
         assert torch.allclose(y[row], wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(
+    ("num_rows", "bias", "sampling"),
+    [
+        (1, True, Sampling(top_p=0.9)),
+        (1, False, Sampling(temperature=0)),
+        (3, True, Sampling(top_k=20, min_p=0.01, repetition_penalty=1.2)),
+        (3, True, Sampling()),
+    ],
+)
 def test_a_step_with_kernels_draws_what_the_plain_step_draws(
-    num_rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+    num_rows: int, bias: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(SMALL, bias=bias)
     texts = {row: list(range(row, 20 * row + 3)) for row in range(num_rows)}
@@ -69,7 +76,7 @@ def test_a_step_with_kernels_draws_what_the_plain_step_draws(
     drawn, logs = {}, {}
     for with_kernels in (False, True):
         monkeypatch.setattr(decode, "has_kernels", lambda weight, answer=with_kernels: answer)
-        decoder = Decoder(made(config), num_rows, Sampling(top_p=0.9), log=True)
+        decoder = Decoder(made(config), num_rows, sampling, log=True)
         decoder.read(texts)
         drawn[with_kernels], logs[with_kernels] = decoder.run(noise)
     assert drawn[True] == drawn[False]

@@ -21,7 +21,7 @@ from trainer.cross_entropy import HeadLoss
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens before (sampler/cache.py has one)."""
+    """Keys and values of the tokens before (sampler/decode.py has one)."""
 
     positions: Tensor  # of the tokens at hand in their texts: (T,) or (B, T)
 
