@@ -54,6 +54,7 @@ def draw(logits: Tensor, sampling: Sampling, noise: Tensor, seen: Tensor | None)
     """Next tokens (B,) from logits (B, V), by the inverse of the cumulative distribution.
 
     `noise` (B,) is float64, uniform in [0, 1); `seen` (B, V) marks the tokens that are penalized.
+    Logits may be in bfloat16: the likeliest are found faster so, and the rest is in float32.
     """
     if seen is not None:
         penalty = sampling.repetition_penalty
@@ -65,7 +66,7 @@ def draw(logits: Tensor, sampling: Sampling, noise: Tensor, seen: Tensor | None)
         logits, order = logits.topk(min(sampling.top_k, logits.shape[-1]))
     elif sampling.top_p is not None:
         logits, order = logits.sort(descending=True)
-    probabilities = (logits / sampling.temperature).softmax(-1)
+    probabilities = (logits.float() / sampling.temperature).softmax(-1)
     if sampling.top_p is not None:
         before = probabilities.cumsum(-1) - probabilities  # 0 for the first, which always stays
         probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
@@ -156,7 +157,7 @@ class Decoder:
         if sampling.repetition_penalty != 1:
             size = min(VOCAB_SIZE, len(weight))
             self.seen = torch.zeros(num_rows, size, dtype=torch.bool, device=self.device)
-        self.is_fused = num_rows == 1 and model.config.family == "gpt2" and self.cache.has_kernels
+        self.is_fused = model.config.family == "gpt2" and self.cache.has_kernels
         self.graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
             with torch.inference_mode(False):  # the model may be used otherwise, too
@@ -184,10 +185,10 @@ class Decoder:
             logits = kernels.gpt2_logits(self.model, self.last, cache)
         else:
             logits = self.model.logits(self.model.hidden(self.last[:, None], cache)[:, 0])
-        logits = logits[:, :VOCAB_SIZE].float()  # a config may have more rows, a GPU has
+        logits = logits[:, :VOCAB_SIZE]  # a config may have more rows, a GPU has
         token = draw(logits, self.sampling, self.noise.index_select(0, self.number)[0], self.seen)
         if self.logs is not None:
-            likely = logits.log_softmax(-1).gather(1, token[:, None])
+            likely = logits.float().log_softmax(-1).gather(1, token[:, None])
             self.logs.index_copy_(0, self.number, likely.T)
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)

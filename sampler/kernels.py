@@ -4,8 +4,8 @@ Before: decode.py, which calls these on a GPU. After: the same numbers as traine
 
 Writing one token is a walk through all weights with almost nothing to compute, so its time is that
 of reading memory and of starting kernels. `attend` reads a row's cache to its own length, whatever
-the memory behind it; `gpt2_logits` is GPT-2 for one row in five kernels a layer. Everything is
-summed in float32.
+the memory behind it; `gpt2_logits` is GPT-2 in five kernels a layer for one row and in eight for
+more. Everything is summed in float32.
 """
 
 # ruff: noqa: N803  (Triton writes constants in capitals)
@@ -163,16 +163,60 @@ def linear(
     return out
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_norm(  # type: ignore[no-untyped-def]
+    x, y, gain, shift, out, size, epsilon, BLOCK: tl.constexpr, SHIFT: tl.constexpr
+):
+    """One row: x += y, and LayerNorm of the sum."""
+    row = tl.program_id(0).to(tl.int64) * size
+    k = tl.arange(0, BLOCK)
+    is_k = k < size
+    value = tl.load(x + row + k, mask=is_k, other=0)
+    value += tl.load(y + row + k, mask=is_k, other=0).to(tl.float32)
+    tl.store(x + row + k, value, mask=is_k)
+    value = tl.where(is_k, value - tl.sum(value, 0) / size, 0.0)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / size + epsilon)
+    value = value * tl.load(gain + k, mask=is_k, other=0).to(tl.float32)
+    if SHIFT:
+        value = value + tl.load(shift + k, mask=is_k, other=0).to(tl.float32)
+    tl.store(out + row + k, value.to(out.dtype.element_ty), mask=is_k)
+
+
+def add_norm(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """x += y in place, both (B, C), x in float32; returns norm(x) in the type of its weights."""
+    assert x.is_contiguous()
+    assert y.is_contiguous()
+    out = torch.empty(x.shape, dtype=norm.weight.dtype, device=x.device)
+    has_shift = norm.bias is not None
+    _add_norm[(len(x),)](
+        x, y, norm.weight, norm.bias if has_shift else x, out, x.shape[1], norm.eps,
+        BLOCK=triton.next_power_of_2(x.shape[1]), SHIFT=has_shift, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def gpt2_logits(model: GPT2, tokens: Tensor, cache: Cache) -> Tensor:
-    """model.logits(model.hidden(tokens, cache)) for one token (1,): (1, V) float32."""
-    x = (model.wte(tokens) + model.wpe(cache.positions[0])).float()  # (1, C)
+    """model.logits(model.hidden(tokens, cache)) for one token a row: (B,) -> (B, V).
+
+    One row's logits are in float32. The sum of the layers is kept in float32 in any case.
+    """
+    rows = len(tokens)
+    x = (model.wte(tokens) + model.wpe(cache.positions[:, 0])).float()  # (B, C)
     block: Any
-    for layer, block in enumerate(model.h):
-        attention, mlp = block.attn, block.mlp
-        qkv = linear(x, attention.c_attn.weight, attention.c_attn.bias, norm=block.ln_1)
-        q, k, v = qkv.view(1, 3, attention.num_heads, 1, -1).unbind(1)  # each (1, H, 1, D)
-        y = cache.attend(layer, q, k, v)
-        linear(y, attention.c_proj.weight, attention.c_proj.bias, add_to=x)
-        wide = linear(x, mlp.c_fc.weight, mlp.c_fc.bias, norm=block.ln_2, gelu=True)
-        linear(wide, mlp.c_proj.weight, mlp.c_proj.bias, add_to=x)
-    return linear(x, model.wte.weight, None, norm=model.ln_f)
+    if rows == 1:  # a vector: five kernels a layer
+        for layer, block in enumerate(model.h):
+            attention, mlp = block.attn, block.mlp
+            qkv = linear(x, attention.c_attn.weight, attention.c_attn.bias, norm=block.ln_1)
+            q, k, v = qkv.view(1, 3, attention.num_heads, 1, -1).unbind(1)  # each (1, H, 1, D)
+            y = cache.attend(layer, q, k, v)
+            linear(y, attention.c_proj.weight, attention.c_proj.bias, add_to=x)
+            wide = linear(x, mlp.c_fc.weight, mlp.c_fc.bias, norm=block.ln_2, gelu=True)
+            linear(wide, mlp.c_proj.weight, mlp.c_proj.bias, add_to=x)
+        return linear(x, model.wte.weight, None, norm=model.ln_f)
+    y = torch.zeros_like(x)
+    for layer, block in enumerate(model.h):  # eight, and the library's matrix products
+        qkv = block.attn.c_attn(add_norm(x, y, block.ln_1))
+        q, k, v = qkv.view(rows, 3, block.attn.num_heads, 1, -1).unbind(1)  # each (B, H, 1, D)
+        y = block.attn.c_proj(cache.attend(layer, q, k, v).view(rows, -1))
+        y = block.mlp(add_norm(x, y, block.ln_2))
+    return model.logits(add_norm(x, y, model.ln_f))
