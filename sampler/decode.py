@@ -55,10 +55,12 @@ def draw(logits: Tensor, sampling: Sampling, noise: Tensor, seen: Tensor | None)
 
     `noise` (B,) is float64, uniform in [0, 1); `seen` (B, V) marks the tokens that are penalized.
     Logits may be in bfloat16: the likeliest are found faster so, and the rest is in float32.
+    Nothing here may touch the host: a CUDA graph records it (torch.where of a number would).
     """
     if seen is not None:
         penalty = sampling.repetition_penalty
-        logits = torch.where(seen, logits / torch.where(logits > 0, penalty, 1 / penalty), logits)
+        less = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, less, logits)
     if sampling.is_greedy:
         return logits.argmax(-1)
     order = None
@@ -69,10 +71,10 @@ def draw(logits: Tensor, sampling: Sampling, noise: Tensor, seen: Tensor | None)
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
     if sampling.top_p is not None:
         before = probabilities.cumsum(-1) - probabilities  # 0 for the first, which always stays
-        probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     if sampling.min_p is not None:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        probabilities = torch.where(probabilities >= least, probabilities, 0.0)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
     # In float64, so that the way in which a GPU adds up cannot show in the choice.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     chosen = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
