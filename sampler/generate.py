@@ -27,6 +27,10 @@ class Limits:
     stops: tuple[str, ...] = ()  # strings; the text ends before the first of them
     slides: bool = True  # at the context's end, drop the older half of it; else end there
 
+    def __post_init__(self) -> None:
+        if "" in self.stops:
+            raise ForgeError("--stop is empty", fix="name a text, or leave it out")
+
 
 @dataclass
 class Sample:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from pipeline import tokenizer
@@ -33,7 +34,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a file: a line each, or of a .jsonl file an object with "prompt" each."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # no other character ends a line here
     except (OSError, ValueError) as error:
         raise ForgeError(f"cannot read the prompts: {error}", where=path) from error
     prompts = []
@@ -41,7 +42,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
-            prompts.append(Prompt(line))
+            prompts.append(Prompt(line.removesuffix("\r")))
             continue
         try:
             row = json.loads(line)
@@ -62,7 +63,12 @@ class Session:
         self, loaded: Loaded, sampling: Sampling, limits: Limits, num_rows: int, as_json: bool
     ) -> None:
         self.loaded, self.limits, self.as_json = loaded, limits, as_json
-        self.decoder = Decoder(loaded.model, num_rows, sampling, log=as_json)
+        try:
+            self.decoder = Decoder(loaded.model, num_rows, sampling, log=as_json)
+        except torch.OutOfMemoryError as error:
+            raise ForgeError(
+                f"out of GPU memory with {num_rows} texts at a time", fix="a smaller --parallel"
+            ) from error
 
     def samples(self, prompts: list[Prompt], num_samples: int, seed: int) -> Iterator[Sample]:
         """num_samples of each prompt; the same seeds for each, counted up from `seed`."""
@@ -74,7 +80,7 @@ class Session:
                 _tell(f"The prompt has {len(tokens):,} tokens: only the last {length:,} are read.")
             yield Sample(number, tokens, seed + number % num_samples)
 
-    def write(self, prompts: list[Prompt], num_samples: int, seed: int, echo: bool = True) -> None:
+    def write(self, prompts: list[Prompt], num_samples: int, seed: int) -> None:
         """Write all texts to standard output, in order; the one at hand streams."""
         total = len(prompts) * num_samples
         grown = generate(
@@ -104,7 +110,7 @@ class Session:
                 if is_new and total > 1:
                     name = f"--- sample {sample.number + 1} of {total}, seed {sample.seed}\n"
                     sys.stdout.write(name)
-                if is_new and echo:
+                if is_new:
                     sys.stdout.write(prompt.text)
                 sys.stdout.write(text + ("\n" if sample.finish else ""))
                 sys.stdout.flush()

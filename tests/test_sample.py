@@ -226,17 +226,18 @@ def test_samples_are_printed_in_order_whatever_ends_first(run: Path, forge) -> N
 def test_a_file_of_prompts_comes_out_in_order_with_what_came_in(
     run: Path, tmp_path: Path, forge
 ) -> None:
-    rows = [{"prompt": text, "id": n} for n, text in enumerate(["One", "Two — ", ""] * 3)]
+    rows = [{"prompt": text, "id": n} for n, text in enumerate(["One", "Two \u2028— ", ""] * 3)]
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     out = forge("sample", run, "--prompts-file", path, "--max-tokens", 5).output.splitlines()
     found = [json.loads(line) for line in out]
     assert [{"prompt": row["prompt"], "id": row["id"]} for row in found] == rows
     assert [row["tokens"] for row in found[:3]] == [row["tokens"] for row in found[3:6]]
 
     plain = tmp_path / "prompts.txt"
-    plain.write_text("One\n\nTwo\n")
+    plain.write_bytes(b"One\r\n\r\nTwo\r\n")
     text = forge("sample", run, "--prompts-file", plain, "--max-tokens", 5).output
+    assert "\r" not in text
     assert "sample 2 of 2" in text
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     result = forge("sample", run, "--prompts-file", path)
@@ -274,6 +275,10 @@ def test_settings_that_are_no_numbers_are_refused(run: Path, forge) -> None:
     for option in ("--temperature", "--top-p", "--min-p", "--repetition-penalty"):
         result = forge("sample", run, option, "nan")
         assert result.exit_code in (1, 2)
+    assert forge("sample", run, "--stop", "").exit_code == 1
+    for option in ("--temperature", "--top-p"):
+        result = forge("sample", run, option, "-1")
+        assert result.exit_code == 2
         assert isinstance(result.exception, SystemExit)
 
 
