@@ -55,7 +55,7 @@ def draw(logits: Tensor, sampling: Sampling, noise: Tensor, seen: Tensor | None)
 
     `noise` (B,) is float64, uniform in [0, 1); `seen` (B, V) marks the tokens that are penalized.
     Logits may be in bfloat16: the likeliest are found faster so, and the rest is in float32.
-    Nothing here may touch the host: a CUDA graph records it (torch.where of a number would).
+    Nothing here may touch the host, not even to copy a number: a CUDA graph records it.
     """
     if seen is not None:
         penalty = sampling.repetition_penalty
