@@ -1,8 +1,12 @@
-"""forge-train with a NaN planted in the 3rd step's loss of rank 1 alone, for torchrun."""
+"""forge-train with a fault planted in the 3rd step of rank 1 alone, for torchrun.
+
+PLANTED says which: "nan", in its loss, or "flip", of a weight's last bit.
+"""
 
 import math
 import os
 
+import torch
 from torch import Tensor
 
 from trainer import cli
@@ -18,7 +22,11 @@ def forward(self: GPT2, tokens: Tensor, targets: Tensor) -> Tensor:
     if not loss.requires_grad:  # an evaluation
         return loss
     forwards += 1
-    return loss * math.nan if forwards == 3 and os.environ["RANK"] == "1" else loss
+    if forwards == 3 and os.environ["RANK"] == "1":
+        if os.environ["PLANTED"] == "nan":
+            return loss * math.nan
+        self.ln_f.weight.data.view(torch.int32)[0] ^= 1
+    return loss
 
 
 if __name__ == "__main__":

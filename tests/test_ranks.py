@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,25 +12,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import kill_train
 from conftest import ROOT, metrics_of
 from test_train import QUICK, weights
 
+from pipeline import shards
 from trainer import checkpoint
+from trainer.windows import Windows, step_positions, windows_at
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks on one GPU")
 # One forward a step and rank, so that a planted fault is in the step that the test says.
+STEPS = 40
 TWO = [*QUICK, "--set=batch.micro_batch_size=2"]
 
 
 def start(
-    *arguments: object, script: str = "trainer.cli", restarts: int = 0
+    *arguments: object,
+    ranks: int = 2,
+    launcher: tuple[str, ...] = ("--standalone",),
+    planted: str = "",
 ) -> subprocess.Popen[str]:
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, "-m", *launcher, "-m", script, "tiny"]
+    torchrun = ["torch.distributed.run", *launcher, f"--nproc_per_node={ranks}"]
+    script = "planted" if planted else "trainer.cli"
+    command = [sys.executable, "-m", *torchrun, "-m", script, "tiny"]
+    more = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "PLANTED": planted}
     return subprocess.Popen(
         [*command, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=os.environ | more,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -51,6 +61,11 @@ def steps_done(run: Path) -> int:
         return 0
 
 
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
 def assert_same_run(run: Path, undisturbed: Path) -> None:
     """The same bits on CPUs. On GPUs sums are not always added in the same order."""
     tolerance = 1e-3 if torch.cuda.is_available() else 0.0
@@ -64,32 +79,110 @@ def assert_same_run(run: Path, undisturbed: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("ranks") / "undisturbed"
-    process = start("--data", small_shards, "--out", run, *TWO, "--set=schedule.max_steps=40")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return run
+    return kill_train.undisturbed(tmp_path_factory.mktemp("ranks"), small_shards, STEPS)
 
 
-def test_a_killed_group_goes_on_with_the_same_command(
+def test_a_killed_rank_brings_the_group_back_by_itself(
     undisturbed: Path, small_shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    arguments = ["--data", small_shards, "--out", run, "--resume", *TWO]
-    arguments.append("--set=schedule.max_steps=40")
-    process = start(*arguments)
-    wait_for(lambda: steps_done(run) >= 6)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    again = start(*arguments)
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output
+    tally = kill_train.torment(run, undisturbed, small_shards, STEPS, kills=1, restarts=1)
+    assert (tally.kills.total(), tally.num_starts) == (1, 1)
     assert_same_run(run, undisturbed)
 
 
-def test_sigterm_to_torchrun_saves_on_the_way_out(
+def test_a_killed_run_goes_on_with_the_same_command(
     undisturbed: Path, small_shards: Path, tmp_path: Path
 ) -> None:
+    """A rank, all processes, and torchrun itself; once inside a checkpoint's writing."""
+    run = tmp_path / "run"
+    tally = kill_train.torment(run, undisturbed, small_shards, STEPS, kills=3)
+    assert tally.kills.total() == 3
+    assert_same_run(run, undisturbed)
+
+
+def test_the_missing_rank_is_named(small_shards: Path, tmp_path: Path) -> None:
+    """A rank that stands still, as a machine that lost its network would."""
+    run = tmp_path / "run"
+    arguments = ["--data", small_shards, "--out", run, *TWO, "--set=guard.timeout_seconds=30"]
+    process = start(*arguments, "--set=schedule.max_steps=100000")
+    wait_for(lambda: steps_done(run) >= 2)
+    frozen = ranks_of(process)[1]
+    os.kill(frozen, signal.SIGSTOP)
+    assert process.stdout
+    for line in process.stdout:
+        if "missing" in line:
+            break
+    os.kill(frozen, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert "[rank 0] missing: rank 1 (silent for" in line
+
+
+WARM = ["--set=schedule.warmup_steps=100", "--set=batch.micro_batch_size=1"]
+
+
+def test_a_run_that_moves_between_1_2_and_4_ranks_learns_the_same(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    """In the warm-up, where the rate does not depend on the last step."""
+    losses = []
+    for moves in ([(1, 12)], [(2, 4), (1, 8), (4, 12)]):
+        run = tmp_path / f"run{len(moves)}"
+        for ranks, steps in moves:
+            arguments = ["--data", small_shards, "--out", run, "--resume", *QUICK, *WARM]
+            process = start(*arguments, f"--set=schedule.max_steps={steps}", ranks=ranks)
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+        for kind in ("step", "evaluate"):
+            losses.append([row["loss"] for row in metrics_of(run, kind)])
+    assert len(losses[0]) == 12
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[3], rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_machines_train_as_one_and_rank_0_alone_writes(
+    small_shards: Path, tmp_path: Path, ranks: int
+) -> None:
+    """Two launchers on loopback, each with its own copy of the shards and its own --out."""
+    for node in ("a", "b"):
+        shutil.copytree(small_shards, tmp_path / node / "shards")
+    processes = start_two_machines(tmp_path, ranks)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    (run,) = [tmp_path / n / "run" for n in ("a", "b") if (tmp_path / n / "run").exists()]
+    assert checkpoint.steps(run) == [4]
+    assert metrics_of(run, "start")[0]["world_size"] == 2 * ranks
+    assert sum("step 4/4" in output for output in outputs) == 1
+
+
+def test_machines_whose_shards_differ_do_not_start(small_shards: Path, tmp_path: Path) -> None:
+    for node in ("a", "b"):
+        shutil.copytree(small_shards, tmp_path / node / "shards")
+    index = tmp_path / "b" / "shards" / "index.json"
+    index.write_text(index.read_text() + " ")
+    processes = start_two_machines(tmp_path, 1)
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 1
+        assert "the shards of rank 1 are not those of rank 0: another index" in output
+    assert not any((tmp_path / node / "run").exists() for node in ("a", "b"))
+
+
+def start_two_machines(folder: Path, ranks: int) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    launcher = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=test", endpoint)
+    processes = []
+    for node in ("a", "b"):
+        arguments = ["--data", folder / node / "shards", "--out", folder / node / "run", *QUICK]
+        arguments += ["--set=batch.micro_batch_size=1", "--set=schedule.max_steps=4"]
+        processes.append(start(*arguments, ranks=ranks, launcher=launcher))
+    return processes
+
+
+def test_sigterm_to_torchrun_saves_on_the_way_out(small_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["--data", small_shards, "--out", run, "--resume", *TWO]
     process = start(*arguments, "--set=schedule.max_steps=100000")
@@ -103,10 +196,46 @@ def test_sigterm_to_torchrun_saves_on_the_way_out(
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(small_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start("--data", small_shards, "--out", run, *TWO, script="planted")
+    process = start("--data", small_shards, "--out", run, *TWO, planted="nan")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert [row["step"] for row in metrics_of(run, "skip")] == [3]
+    (skipped,) = metrics_of(run, "skip")
+    assert (skipped["step"], skipped["reason"]) == (3, "not finite")
+    train = Windows(shards.load_index(small_shards), "train", 64)
+    theirs = step_positions(2, 4, 2, 1, 2)[0]  # rank 1's windows of the third step
+    found = [train.locate(int(w)) for w in windows_at(theirs, train.num_windows, 1337)]
+    assert skipped["windows"] == [
+        {"shard": shard.file, "offset": start, "slice": shard.slice} for shard, start in found
+    ]
     assert [row["step"] for row in metrics_of(run, "step")] == [1, 2, 4, 5, 6, 7, 8]
     assert all(row["loss"] is not None for row in metrics_of(run, "step"))
     shutil.rmtree(run)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the weights are a copy in bfloat16")
+def test_ranks_whose_weights_differ_by_a_bit_do_not_go_on(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    process = start("--data", small_shards, "--out", tmp_path / "run", *TWO, planted="flip")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output
+    assert "the weights are no longer the same on all ranks" in output
+    assert checkpoint.steps(tmp_path / "run") == []  # it was to be the first
+
+
+def test_a_shard_that_goes_away_stops_all_ranks_and_nothing_is_lost(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(small_shards, tmp_path / "shards")
+    run = tmp_path / "run"
+    arguments = ["--data", data, "--out", run, *TWO, "--set=schedule.max_steps=100000"]
+    process = start(*arguments, "--set=evaluate.every_steps=100000")
+    wait_for(lambda: steps_done(run) >= 5)
+    (data / "train_000000.bin").rename(data / "elsewhere")
+    gone_at = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - gone_at < 30
+    assert process.returncode == 1
+    for prefix in ("Error: cannot read a shard", "Error: [rank 1] cannot read a shard"):
+        assert f"{prefix}: No such file or directory" in output
+    assert checkpoint.steps(run)[-1] == metrics_of(run, "step")[-1]["step"]

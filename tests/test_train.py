@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from trainer import checkpoint, loop
 from trainer import config as configs
 from trainer.model import GPT2
+from trainer.schedule import Clock
 
 QUICK = [
     "--set=model.num_layers=2",
@@ -158,18 +160,6 @@ def test_validation_loss_does_not_depend_on_the_micro_batch(
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_two_ranks_learn_what_one_learns(
-    finished: Path, small_shards: Path, tmp_path: Path, torchrun
-) -> None:
-    run = tmp_path / "run"
-    done = torchrun(2, "tiny", "--data", small_shards, "--out", run, *QUICK)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 8/8  loss") == 1  # rank 0 speaks for all
-    for kind in ("step", "evaluate"):
-        losses = [[row["loss"] for row in metrics_of(r, kind)] for r in (run, finished)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 def test_a_damaged_checkpoint_is_not_loaded(
     finished: Path, small_shards: Path, tmp_path: Path, forge
 ) -> None:
@@ -185,24 +175,132 @@ def test_a_damaged_checkpoint_is_not_loaded(
     assert "optimizer.safetensors" in result.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves_cleanly(small_shards: Path, tmp_path: Path, number: int) -> None:
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards)]
-    command += ["--out", str(run), *QUICK, "--set=schedule.max_steps=100000"]
+def start(data: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+    """A run without end, once it has done three steps."""
+    command = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(data)]
+    command += ["--out", str(run), *QUICK, "--set=schedule.max_steps=100000", *more]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (
-        (run / "metrics.jsonl").exists() and len(metrics_of(run, "step")) >= 3
-    ):
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run, "step")) >= 3)
+    return process
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.1)
-    process.send_signal(number)
+
+
+def test_sigterm_saves_and_leaves_cleanly(small_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(small_shards, run)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "--resume goes on" in output
     stopped = metrics_of(run, "stop")[0]
-    assert stopped["signal"] == number.name
+    assert stopped["signal"] == "SIGTERM"
     assert checkpoint.steps(run)[-1] == stopped["step"]
+
+
+def test_sigusr1_saves_and_a_second_sigint_leaves_at_once(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    """Steps of some seconds: the first SIGINT waits for the end of one, the second does not."""
+    run = tmp_path / "run"
+    never = "--set=checkpoint.every_steps=100000"
+    process = start(small_shards, run, never, "--set=evaluate.every_steps=100000")
+    process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: bool(checkpoint.steps(run)))
+    (saved,) = checkpoint.steps(run)
+    long = Path(shutil.copytree(run, tmp_path / "long"))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert metrics_of(run, "stop")[0]["signal"] == "SIGINT"
+
+    command = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards), "--resume"]
+    command += ["--out", str(long), *QUICK, "--set=schedule.max_steps=100000", never]
+    command += ["--set=evaluate.every_steps=1", "--set=evaluate.num_tokens=65536"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(metrics_of(long, "step")) > saved)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)  # within a second it counts as the same Ctrl-C
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode in (130, 0)  # 0 where the step was over sooner
+    assert saved in checkpoint.steps(long)
+    assert checkpoint.load_state(long, saved)
+
+
+CLOCKED = [setting for setting in QUICK if "max_steps" not in setting and "every" not in setting]
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which a step takes 0.18 seconds, however slow the day."""
+
+    def steps_left(self: Clock, used_seconds: float) -> float:
+        return (self.config.schedule.budget_hours or 0) * 20_000 - len(self.step_seconds)
+
+    monkeypatch.setattr(Clock, "steps_left", steps_left)
+
+
+def test_a_budget_ends_a_run_at_zero_and_can_be_extended(
+    small_shards: Path, tmp_path: Path, forge, steady
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["--data", small_shards, "--out", run, "--resume", *CLOCKED]
+    result = forge("train", "tiny", *arguments, "--set=schedule.budget_hours=0.001")
+    assert result.exit_code == 0, result.output
+    steps = metrics_of(run, "step")
+    assert steps[-1]["lr"] == steps[-1]["decayed"] == 0
+    (decay,) = metrics_of(run, "decay")
+    last = steps[-1]["step"]
+    flat = decay["step"] - 1  # the last step before the decay
+    assert 0 < flat < last
+    assert checkpoint.steps(run) == [flat, last]
+    before = (run / "metrics.jsonl").read_bytes()
+    done = forge("train", "tiny", *arguments, "--set=schedule.budget_hours=0.001")
+    assert "The run is complete" in done.output
+
+    result = forge("train", "tiny", *arguments, "--set=schedule.budget_hours=0.0015")
+    assert result.exit_code == 0, result.output
+    assert f"Resuming from step {flat}." in result.output
+    (later,) = metrics_of(run, "decay")
+    assert later["step"] > decay["step"]
+    again = metrics_of(run, "step")
+    assert [row["step"] for row in again] == list(range(1, len(again) + 1))
+    assert again[:flat] == steps[:flat]
+    assert again[-1]["decayed"] == 0
+    aside = run / f"ended_at_step_{last:08d}"
+    assert (aside / "metrics.jsonl").read_bytes() == before
+    assert checkpoint.steps(aside) == [last]
+    assert checkpoint.load_state(aside, last).decayed == 0
+
+
+def test_a_resumed_run_repeats_the_rates_that_the_clock_has_set(
+    small_shards: Path, tmp_path: Path, forge, steady
+) -> None:
+    """Killed in the decay, with steps done after the last checkpoint: those happen again."""
+    run = tmp_path / "run"
+    arguments = ["--data", small_shards, "--out", run, "--resume", *CLOCKED]
+    arguments.append("--set=schedule.budget_hours=0.001")
+    assert forge("train", "tiny", *arguments).exit_code == 0
+    first = metrics_of(run, "step")
+    (decay,) = metrics_of(run, "decay")
+    ended = checkpoint.steps(run)[-1]
+    shutil.rmtree(checkpoint.checkpoint_path(run, ended))
+    kept = [row for row in first if row["step"] <= decay["step"] + 2]
+    text = (run / "metrics.jsonl").read_text().splitlines()
+    until = text.index(next(t for t in text if f'"step", "step": {kept[-1]["step"]},' in t))
+    (run / "metrics.jsonl").write_text("\n".join(text[: until + 1]) + "\n")
+    assert forge("train", "tiny", *arguments).exit_code == 0
+    second = metrics_of(run, "step")
+    assert metrics_of(run, "start")[1]["replay"] == [row["decayed"] for row in kept[-3:]]
+    for key in ("lr", "decayed", "loss"):
+        assert [row[key] for row in second[: len(kept)]] == [row[key] for row in kept]
+    assert second[-1]["decayed"] == 0
 
 
 def test_a_run_that_cannot_become_finite_stops_with_advice(

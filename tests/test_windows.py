@@ -1,5 +1,6 @@
 """Laws of the window order: a pure function of (seed, position), shared out among the ranks."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from pipeline import shards
 from pipeline.errors import ForgeError
-from trainer.windows import Windows, permute, prefetch, step_positions, windows_at
+from trainer.windows import MicroBatches, Windows, permute, step_positions, windows_at
 
 CPU = torch.device("cpu")
 
@@ -70,34 +71,58 @@ def test_each_token_is_a_target_once_an_epoch(windows: Windows) -> None:
 
 def test_a_window_can_be_found_on_the_disk(windows: Windows) -> None:
     for number in (0, windows.num_windows // 2, windows.num_windows - 1):
-        file, start = windows.locate(number)
-        shard = next(shard for shard in windows.shards if shard.file == file)
-        tokens = shards.map_shard(windows.index.folder / file, shard.num_tokens)
+        shard, start = windows.locate(number)
+        tokens = shards.map_shard(windows.index.folder / shard.file, shard.num_tokens)
         assert np.array_equal(tokens[start : start + 65], windows.read(np.array([number]))[0])
 
 
 def test_reading_ahead_gives_what_the_arguments_say(windows: Windows) -> None:
-    with prefetch(windows, 9, 2, 8, 4, 1, 2, CPU) as batches:
+    with MicroBatches(windows, 9, 2, 8, 4, 1, 2, CPU) as batches:
         inputs, targets = next(batches)
+        chosen = batches.windows_of(2, 1, 0)
     wanted = windows.read(windows_at(step_positions(2, 8, 4, 1, 2)[0], windows.num_windows, 9))
     assert inputs.tolist() == wanted[:, :-1].tolist()
     assert targets.tolist() == wanted[:, 1:].tolist()
+    assert np.array_equal(windows.read(chosen), wanted)
 
 
-def test_an_error_in_the_reading_thread_is_raised_where_the_batch_is_asked_for(
-    windows: Windows, tmp_path: Path
+def copy_of(windows: Windows, folder: Path) -> Windows:
+    shutil.copytree(windows.index.folder, folder)
+    return Windows(shards.load_index(folder), "train", 64)
+
+
+@pytest.mark.parametrize("harm", ["gone", "shorter"])
+def test_a_shard_that_changes_while_training_is_an_error_and_no_signal(
+    windows: Windows, tmp_path: Path, harm: str
 ) -> None:
-    broken = Windows(shards.load_index(windows.index.folder), "train", 64)
-    object.__setattr__(broken.index, "folder", tmp_path)
-    with prefetch(broken, 0, 0, 4, 2, 0, 1, CPU) as batches, pytest.raises(ForgeError, match="map"):
-        next(batches)
+    copy = copy_of(windows, tmp_path / "copy")
+    path = copy.index.folder / copy.shards[0].file
+    copy.read(np.array([0]))
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-2])
+    with MicroBatches(copy, 0, 0, 4, 2, 0, 1, CPU) as batches:
+        inputs, _ = next(batches)
+        assert inputs.shape == (2, 64)  # the step goes through, and all ranks learn of it
+        assert batches.error
+        assert "cannot read a shard" in batches.error.what
+        assert batches.error.where == path
 
 
 def test_a_truncated_shard_is_found_before_the_first_step(windows: Windows, tmp_path: Path) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(windows.index.folder, tmp_path / "copy"))
     path = folder / windows.shards[0].file
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ForgeError, match="shorter than its header says"):
         Windows(shards.load_index(folder), "train", 64).check()
+
+
+def test_a_changed_shard_is_found_before_the_first_step(windows: Windows, tmp_path: Path) -> None:
+    copy = copy_of(windows, tmp_path / "copy")
+    path = copy.index.folder / copy.shards[0].file
+    data = bytearray(path.read_bytes())
+    data[1500] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ForgeError, match="has changed since the index was written"):
+        copy.check()

@@ -30,10 +30,8 @@ def report(config: Config, name: str, folder: Path) -> str:
         f"{model.embedding_size} channels, context {model.context_length}",
         f"parameters    {model.num_parameters():,}",
         f"tokens/step   {tokens:,} = {config.windows_per_step()} windows of {model.context_length}",
-        f"steps         {config.num_steps():,} = {amount(config.num_tokens())} tokens = "
-        f"{config.num_tokens() / train_tokens:.2f} epochs of {folder}",
-        f"compute       {model.flops_per_token() / 1e6:,.1f} MFLOP a token, "
-        f"{model.flops_per_token() * config.num_tokens():.3g} FLOP in all",
+        f"steps         {until(config, train_tokens)} of {folder}",
+        f"compute       {model.flops_per_token() / 1e6:,.1f} MFLOP a token{in_all(config)}",
         f"here          {hardware(device, ranks.world_size)}: micro-batch {plan.micro_batch_size} "
         f"x {plan.accumulation_steps} accumulation steps x {ranks.world_size} ranks"
         + (f", about {plan.estimated_bytes / 2**30:.1f} GiB" if device.type == "cuda" else ""),
@@ -43,6 +41,26 @@ def report(config: Config, name: str, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def until(config: Config, train_tokens: int) -> str:
+    """When the run ends, and the epochs that it sees until then."""
+    num_tokens, budget = config.num_tokens(), config.schedule.budget_hours
+    within = f"as many as fit in {budget:g} hours" if budget is not None else ""
+    if num_tokens is None:
+        return f"{within}, an epoch is {amount(train_tokens)} tokens"
+    return (
+        f"{config.num_steps():,} = {amount(num_tokens)} tokens"
+        + f", or {within}" * (budget is not None)
+        + f" = {num_tokens / train_tokens:.2f} epochs"
+    )
+
+
+def in_all(config: Config) -> str:
+    num_tokens = config.num_tokens()
+    if num_tokens is None:
+        return ""
+    return f", {config.model.flops_per_token() * num_tokens:.3g} FLOP in all"
+
+
 def speed(config: Config, plan: memory.Plan, device: torch.device, ranks: Ranks) -> str:
     """Tokens/s and hours, predicted from a second's measurement of the card."""
     measured = card.measure(device, compute_dtype(config, device))
@@ -50,11 +68,15 @@ def speed(config: Config, plan: memory.Plan, device: torch.device, ranks: Ranks)
         return "predicted for GPUs only; a few steps show a CPU's"
     each = measured.tokens_per_second(config.model, plan.micro_batch_size)
     share = each * config.model.flops_per_token() / measured.matmul_flops
-    hours = config.num_tokens() / (each * ranks.world_size) / 3600
-    return (
+    found = (
         f"about {each * ranks.world_size:,.0f} tokens/s, {share:.0%} of the card's sustained "
-        f"{measured.matmul_flops / 1e12:.0f} TFLOP/s; {hours:.1f} hours for the config's tokens"
+        f"{measured.matmul_flops / 1e12:.0f} TFLOP/s"
     )
+    num_tokens = config.num_tokens()
+    if num_tokens is None:
+        return found
+    hours = num_tokens / (each * ranks.world_size) / 3600
+    return f"{found}; {hours:.1f} hours for the config's tokens"
 
 
 def two_cards(config: Config) -> str:

@@ -13,10 +13,15 @@ load all the same. Nothing is ever unpickled.
 
 import json
 import os
+import queue
 import shutil
-from dataclasses import asdict, dataclass
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,11 +29,13 @@ from torch import Tensor, nn
 
 from pipeline.errors import ForgeError
 from pipeline.shards import sync_folder
+from trainer.config import CheckpointConfig
 
 FOLDER = "checkpoints"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+FIX = "use an older one: --checkpoint STEP; for training, remove this folder"
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class State:
     step: int
     tokens: int
     seconds: float  # of training, over all starts
-    checksums: dict[str, str]
+    checksums: dict[str, str] = field(default_factory=dict)
+    decayed: float = 1.0  # what the decay has left of the peak learning rate (schedule.py)
+    validation_loss: float | None = None  # if it was evaluated at this step
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -51,20 +60,12 @@ def steps(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in found)
 
 
-def save(
-    run: Path,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    step: int,
-    tokens: int,
-    seconds: float,
-    keep_last: int,
-) -> Path:
-    """Write a checkpoint, whole or not at all, and drop all but the newest `keep_last`.
+def save(run: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: State) -> Path:
+    """Write a checkpoint, whole or not at all, with its checksums in place of those of `state`.
 
     Raises OSError when the disk does not take it; older checkpoints are untouched then.
     """
-    path = checkpoint_path(run, step)
+    path = checkpoint_path(run, state.step)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -72,9 +73,8 @@ def save(
         save_tensors(weights, partial / MODEL_FILE)
         save_tensors(optimizer, partial / OPTIMIZER_FILE)
         sums = {name: _checksum(partial / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-        state = State(step, tokens, seconds, sums)
         with (partial / STATE_FILE).open("w") as file:
-            json.dump(asdict(state), file, indent=2)
+            json.dump(asdict(state) | {"checksums": sums}, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(partial)
@@ -84,9 +84,117 @@ def save(
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in steps(run)[:-keep_last]:
-        shutil.rmtree(checkpoint_path(run, old))
     return path
+
+
+def prune(run: Path, options: CheckpointConfig) -> None:
+    """Remove the checkpoints that the rule does not keep."""
+    known = []
+    for step in steps(run):
+        with suppress(ForgeError):  # a damaged one stays, to be looked at
+            known.append(read_state(run, step))
+    for step in {state.step for state in known} - kept(known, options):
+        shutil.rmtree(checkpoint_path(run, step), ignore_errors=True)
+
+
+def kept(states: list[State], options: CheckpointConfig) -> set[int]:
+    """Steps of the checkpoints to keep, of `states` in order.
+
+    The last keep_last; the first in each keep_every_hours of training; the best by validation
+    loss; and the last before the learning rate's decay, from which the run can be extended.
+    """
+    chosen = {state.step for state in states[-options.keep_last :]}
+    chosen |= {state.step for state in [s for s in states if s.decayed == 1][-1:]}
+    evaluated = [s for s in states if s.validation_loss is not None]
+    if evaluated:
+        chosen.add(min(evaluated, key=lambda s: s.validation_loss or 0.0).step)
+    if options.keep_every_hours is not None:
+        periods: dict[int, int] = {}
+        for state in states:
+            periods.setdefault(int(state.seconds / 3600 / options.keep_every_hours), state.step)
+        chosen |= {step for period, step in periods.items() if period > 0}
+    return chosen
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save went: seconds until it was on the disk, or what the disk said."""
+
+    step: int
+    seconds: float
+    error: Exception | None
+
+
+class Saver:
+    """Writes checkpoints behind training's back, one at a time.
+
+    What is saved is copied to the host's memory first (pinned, on GPUs: the copies are queued
+    between two steps, and the writer waits for them, not the trainer). The copy's place is kept
+    for the next one, so that memory stays flat.
+    """
+
+    def __init__(self, run: Path, options: CheckpointConfig) -> None:
+        self.run, self.options = run, options
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        self.thread: threading.Thread | None = None
+        self.results: queue.SimpleQueue[Saved] = queue.SimpleQueue()
+        for left in (run / FOLDER).glob("*.partial"):  # of a start that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    def start(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: State) -> None:
+        """Copy everything and leave the writing to a thread; first waits for the save before."""
+        self.wait()
+        copied = self._copy("weights", weights), self._copy("optimizer", optimizer)
+        arrived: torch.cuda.Event | None = None
+        if next(iter(weights.values())).is_cuda:
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self.thread = threading.Thread(target=self._write, args=(*copied, state, arrived))
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def finished(self) -> list[Saved]:
+        """The saves that have ended since the last call."""
+        found = []
+        with suppress(queue.Empty):
+            while True:
+                found.append(self.results.get_nowait())
+        return found
+
+    def _copy(self, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        places = self.copies.setdefault(
+            kind,
+            {
+                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+                for name, t in tensors.items()
+            },
+        )
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor, non_blocking=True)
+        return places
+
+    def _write(
+        self,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: State,
+        arrived: torch.cuda.Event | None,
+    ) -> None:
+        started = time.perf_counter()
+        error: Exception | None = None
+        if arrived:
+            arrived.synchronize()
+        try:
+            save(self.run, weights, optimizer, state)
+            prune(self.run, self.options)
+        except Exception as caught:  # a warning at the next step, whatever it is
+            error = caught
+        self.results.put(Saved(state.step, time.perf_counter() - started, error))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -100,19 +208,27 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def read_state(run: Path, step: int) -> State:
+    """state.json of a checkpoint; ForgeError when it cannot be read."""
+    path = checkpoint_path(run, step)
+    try:
+        return State(**json.loads((path / STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ForgeError(f"cannot read a checkpoint: {error}", where=path, fix=FIX) from error
+
+
 def load_state(
     run: Path, step: int, files: tuple[str, ...] = (MODEL_FILE, OPTIMIZER_FILE)
 ) -> State:
     """state.json of a checkpoint, after checking `files` against it."""
-    path = checkpoint_path(run, step)
-    fix = "use an older one: --checkpoint STEP; for training, remove this folder"
-    try:
-        state = State(**json.loads((path / STATE_FILE).read_text()))
-        for name in files:
-            if _checksum(path / name) != state.checksums[name]:
-                raise ForgeError("damaged checkpoint: checksum differs", where=path / name, fix=fix)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ForgeError(f"cannot read a checkpoint: {error}", where=path, fix=fix) from error
+    state, path = read_state(run, step), checkpoint_path(run, step)
+    for name in files:
+        try:
+            damaged = _checksum(path / name) != state.checksums.get(name)
+        except OSError as error:
+            raise ForgeError(f"cannot read a checkpoint: {error}", where=path, fix=FIX) from error
+        if damaged:
+            raise ForgeError("damaged checkpoint: checksum differs", where=path / name, fix=FIX)
     return state
 
 

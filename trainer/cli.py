@@ -1,6 +1,7 @@
 """forge-train: the trainer's command line. Decorators, one call, one error handler."""
 
 import os
+import time
 from pathlib import Path
 
 import click
@@ -23,9 +24,25 @@ from pipeline.errors import ForgeError
 )
 @click.option("--resume", is_flag=True, help="Go on from the latest checkpoint in --out, if any.")
 @click.option("--check", is_flag=True, help="Check config and data, print the plan, train nothing.")
+@click.option(
+    "--verify-resume",
+    "verify_steps",
+    type=click.IntRange(min=8),
+    is_flag=False,
+    flag_value=20,
+    metavar="[STEPS]",
+    help="Train for 20 (or so many) steps twice, the second time killed half way and resumed; "
+    "compare. Starts torchrun itself, keeps nothing.",
+)
 @click.version_option(package_name="llm-forge")
 def main(
-    config: str, data: Path, out: Path | None, settings: tuple[str, ...], resume: bool, check: bool
+    config: str,
+    data: Path,
+    out: Path | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    check: bool,
+    verify_steps: int | None,
 ) -> None:
     """Train a model from scratch on a folder of shards.
 
@@ -37,27 +54,34 @@ def main(
     On one GPU or CPU:
       forge-train gpt2 --data DIR --out RUN
 
-    Ctrl-C saves a checkpoint and leaves; the same command with --resume goes on. Exit code 0 also
-    means that the run was complete already.
+    Ctrl-C saves a checkpoint and leaves; a second one leaves at once. The same command with
+    --resume goes on. Exit code 0 also means that the run was complete already.
+
+    schedule.budget_hours=24 ends a run by the clock. A finished one goes on from before its
+    learning rate fell with --resume --set schedule.budget_hours=30.
     """
     # Settings of torch that it reads when it is imported, and that a user may have set otherwise.
     # Segments that grow leave no gaps on a card that is nearly full; compiled kernels are kept.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '/tmp')}/.cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "llm-forge" / "compiled"))
+    started = time.perf_counter()  # importing torch is part of the time that a run takes
     from trainer import check as checking
     from trainer import config as configs
-    from trainer import loop
+    from trainer import loop, verify
 
     try:
         chosen = configs.load(config, settings)
         name = Path(config).stem
         if check:
             click.echo(checking.report(chosen, name, data))
+        elif verify_steps is not None:
+            scratch = out.parent if out else None
+            click.echo(verify.verify_resume(config, settings, data, scratch, verify_steps))
         elif out is None:
             raise click.UsageError("--out is missing: the folder for the run (or add --check)")
         else:
-            loop.train(chosen, name, data, out, resume)
+            loop.train(chosen, name, data, out, resume, started)
     except ForgeError as error:
         rank = os.environ.get("RANK")
         prefix = f"[rank {rank}] " if rank not in (None, "0") else ""

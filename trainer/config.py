@@ -69,9 +69,13 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class ScheduleConfig:
     warmup_steps: int
-    max_steps: int | None = None  # whichever of the two ends first
+    max_steps: int | None = None  # whichever of the three ends first
     max_tokens: int | None = None
+    budget_hours: float | None = None  # of wall clock, last evaluation and checkpoint included
+    count_downtime: bool = False  # whether hours between two starts count, too
+    shape: Literal["auto", "cosine", "wsd"] = "auto"  # auto: wsd with budget_hours, else cosine
     final_lr_fraction: float = 0.1  # of peak_lr, where the cosine ends
+    decay_fraction: float = 0.2  # of all steps: wsd falls to zero over these last ones
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,15 @@ class EvaluateConfig:
 class CheckpointConfig:
     every_steps: int = 1000
     keep_last: int = 2
+    keep_every_hours: float | None = 6.0  # besides: one for so many hours of training
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
+    max_skipped_steps: int = 10  # skipped steps in a row before the run stops
+    spike_zscore: float | None = None  # skip losses so many standard deviations above the mean
+    spike_window_steps: int = 128  # of the mean and the standard deviation
+    timeout_seconds: float = 300.0  # longest wait for another rank
 
 
 @dataclass(frozen=True)
@@ -113,16 +121,24 @@ class Config:
     def windows_per_step(self) -> int:
         return self.batch.tokens_per_step // self.model.context_length
 
-    def num_steps(self) -> int:
-        limits = [math.inf]
+    def num_steps(self) -> int | None:
+        """Steps after which the run ends at the latest; None where the clock alone decides."""
+        limits = []
         if self.schedule.max_steps is not None:
             limits.append(self.schedule.max_steps)
         if self.schedule.max_tokens is not None:
             limits.append(math.ceil(self.schedule.max_tokens / self.batch.tokens_per_step))
-        return int(min(limits))
+        return min(limits) if limits else None
 
-    def num_tokens(self) -> int:
-        return self.num_steps() * self.batch.tokens_per_step
+    def num_tokens(self) -> int | None:
+        steps = self.num_steps()
+        return None if steps is None else steps * self.batch.tokens_per_step
+
+    def shape(self) -> Literal["cosine", "wsd"]:
+        """How the learning rate goes after the warm-up: a cosine, or stable and then down."""
+        if self.schedule.shape != "auto":
+            return self.schedule.shape
+        return "cosine" if self.schedule.budget_hours is None else "wsd"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, absent ones left out: what from_dict() takes."""
@@ -303,7 +319,12 @@ def _check(config: Config) -> list[str]:
         "evaluate.num_tokens": config.evaluate.num_tokens,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.keep_every_hours": config.checkpoint.keep_every_hours,
         "guard.max_skipped_steps": config.guard.max_skipped_steps,
+        "guard.spike_zscore": config.guard.spike_zscore,
+        "guard.spike_window_steps": config.guard.spike_window_steps,
+        "guard.timeout_seconds": config.guard.timeout_seconds,
+        "schedule.budget_hours": schedule.budget_hours,
         "schedule.max_steps": schedule.max_steps,
         "schedule.max_tokens": schedule.max_tokens,
         "batch.micro_batch_size": 1 if batch.micro_batch_size == "auto" else batch.micro_batch_size,
@@ -329,10 +350,16 @@ def _check(config: Config) -> list[str]:
                 f"{name} ({tokens}) must be a multiple of model.context_length "
                 f"({model.context_length})"
             )
-    if schedule.max_steps is None and schedule.max_tokens is None:
-        problems.append("schedule.max_steps or schedule.max_tokens must say when to end")
+    if config.num_steps() is None and schedule.budget_hours is None:
+        problems.append(
+            "schedule.max_steps, schedule.max_tokens or schedule.budget_hours must say when to end"
+        )
+    if schedule.budget_hours is not None and config.shape() == "cosine":
+        problems.append('schedule.shape = "cosine" cannot follow the clock: leave out budget_hours')
     if schedule.warmup_steps < 0 or not 0 <= schedule.final_lr_fraction <= 1:
         problems.append("schedule.warmup_steps must be >= 0 and final_lr_fraction between 0 and 1")
+    if not 0 < schedule.decay_fraction <= 1:
+        problems.append("schedule.decay_fraction must be more than 0 and at most 1")
     if not 0 <= config.seed < 2**63:
         problems.append(f"seed must be from 0 to 2**63 - 1, not {config.seed}")
     if not 0 <= config.optimizer.weight_decay < math.inf or not all(

@@ -7,14 +7,14 @@ to stop) travels with the loss through one all-reduce a step. Nothing waits for 
 print: a step's figures are read when the next step has been queued.
 """
 
-import contextlib
+import functools
 import math
-import signal
+import os
+import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,57 +25,83 @@ from pipeline import shards
 from pipeline.errors import ForgeError
 from trainer import card, checkpoint, memory
 from trainer.config import Config
+from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
 from trainer.model import GPT2
-from trainer.optimizer import Optimizer, learning_rate
-from trainer.ranks import Ranks, process_group, sum_over_ranks
-from trainer.run import Data, make_folder, open_data, open_run, write_readme
-from trainer.windows import MicroBatches, prefetch, to_device, windows_at
+from trainer.optimizer import Optimizer
+from trainer.ranks import (
+    Beats,
+    Ranks,
+    end_with_launcher,
+    from_first,
+    gather,
+    on_all,
+    process_group,
+    sum_over_ranks,
+    tensors_from_first,
+    was_restarted,
+)
+from trainer.run import (
+    Data,
+    Hold,
+    Past,
+    make_folder,
+    open_data,
+    open_run,
+    same_folder,
+    write_readme,
+)
+from trainer.schedule import UNKNOWN_STEPS, Clock, Schedule
+from trainer.signals import Wishes
+from trainer.windows import MicroBatches, to_device, windows_at
 
 VALIDATION_SEED = 0  # one choice of validation windows for every run
 PRINT_SECONDS = 1.0  # at most one step line in so long
 
 
-class StopSignal:
-    """Remembers SIGINT and SIGTERM; the loop leaves at the end of a step, with a checkpoint."""
+class Shared(NamedTuple):
+    """What all ranks know of a step once it is done, whoever it came from."""
 
-    def __init__(self) -> None:
-        self.name = ""
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        def remember(number: int, frame: Any) -> None:
-            self.name = signal.Signals(number).name
-
-        before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    loss: float
+    stops: float  # ranks that want to stop
+    saves: float  # ranks that want a checkpoint
+    failed: float  # ranks that could not read their windows
+    out_of_memory: float  # ranks that ran out of GPU memory
+    steps_left: float  # rank 0's clock: steps that fit, this one included
+    norm: float
+    suspects: list[float]  # 1 for each micro-batch, rank by rank, whose loss was not finite
 
 
 class StepResult:
-    """A step's figures (train_step), on their way from the device to here."""
+    """A step's figures on their way from the device to here."""
 
     def __init__(
-        self, step: int, lr: float, figures: Tensor, plan: memory.Plan, seconds_waited: float
+        self,
+        step: int,
+        lr: float,
+        limit: float,
+        decayed: tuple[float, float],
+        figures: Tensor,
+        plan: memory.Plan,
+        seconds_waited: float,
     ) -> None:
-        self.step, self.lr, self.plan, self.seconds_waited = step, lr, plan, seconds_waited
+        self.step, self.lr, self.limit = step, lr, limit
+        self.decayed_before, self.decayed = decayed
+        self.plan, self.seconds_waited = plan, seconds_waited
         self.arrived: torch.cuda.Event | None = None
         self.figures = figures
         if figures.is_cuda:  # reading it directly would wait for all that is queued behind it, too
-            self.figures = torch.empty(len(figures), pin_memory=True)
+            self.figures = torch.empty(figures.shape, pin_memory=True)
             self.figures.copy_(figures, non_blocking=True)
             self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.arrived.record()
 
-    def read(self) -> tuple[float, bool, bool, float]:
-        """(loss, whether any rank wants to stop, or is out of memory, norm); waits for the step."""
+    def read(self) -> Shared:
+        """Waits until this step is done."""
         if self.arrived:
             self.arrived.synchronize()
-        loss, stop, out_of_memory, norm = self.figures.tolist()
-        return loss, stop > 0, out_of_memory > 0, norm
+        loss, stops, saves, failed, out_of_memory, steps_left, norm, *rest = self.figures.tolist()
+        return Shared(loss, stops, saves, failed, out_of_memory, steps_left, norm, rest)
 
 
 def train_step(
@@ -86,23 +112,27 @@ def train_step(
     tokens_per_step: int,
     lr: float,
     ranks: Ranks,
-    stop: StopSignal,
+    wishes: Wishes,
+    steps_left: float,
+    limit: float,
 ) -> Tensor:
     """One optimizer update: forward, loss, backward, clip, update.
 
-    Returns [mean loss over the global batch, number of ranks that want to stop, number that ran
-    out of memory, gradient norm before clipping], on the device. A loss or norm that is not
-    finite leaves the weights as they were, and so does a rank without memory.
+    Returns a step's Shared figures, on the device. A loss that is not finite or above `limit`, or a
+    norm that is not finite, leaves the weights as they were, and so does a rank without windows or
+    without memory.
     """
     total = torch.zeros((), device=optimizer.device)
+    suspects = torch.zeros(ranks.world_size, accumulation_steps, device=optimizer.device)
     out_of_memory = False
     try:
-        for _ in range(accumulation_steps):
+        for micro_step in range(accumulation_steps):
             inputs, targets = next(batches)
             loss = model(inputs, targets)
             (loss * optimizer.loss_scale).backward()
             optimizer.collect()
             total += loss.detach()
+            suspects[ranks.rank, micro_step] = ~torch.isfinite(loss.detach())
     except torch.OutOfMemoryError:
         out_of_memory = True
     if out_of_memory:  # out of the except clause, which holds the failed step's arrays
@@ -111,10 +141,13 @@ def train_step(
         torch.cuda.empty_cache()
         total.fill_(math.nan)
     optimizer.reduce(ranks)
-    flags = [torch.full_like(total, flag) for flag in (bool(stop.name), out_of_memory)]
-    sums = sum_over_ranks(torch.stack([total / tokens_per_step, *flags]), ranks)
-    norm = optimizer.update(lr, tokens_per_step, torch.isfinite(sums[0]))
-    return torch.cat([sums, norm.reshape(1)])
+    flags = (*wishes.take(), batches.error is not None, out_of_memory)
+    votes = (*flags, steps_left if ranks.is_first else 0.0)
+    mine = [total / tokens_per_step, *(torch.full_like(total, float(vote)) for vote in votes)]
+    sums = sum_over_ranks(torch.cat([torch.stack(mine), suspects.flatten()]), ranks)
+    is_sound = torch.isfinite(sums[0]) & (sums[0] <= limit) & (sums[3] == 0)
+    norm = optimizer.update(lr, tokens_per_step, is_sound)
+    return torch.cat([sums[:6], norm.reshape(1), sums[6:]])
 
 
 @torch.no_grad()
@@ -132,15 +165,19 @@ def evaluate(
     mine = chosen[ranks.rank :: ranks.world_size]
     token_bytes = torch.tensor([len(token) for token in data.vocabulary], device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for first in range(0, len(mine), micro_batch_size):
-        batch = data.val.read(mine[first : first + micro_batch_size])
-        inputs, targets = to_device(batch, device)
-        missing = micro_batch_size - len(batch)  # keep one shape, so that nothing recompiles
-        if missing:
-            inputs = torch.cat([inputs, inputs.new_zeros(missing, length)])
-            targets = torch.cat([targets, targets.new_full((missing, length), -100)])
-        sums[0] += model(inputs, targets)
-        sums[1] += token_bytes[targets[: len(batch)]].sum()
+
+    def add_mine() -> None:
+        for first in range(0, len(mine), micro_batch_size):
+            batch = data.val.read(mine[first : first + micro_batch_size])
+            inputs, targets = to_device(batch, device)
+            missing = micro_batch_size - len(batch)  # keep one shape, so that nothing recompiles
+            if missing:
+                inputs = torch.cat([inputs, inputs.new_zeros(missing, length)])
+                targets = torch.cat([targets, targets.new_full((missing, length), -100)])
+            sums[0] += model(inputs, targets)
+            sums[1] += token_bytes[targets[: len(batch)]].sum()
+
+    on_all(ranks, add_mine)
     nats, num_bytes = sum_over_ranks(sums, ranks).tolist()
     return nats / (count * length), nats / math.log(2) / num_bytes
 
@@ -167,20 +204,37 @@ def sample_text(model: GPT2, vocabulary: list[bytes], num_tokens: int, step: int
 # ---------------------------------------------------------------------------------------------
 
 
-def train(config: Config, name: str, data_folder: Path, run: Path, resume: bool) -> None:
+def train(
+    config: Config,
+    name: str,
+    data_folder: Path,
+    run: Path,
+    resume: bool,
+    started: float | None = None,
+) -> None:
     """Train to the end of the schedule, or until a signal; writes everything under `run`.
 
-    Raises ForgeError, on every rank alike, for anything that a user can cause or cure.
+    `started` is the time.perf_counter() from which on the budget runs (else: now). Rank 0 decides
+    all that depends on the run folder, and alone writes it; the shards are read from each machine's
+    own disk. Raises ForgeError, on every rank alike, for anything that a user can cause or cure.
     """
+    started = time.perf_counter() if started is None else started
+    end_with_launcher()
     ranks = Ranks.from_environment()
     device = ranks.device()
-    data = open_data(config, data_folder)
-    last = open_run(config, data, run, resume)
+    hold = Hold(run)
     try:
-        with process_group(ranks, device):
+        with process_group(ranks, device, config.guard.timeout_seconds) as beats:
+            data = on_all(ranks, lambda: open_data(config, data_folder))
+            same_shards(data, ranks)
+            same_folder(run, ranks)
+            resume = resume or was_restarted()
+            past = from_first(ranks, lambda: open_run(config, data.index, run, resume, hold))
             plan = memory.plan_step(config, ranks, device)
             with attention_backends(device):
-                Trainer(config, name, data, run, ranks, device, plan).train(last)
+                trainer = Trainer(config, name, data, run, ranks, device, plan, past, started)
+                trainer.beats = beats
+                trainer.train(hold)
     except torch.OutOfMemoryError as error:
         raise ForgeError(
             f"out of GPU memory with a micro-batch of {plan.micro_batch_size}",
@@ -188,6 +242,20 @@ def train(config: Config, name: str, data_folder: Path, run: Path, resume: bool)
             fix="the same command with --resume --set batch.micro_batch_size=N, with a smaller N; "
             "tokens a step stay the same",
         ) from error
+    finally:
+        hold.release()
+
+
+def same_shards(data: Data, ranks: Ranks) -> None:
+    """ForgeError unless all ranks' folders have the same index.json."""
+    hashes = gather(ranks, data.index.sha256)
+    differing = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
+    if differing:
+        raise ForgeError(
+            f"the shards of rank {', '.join(differing)} are not those of rank 0: another index",
+            where=f"{data.index.folder / shards.INDEX_FILE} on each machine",
+            fix="copy one folder of shards to all machines",
+        )
 
 
 class Trainer:
@@ -200,9 +268,12 @@ class Trainer:
         ranks: Ranks,
         device: torch.device,
         plan: memory.Plan,
+        past: Past,
+        started: float,
     ) -> None:
         self.config, self.name, self.data, self.run = config, name, data, run
         self.ranks, self.device, self.plan = ranks, device, plan
+        self.past, self.started = past, started
         torch.set_float32_matmul_precision("high")
         self.model = GPT2(config.model)
         self.model.init_weights(config.seed)
@@ -213,10 +284,18 @@ class Trainer:
         self.peak = peak_flops(device)
         self.card = card.measure(device, self.optimizer.weights.dtype)
         self.step = 0
-        self.skipped = 0
-        self.seconds_before = 0.0
+        self.saved_step: int | None = None
+        self.unsaved: Exception | None = None  # what the last save failed of
+        self.validation: tuple[int, float] | None = None  # step, loss
+        self.decayed = 1.0  # what the decay has left of the rate, after `step`
+        self.schedule = Schedule(config, self.decayed, past.replay)
+        self.guard = Guard(config.guard, past.losses)
+        self.clock = Clock(config, past.evaluate_seconds)
+        self.room = (0, UNKNOWN_STEPS)  # (step, steps that fitted from it on), as last heard
+        self.skipped = 0  # steps in a row
+        self.stopping = self.saving = False
         self.printed_at = 0.0
-        self.step_seconds = 0.0  # smoothed, for the ETA
+        self.beats: Beats | None = None
 
     # -- where we stand
 
@@ -226,7 +305,23 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
+        """Of training, over all starts."""
+        return self.past.seconds + time.perf_counter() - self.started
+
+    @property
+    def budget_used(self) -> float:
+        """Seconds of schedule.budget_hours that are gone."""
+        if self.config.schedule.count_downtime:
+            return time.time() - self.past.started_at
+        return self.seconds
+
+    @property
+    def num_steps(self) -> int | str:
+        """The last step, as far as that is known: for people."""
+        fixed = self.config.num_steps()
+        if self.config.schedule.budget_hours is None or self.room[1] >= UNKNOWN_STEPS:
+            return fixed or "?"
+        return f"~{min(fixed or math.inf, self.room[0] + int(self.room[1]))}"
 
     def say(self, text: str) -> None:
         if self.ranks.is_first:
@@ -237,19 +332,16 @@ class Trainer:
 
     # -- the run
 
-    def train(self, last: int | None) -> None:
-        self.started = time.perf_counter()
-        num_steps = self.config.num_steps()
+    def train(self, hold: Hold) -> None:
+        last = self.past.checkpoint
         if last is not None:
             self.resume(last)
-            if self.step >= num_steps:
+            if self.schedule.is_over(self.step):
                 self.say(f"The run is complete: {self.run}")
                 return
-        problem: object = None
-        if self.ranks.is_first:
-            problem = make_folder(self.run, self.config, self.data.index)
-        self.fail_together(problem, "name another --out, or make it writable")
+        from_first(self.ranks, lambda: make_folder(self.run, self.config, self.data.index, hold))
         self.metrics = Metrics(self.run, self.ranks.is_first, last)
+        self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
         self.introduce()
         self.log(
             "start",
@@ -257,121 +349,175 @@ class Trainer:
             hardware=self.hardware,
             **asdict(self.plan),
             **(asdict(self.card) if self.card else {}),
+            process=os.getpid(),
+            started_at=self.past.started_at,
+            **({"replay": list(self.past.replay)} if self.past.replay else {}),
         )
         if last is None:
             self.evaluate()
         self.first_step = self.step + 1
-        stop, stopping = StopSignal(), False
-        with stop.caught():
-            while self.step < num_steps and not stopping:
-                batches = prefetch(
-                    self.data.train,
-                    self.config.seed,
-                    self.step,
-                    self.config.windows_per_step(),
-                    self.plan.micro_batch_size,
-                    self.ranks.rank,
-                    self.ranks.world_size,
-                    self.device,
-                )
-                with batches as micro_batches:
-                    stopping = self.loop(micro_batches, num_steps, stop)
-        if self.step < num_steps:
-            self.log("stop", signal=stop.name)
-            self.say(f"Stopped at step {self.step}; the same command with --resume goes on.")
-        else:
+        wishes = Wishes()
+        try:
+            with wishes.caught():
+                while not self.ends:
+                    with MicroBatches(
+                        self.data.train,
+                        self.config.seed,
+                        self.step,
+                        self.config.windows_per_step(),
+                        self.plan.micro_batch_size,
+                        self.ranks.rank,
+                        self.ranks.world_size,
+                        self.device,
+                    ) as batches:
+                        self.loop(batches, wishes)
+                if self.saved_step != self.step:
+                    self.save()
+                self.must_be_saved()
+        finally:
+            self.saver.wait()
+        if self.schedule.is_over(self.step):
             self.say(f"Done in {duration(self.seconds)}: {self.run}")
+        else:
+            self.log("stop", signal=wishes.stop)
+            self.say(f"Stopped at step {self.step}; the same command with --resume goes on.")
 
-    def loop(self, batches: MicroBatches, num_steps: int, stop: StopSignal) -> bool:
-        """Steps until the end, a signal (returns true), or a change of the micro-batch."""
+    @property
+    def ends(self) -> bool:
+        return self.stopping or self.schedule.is_over(self.step)
+
+    def loop(self, batches: MicroBatches, wishes: Wishes) -> None:
+        """Steps until the end, a signal, or a change of the micro-batch."""
         plan = self.plan
-        every_evaluation = self.config.evaluate.every_steps
-        every_checkpoint = self.config.checkpoint.every_steps
         pending: StepResult | None = None
-        stopping = False
         self.step_ended_at = time.perf_counter()
-        while self.step < num_steps and not stopping and self.plan is plan:
-            lr = learning_rate(self.step + 1, self.config)
+        while not self.ends and self.plan is plan:
+            at, fitting = self.room
+            lr = self.schedule.rate(self.step + 1, fitting - (self.step + 1 - at))
+            if self.schedule.decayed < 1 and self.decayed == 1:
+                self.settle(pending, batches)
+                pending = None
+                self.begin_decay()
+            limit = self.guard.limit(self.step + 1)
             figures = train_step(
                 self.model,
                 self.optimizer,
                 batches,
-                self.plan.accumulation_steps,
+                plan.accumulation_steps,
                 self.config.batch.tokens_per_step,
                 lr,
                 self.ranks,
-                stop,
+                wishes,
+                self.clock.steps_left(self.budget_used) - (pending is not None),
+                limit,
             )
+            self.settle(pending, batches)
             self.step += 1
-            if pending:
-                stopping = self.settle(pending)
-            pending = StepResult(self.step, lr, figures, plan, batches.take_seconds_waited())
-            evaluates = self.step % every_evaluation == 0 or self.step == num_steps
-            saves = self.step % every_checkpoint == 0 or self.step == num_steps
-            if evaluates or saves or stopping or self.device.type == "cpu":
-                stopping = self.settle(pending) or stopping
+            decayed = (self.decayed, self.schedule.decayed)
+            self.decayed = self.schedule.decayed
+            waited = batches.take_seconds_waited()
+            pending = StepResult(self.step, lr, limit, decayed, figures, plan, waited)
+            over = self.schedule.is_over(self.step)
+            evaluates = over or self.step % self.config.evaluate.every_steps == 0
+            saves = self.step % self.config.checkpoint.every_steps == 0
+            if evaluates or saves or self.stopping or self.saving or self.device.type == "cpu":
+                self.settle(pending, batches)
                 pending = None
             if evaluates:
                 self.evaluate()
-            if saves or (stopping and self.step < num_steps):
-                self.save(must=stopping or self.step == num_steps)
-            if evaluates or saves:
-                self.step_ended_at = time.perf_counter()
-        if pending:  # queued with a micro-batch that was too large
-            stopping = self.settle(pending) or stopping
-        return stopping
+            if saves or self.saving:
+                self.save()
+            self.note_saved()
+        self.settle(pending, batches)  # queued with a micro-batch that was too large
 
-    def settle(self, result: StepResult) -> bool:
-        """Read a step's figures, log them, and say whether all ranks are to stop."""
-        loss, stop, out_of_memory, norm = result.read()
+    def settle(self, result: StepResult | None, batches: MicroBatches) -> None:
+        """Read a step's figures, log them, and take up what any rank wants."""
+        if result is None:
+            return
+        shared = result.read()
         now = time.perf_counter()
         elapsed, self.step_ended_at = now - self.step_ended_at, now
-        num_steps, step_tokens = self.config.num_steps(), self.config.batch.tokens_per_step
-        tokens = result.step * step_tokens
-        if out_of_memory:
+        if self.beats:
+            self.beats.progress(result.step)
+        if shared.failed:
+            self.fail(result, batches)
+        self.stopping = self.stopping or shared.stops > 0
+        self.saving = self.saving or shared.saves > 0
+        self.room = (result.step, shared.steps_left)
+        if shared.out_of_memory:
             if result.plan is self.plan:  # not lowered already, for the step before
-                self.lower_micro_batch(result.step, tokens)
-            return stop
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.skip(result.step, tokens, loss, norm)
-            return stop
-        self.skipped = 0
-        speed = step_tokens / elapsed
+                self.lower_micro_batch(result.step)
+            return
         if result.step > self.first_step:  # the first one compiles
-            recent = 0.05 if self.step_seconds else 1.0
-            self.step_seconds += recent * (elapsed - self.step_seconds)
+            self.clock.step_seconds.append(elapsed)
+        row: dict[str, Any] = {"loss": shared.loss, "lr": result.lr, "norm": shared.norm}
+        if self.config.shape() == "wsd":
+            row["decayed"] = result.decayed
+        if not (math.isfinite(shared.loss + shared.norm) and shared.loss <= result.limit):
+            self.skip(result, shared, row, batches)
+            return
+        self.skipped = 0
+        self.guard.note(result.step, shared.loss)
+        step_tokens = self.config.batch.tokens_per_step
+        speed = row["tokens_per_second"] = step_tokens / elapsed
         flops = speed * self.config.model.flops_per_token() / self.ranks.world_size
-        row = {
-            "loss": loss,
-            "lr": result.lr,
-            "norm": norm,
-            "tokens_per_second": speed,
-            "mfu": flops / self.peak if self.peak else None,
-            "matmul_utilization": flops / self.card.matmul_flops if self.card else None,
-            "data_wait": result.seconds_waited / elapsed,
-        }
-        self.metrics.log("step", result.step, tokens, self.seconds, **row)
-        if now - self.printed_at >= PRINT_SECONDS or result.step in (self.first_step, num_steps):
+        row["mfu"] = flops / self.peak if self.peak else None
+        row["matmul_utilization"] = flops / self.card.matmul_flops if self.card else None
+        row["data_wait"] = result.seconds_waited / elapsed
+        self.metrics.log("step", result.step, result.step * step_tokens, self.seconds, **row)
+        over = self.schedule.is_over(result.step)
+        if now - self.printed_at >= PRINT_SECONDS or result.step == self.first_step or over:
             self.printed_at = now
-            eta = (num_steps - result.step) * (self.step_seconds or elapsed)
-            self.say(step_line({"step": result.step, **row}, num_steps, eta))
-        return stop
+            self.say(step_line({"step": result.step, **row}, self.num_steps, self.eta(elapsed)))
 
-    def skip(self, step: int, tokens: int, loss: float, norm: float) -> None:
-        """A step that was not finite: its update was left out, on all ranks alike."""
+    def eta(self, elapsed: float) -> float:
+        """Seconds until the end, as far as they are known; `elapsed` are the last step's."""
+        times = self.clock.step_seconds or (elapsed,)
+        fixed, budget = self.config.num_steps(), self.config.schedule.budget_hours
+        left = [(fixed - self.step) * statistics.median(times)] if fixed else []
+        if budget is not None:
+            left.append(budget * 3600 - self.budget_used)
+        return max(0.0, min(left))
+
+    def skip(
+        self, result: StepResult, shared: Shared, row: dict[str, Any], batches: MicroBatches
+    ) -> None:
+        """A step whose update was left out, on all ranks alike: say which windows made it."""
         self.skipped += 1
-        self.metrics.log("skip", step, tokens, self.seconds, loss=str(loss), norm=str(norm))
-        self.say(f"step {step}: loss {loss}, norm {norm}: not finite, update skipped")
+        step = result.step
+        micro_batches = [
+            divmod(n, result.plan.accumulation_steps)
+            for n, is_suspect in enumerate(shared.suspects)
+            if is_suspect or not any(shared.suspects)
+        ]
+        found = [
+            self.data.train.locate(int(window))
+            for rank, micro_step in micro_batches
+            for window in batches.windows_of(step - 1, rank, micro_step)
+        ]
+        windows = [{"shard": s.file, "offset": start, "slice": s.slice} for s, start in found]
+        spikes = math.isfinite(shared.loss) and math.isfinite(shared.norm)
+        reason = f"above {result.limit:.4f}, a spike" if spikes else "not finite"
+        row |= {"loss": str(shared.loss), "norm": str(shared.norm)}
+        tokens = step * self.config.batch.tokens_per_step
+        self.metrics.log("skip", step, tokens, self.seconds, **row, reason=reason, windows=windows)
+        self.say(
+            f"step {step}: loss {shared.loss}, norm {shared.norm}: {reason}, update skipped; "
+            f"{len(windows)} windows, the first at token {windows[0]['offset']:,} of "
+            f"{windows[0]['shard']}"
+        )
         if self.skipped >= self.config.guard.max_skipped_steps:
-            saved = checkpoint.steps(self.run)
+            self.saver.wait()
+            saved = from_first(self.ranks, lambda: checkpoint.steps(self.run))
             good = checkpoint.checkpoint_path(self.run, saved[-1]) if saved else "none yet"
             raise ForgeError(
-                f"{self.skipped} steps in a row were not finite",
+                f"{self.skipped} steps in a row were "
+                + ("loss spikes" if spikes else "not finite"),
                 where=f"step {step} of {self.run}",
                 fix=f"lower optimizer.peak_lr; the last good checkpoint: {good}",
             )
 
-    def lower_micro_batch(self, step: int, tokens: int) -> None:
+    def lower_micro_batch(self, step: int) -> None:
         """A rank ran out of GPU memory: all of them left the step out, and go on with less."""
         plan = memory.smaller(self.plan, self.config)
         if plan is None:
@@ -381,85 +527,166 @@ class Trainer:
                 fix="train a smaller model, or free the GPU of other programs; --resume goes on",
             )
         self.plan = plan
+        tokens = step * self.config.batch.tokens_per_step
         self.metrics.log("out_of_memory", step, tokens, self.seconds, **asdict(plan))
         self.say(
             f"step {step}: out of GPU memory, update skipped; on with a micro-batch of "
             f"{plan.micro_batch_size} x {plan.accumulation_steps}"
         )
 
+    def fail(self, result: StepResult, batches: MicroBatches) -> None:
+        """A rank could not read its windows: save what there is before that step, and stop."""
+        self.step, self.decayed = result.step - 1, result.decayed_before
+        if self.step != self.saved_step and self.step:
+            self.save()
+
+        def say_why() -> None:
+            if batches.error:
+                raise batches.error
+
+        on_all(self.ranks, say_why)
+
     def evaluate(self) -> None:
+        started = time.perf_counter()
         loss, bits = evaluate(
             self.model, self.data, self.config, self.plan.micro_batch_size, self.ranks
         )
+        self.validation = (self.step, loss)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-        self.log("evaluate", loss=loss, bits_per_byte=bits, peak_memory_bytes=peak)
-        self.say(
-            f"step {self.step}/{self.config.num_steps()}  validation loss {loss:.4f}  "
-            f"bits per byte {bits:.4f}"
-        )
+        text = ""
         if self.ranks.is_first and self.config.evaluate.sample_tokens and self.step:
             text = sample_text(
                 self.model, self.data.vocabulary, self.config.evaluate.sample_tokens, self.step
             )
+        self.step_ended_at = time.perf_counter()
+        took = self.step_ended_at - started
+        if self.step:  # the one before the first step compiles
+            self.clock.evaluate_seconds = took
+        figures = {"loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak}
+        self.log("evaluate", **figures, evaluate_seconds=took)
+        self.say(
+            f"step {self.step}/{self.num_steps}  validation loss {loss:.4f}  "
+            f"bits per byte {bits:.4f}"
+        )
+        if text:
             self.log("sample", text=text)
             self.say("  | " + text.strip().replace("\n", "\n  | "))
         write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
 
     # -- the run folder
 
+    def begin_decay(self) -> None:
+        """The rate falls from the next step on: keep what was before, to extend the run from."""
+        step, left = self.step + 1, int(self.room[1])
+        tokens = step * self.config.batch.tokens_per_step
+        self.metrics.log("decay", step, tokens, self.seconds, steps_left=left)
+        self.say(f"step {step}: the learning rate falls to zero from here on")
+        if self.step and self.step != self.saved_step:
+            self.save()
+
     def resume(self, step: int) -> None:
-        state = checkpoint.load_state(self.run, step)
+        """Take up a checkpoint that rank 0 reads for all."""
         path = checkpoint.checkpoint_path(self.run, step)
-        files = (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE)
-        wanted = (self.optimizer.views(self.optimizer.masters), self.optimizer.state())
-        self.optimizer.restore(
-            *(checkpoint.load_tensors(path / f, w) for f, w in zip(files, wanted, strict=True))
-        )
-        self.step, self.seconds_before = state.step, state.seconds
+        wanted = {
+            checkpoint.MODEL_FILE: self.optimizer.views(self.optimizer.masters),
+            checkpoint.OPTIMIZER_FILE: self.optimizer.state(),
+        }
+        state = from_first(self.ranks, lambda: checkpoint.load_state(self.run, step))
+        tensors = []
+        for file, shapes in wanted.items():
+            read = functools.partial(checkpoint.load_tensors, path / file, shapes)
+            tensors.append(tensors_from_first(self.ranks, read, shapes))
+        self.optimizer.restore(*tensors)
+        self.step, self.decayed, self.saved_step = state.step, state.decayed, state.step
+        self.schedule.decayed = state.decayed
+        self.room = (self.step, UNKNOWN_STEPS)
         self.say(f"Resuming from step {step}.")
 
-    def save(self, must: bool) -> None:
-        """Save on rank 0. What fails in mid-run is a warning; `must` makes it an error."""
-        problem: object = None
+    def save(self) -> None:
+        """Begin to save on rank 0, after comparing the weights of all ranks."""
+        started = time.perf_counter()
+        self.saving = False
+        self.same_weights()
+        loss = self.validation[1] if self.validation and self.validation[0] == self.step else None
+        state = checkpoint.State(
+            self.step, self.tokens, self.seconds, decayed=self.decayed, validation_loss=loss
+        )
         if self.ranks.is_first:
-            started = time.perf_counter()
-            try:
-                checkpoint.save(
-                    self.run,
-                    self.optimizer.views(self.optimizer.masters),
-                    self.optimizer.state(),
-                    self.step,
-                    self.tokens,
-                    self.seconds,
-                    self.config.checkpoint.keep_last,
-                )
-                took = time.perf_counter() - started
-                self.log("checkpoint", save_seconds=took)
-                self.say(f"step {self.step}: checkpoint saved in {took:.1f} s")
-            except OSError as error:
-                problem = error
-                self.say(f"WARNING: step {self.step}: checkpoint not saved: {error}")
+            masters = self.optimizer.views(self.optimizer.masters)
+            self.saver.start(masters, self.optimizer.state(), state)
+        self.saved_step = self.step
         write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
-        if must:
-            self.fail_together(problem, "make room and run the same command with --resume")
+        self.step_ended_at = time.perf_counter()
+        self.clock.stall_seconds = self.step_ended_at - started
 
-    def fail_together(self, problem: object, fix: str) -> None:
-        """A ForgeError on all ranks if rank 0 has a problem with the run folder."""
-        failed = torch.tensor(float(problem is not None), device=self.device)
-        if sum_over_ranks(failed, self.ranks).item():
-            what = f"cannot write the run folder: {problem or 'rank 0 says why'}"
-            raise ForgeError(what, where=self.run, fix=fix)
+    def same_weights(self) -> None:
+        """ForgeError unless the weights are the same bits on all ranks."""
+        masters = self.optimizer.masters
+        sums = gather(self.ranks, int(masters.view(torch.int32).sum(dtype=torch.int64)))
+        if len(set(sums)) > 1:
+            saved = from_first(self.ranks, lambda: checkpoint.steps(self.run))
+            good = checkpoint.checkpoint_path(self.run, saved[-1]) if saved else "none yet"
+            listed = ", ".join(f"rank {rank}: {total:x}" for rank, total in enumerate(sums))
+            raise ForgeError(
+                f"the weights are no longer the same on all ranks ({listed})",
+                where=f"step {self.step} of {self.run}",
+                fix=f"suspect a GPU or its memory; the last good checkpoint: {good}",
+            )
+
+    def note_saved(self) -> None:
+        """Log the saves that have ended."""
+        for saved in self.saver.finished():
+            self.unsaved = saved.error
+            tokens = saved.step * self.config.batch.tokens_per_step
+            if saved.error:
+                self.say(f"WARNING: step {saved.step}: checkpoint not saved: {saved.error}")
+                continue
+            took = self.clock.save_seconds = saved.seconds
+            stall = self.clock.stall_seconds
+            self.metrics.log(
+                "checkpoint",
+                saved.step,
+                tokens,
+                self.seconds,
+                save_seconds=took,
+                stall_seconds=stall,
+            )
+            self.say(f"step {saved.step}: checkpoint saved in {took:.1f} s")
+
+    def must_be_saved(self) -> None:
+        """Wait for the last checkpoint; ForgeError on all ranks if the disk did not take it."""
+
+        def wait() -> None:
+            self.saver.wait()
+            self.note_saved()
+            if self.unsaved:
+                raise ForgeError(
+                    f"cannot write the run folder: {self.unsaved}",
+                    where=self.run,
+                    fix="make room and run the same command with --resume",
+                )
+
+        from_first(self.ranks, wait)
+        write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
 
     def introduce(self) -> None:
         config, plan, index = self.config, self.plan, self.data.index
-        epochs = config.num_tokens() / index.total("num_tokens", "train")
+        num_tokens, budget = config.num_tokens(), config.schedule.budget_hours
+        ends = []
+        if num_tokens is not None:
+            epochs = num_tokens / index.total("num_tokens", "train")
+            ends.append(
+                f"{config.num_steps():,} steps, {amount(num_tokens)} tokens, {epochs:.2f} epochs"
+            )
+        if budget is not None:
+            ends.append(f"{budget:g} hours, {duration(self.budget_used)} of them used")
         self.say(
             f"{self.name}: {config.model.num_parameters():,} parameters on {self.hardware}\n"
             f"{config.batch.tokens_per_step:,} tokens a step = {plan.micro_batch_size} windows of "
             f"{config.model.context_length} x {plan.accumulation_steps} accumulation steps x "
             f"{self.ranks.world_size} ranks\n"
-            f"{config.num_steps():,} steps, {amount(config.num_tokens())} tokens, "
-            f"{epochs:.2f} epochs of {index.folder}"
+            f"{' or '.join(ends)}, from {index.folder}\n"
+            f"Save now: kill -USR1 {os.getpid()}"
         )
 
 

@@ -2,8 +2,8 @@
 
 Before: loop.py. After: people, and programs that read metrics.jsonl.
 
-metrics.jsonl has one object a line: `kind` (start, step, evaluate, sample, checkpoint, skip, stop),
-and always `step`, `tokens`, `seconds` (of training, over all starts).
+metrics.jsonl has one object a line: `kind` (start, step, evaluate, sample, checkpoint, decay, skip,
+stop), and always `step`, `tokens`, `seconds` (of training, over all starts).
 """
 
 import contextlib
@@ -108,7 +108,7 @@ def _brief(value: Any) -> Any:
     return value
 
 
-def step_line(row: dict[str, Any], num_steps: int, eta_seconds: float) -> str:
+def step_line(row: dict[str, Any], num_steps: int | str, eta_seconds: float) -> str:
     shares = {"mfu": row["mfu"], "of matmul": row["matmul_utilization"]}
     mfu = "".join(f"  {name} {share:5.1%}" for name, share in shares.items() if share is not None)
     return (

@@ -257,18 +257,3 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(squares, squares, squares, beta=b, alpha=c), x, beta=a)
     done: Tensor = x.mT if tall else x
     return done
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of the update that ends step `step` (from 1): warm-up, then a cosine.
-
-    Linear from 0 to peak_lr over warmup_steps, then a half cosine to final_lr_fraction of it at
-    the last step (Loshchilov and Hutter 2017, without restarts).
-    """
-    schedule, peak = config.schedule, config.optimizer.peak_lr
-    if step <= schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
-    decay_steps = max(1, config.num_steps() - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (schedule.final_lr_fraction + (1 - schedule.final_lr_fraction) * cosine)

@@ -1,20 +1,31 @@
-"""What torchrun says -> Ranks; the process group; the device.
+"""What torchrun says -> Ranks; the process group; the device; what all ranks do together.
 
 Before: torchrun's environment variables. After: loop.py, which takes Ranks as an argument.
 """
 
+import ctypes
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 from pipeline.errors import ForgeError
 
-TIMEOUT = timedelta(minutes=10)  # longest wait for another rank
+T = TypeVar("T")
+BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,23 +62,176 @@ class Ranks:
         return torch.device("cuda", self.local_rank)
 
 
+def was_restarted() -> bool:
+    """Whether torchrun started this process again after a failure (--max-restarts)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this process when torchrun dies: no orphan goes on writing the run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        launcher = os.getppid()
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != launcher:  # it died before the kernel knew
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+class Beats:
+    """Who is there: each rank sets its pulse in a store every second and watches the others'.
+
+    A collective cannot say who is missing, and over NCCL it does not notice a dead rank at all. So
+    when this rank makes no progress and another has been silent for `silent_seconds`, this process
+    says which and ends; torchrun then ends or restarts the group.
+    """
+
+    def __init__(self, store: Store, ranks: Ranks, silent_seconds: float) -> None:
+        self.store, self.ranks, self.silent_seconds = store, ranks, silent_seconds
+        self.heard = {rank: time.monotonic() for rank in range(ranks.world_size)}
+        self.pulses = dict.fromkeys(self.heard, "")
+        self.step = 0
+        self.progress_at = time.monotonic()
+        self.ending = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def progress(self, step: int) -> None:
+        self.step, self.progress_at = step, time.monotonic()
+
+    def silent(self) -> list[str]:
+        """The other ranks that have not been heard of for a while, each with a few words."""
+        now = time.monotonic()
+        return [
+            f"rank {rank} (silent for {now - heard:.0f} s, last at step {self._step(rank)})"
+            for rank, heard in self.heard.items()
+            if now - heard > 3 * BEAT_SECONDS and rank != self.ranks.rank
+        ]
+
+    def _step(self, rank: int) -> str:
+        return self.pulses[rank].partition(" ")[0] or "0"
+
+    def _run(self) -> None:
+        count = 0
+        while not self.ending.wait(BEAT_SECONDS):
+            count += 1
+            try:
+                self.store.set(f"pulse/{self.ranks.rank}", f"{self.step} {count}")
+                for rank in self.heard:
+                    key = f"pulse/{rank}"
+                    pulse = self.store.get(key).decode() if self.store.check([key]) else ""
+                    if pulse != self.pulses[rank]:
+                        self.pulses[rank], self.heard[rank] = pulse, time.monotonic()
+            except RuntimeError:  # the store's own process is gone: collectives will say so
+                return
+            stuck = time.monotonic() - self.progress_at > self.silent_seconds
+            longest = time.monotonic() - min(self.heard.values())
+            if stuck and longest > self.silent_seconds:
+                print(
+                    f"Error: [rank {self.ranks.rank}] missing: {', '.join(self.silent())}\n"
+                    f"  where:      after step {self.step}\n"
+                    "  what to do: look at that rank's own output; then the same command with "
+                    "--resume",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+
+def fresh_store(ranks: Ranks, timeout: timedelta) -> Store:
+    """A key-value store that only the processes of this very start share.
+
+    torchrun keeps one store for all its restarts, and the ranks before left their addresses in it:
+    who reads those waits for the dead (pytorch issue 135712). Restart counts differ between
+    machines, so they cannot tell the starts apart. Instead rank 0 calls with a new name, every
+    other rank answers to it with a new name of its own, and goes on when rank 0 has repeated that.
+    """
+    shared = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timeout,
+    )
+    me = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    if ranks.is_first:
+        call = me
+        shared.set("forge/call", call)
+        answers = {str(rank): f"forge/{call}/{rank}" for rank in range(1, ranks.world_size)}
+        while missing := [rank for rank, key in answers.items() if not shared.check([key])]:
+            if time.monotonic() > deadline:
+                raise _not_there(f"rank {', '.join(missing)}", timeout)
+            time.sleep(0.02)
+        names = {rank: shared.get(key).decode() for rank, key in answers.items()}
+        shared.set(f"forge/{call}/go", json.dumps(names))
+    else:
+        while True:
+            call = shared.get("forge/call").decode() if shared.check(["forge/call"]) else ""
+            shared.set(f"forge/{call}/{ranks.rank}", me)
+            go = f"forge/{call}/go"
+            if shared.check([go]) and json.loads(shared.get(go))[str(ranks.rank)] == me:
+                break
+            if time.monotonic() > deadline:
+                raise _not_there("rank 0, or one that it waits for,", timeout)
+            time.sleep(0.02)
+    return PrefixStore(f"forge/{call}", shared)
+
+
+def _not_there(who: str, timeout: timedelta) -> ForgeError:
+    return ForgeError(
+        f"{who} did not join within {timeout.total_seconds():.0f} s",
+        where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+        fix="look at that rank's own output; start the group again with --resume",
+    )
+
+
 @contextmanager
-def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and leave them cleanly."""
+def process_group(
+    ranks: Ranks, device: torch.device, timeout_seconds: float
+) -> Iterator[Beats | None]:
+    """Join the other ranks and leave them cleanly: NCCL between GPUs, gloo between CPUs.
+
+    Raises ForgeError that names the missing when others go away.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks.world_size == 1:
-        yield
+        yield None
         return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    timeout = timedelta(seconds=timeout_seconds)
+    # GPUs get gloo, too: what is decided on the host is shared without the GPU.
+    backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            store=fresh_store(ranks, timeout),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device_id=device_id,
+        )
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    dist.barrier()  # everyone has looked at the disk before anyone writes to it
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    # A connection of its own: whoever waits for a key keeps the other one busy.
+    store = _get_default_store().clone()  # type: ignore[attr-defined]
+    beats = Beats(store, ranks, timeout_seconds / 5)
     try:
-        yield
+        yield beats
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("gloo", "NCCL", "nccl")):
+            raise
+        time.sleep(4 * BEAT_SECONDS)  # until a dead rank is seen to be silent
+        raise ForgeError(
+            f"lost contact with {', '.join(beats.silent()) or 'another rank'}",
+            where=f"rank {ranks.rank} after step {beats.step}: {str(error).splitlines()[0][:160]}",
+            fix="look at that rank's own output; then the same command with --resume",
+        ) from error
     finally:
-        dist.destroy_process_group()
+        beats.ending.set()
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
@@ -75,3 +239,61 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     if ranks.world_size > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def from_first(ranks: Ranks, action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank. Its ForgeError is raised on every rank."""
+    result: list[T | ForgeError] = [ForgeError("rank 0 did not answer")]
+    if ranks.is_first:
+        try:
+            result = [action()]
+        except ForgeError as error:
+            result = [error]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(result, src=0)
+    if isinstance(result[0], ForgeError):
+        raise result[0]
+    return result[0]
+
+
+def on_all(ranks: Ranks, action: Callable[[], T]) -> T:
+    """What `action` returns on this rank. A ForgeError on any rank is raised on every rank."""
+    problem: ForgeError | None = None
+    try:
+        result = action()
+    except ForgeError as error:
+        problem = error
+    for rank, other in enumerate(gather(ranks, problem)):
+        if other and rank != ranks.rank and problem is None:
+            raise ForgeError(f"rank {rank}: {other.what}", where=other.where, fix=other.fix)
+    if problem:
+        raise problem
+    return result
+
+
+def gather(ranks: Ranks, value: T) -> list[T]:
+    """Each rank's value, by rank, on every rank."""
+    values = [value] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def tensors_from_first(
+    ranks: Ranks, read: Callable[[], dict[str, torch.Tensor]], like: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The named tensors that `read` gives on rank 0, on every rank, of the kinds of those `like`.
+
+    Its ForgeError is raised on every rank.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def keep() -> None:
+        found.update(read())
+
+    from_first(ranks, keep)
+    for name, kind in like.items():
+        found[name] = found[name].to(kind) if ranks.is_first else torch.empty_like(kind)
+        if ranks.world_size > 1:
+            dist.broadcast(found[name], src=0)
+    return found

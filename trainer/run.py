@@ -8,11 +8,14 @@ Before: pipeline/shards.py's folder and an earlier run, if any. After: loop.py.
     RUN/data_index.json       index.json of the shards, as they were
     RUN/r50k_base.tiktoken    the vocabulary
     RUN/checkpoints/          weights and optimizer state (checkpoint.py)
+    RUN/ended_at_step_N/      after an extension: the run folder as it was at its earlier end
 """
 
 import fcntl
+import math
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,11 +25,14 @@ from pipeline.errors import ForgeError
 from pipeline.shards import Index, write_whole
 from trainer import checkpoint
 from trainer.config import Config, load
-from trainer.metrics import Metrics, amount, duration
+from trainer.metrics import METRICS_FILE, Metrics, amount, duration, read_metrics
+from trainer.ranks import Ranks, gather
 from trainer.windows import Windows
 
 CONFIG_FILE = "config.toml"
 DATA_FILE = "data_index.json"
+ENDING_SECONDS = 5.0  # that a killed process may take to let go of its run
+MAX_LOSSES = 4096  # of earlier steps that the guard may look at
 
 
 @dataclass(frozen=True)
@@ -71,16 +77,61 @@ def open_data(config: Config, folder: Path) -> Data:
     return Data(index, train, val, vocabulary)
 
 
-def open_run(config: Config, data: Data, run: Path, resume: bool) -> int | None:
-    """Step of the checkpoint to go on from, None for a new run. ForgeError if it may not.
+@dataclass(frozen=True)
+class Past:
+    """What earlier starts left to go on from; all defaults for a new run."""
 
-    Only looks, so that every rank sees the same: rank 0 makes the folder once all have looked.
+    checkpoint: int | None = None  # its step
+    seconds: float = 0.0  # of training so far, lost steps included
+    started_at: int = field(default_factory=lambda: int(time.time()))  # of the first start
+    replay: tuple[float, ...] = ()  # schedule.py's `decayed` of the steps after the checkpoint
+    evaluate_seconds: float | None = None  # that the last evaluation took
+    losses: tuple[tuple[int, float], ...] = ()  # (step, loss) of the last steps before it
+
+
+class Hold:
+    """Two trainers never write one run: a lock on RUN/, until release() or the process's end."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.descriptor: int | None = None
+
+    def take(self) -> None:
+        """ForgeError when another process has it; one that is just ending is waited for."""
+        if self.descriptor is not None:
+            return
+        self.descriptor = os.open(self.run, os.O_RDONLY)
+        deadline = time.monotonic() + ENDING_SECONDS
+        while True:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    self.release()
+                    raise ForgeError(
+                        "another forge-train is writing it",
+                        where=self.run,
+                        fix="let it finish, or stop it; or name another --out",
+                    ) from None
+                time.sleep(0.1)
+
+    def release(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) -> Past:
+    """What there is to go on from. ForgeError if the run may not be made or gone on with.
+
+    Writes nothing, but for an extension: there it sets aside what came after the decay began.
     """
     nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ForgeError("--out cannot be made or written there", where=nearest, fix="name another")
     if not run.exists() or not any(run.iterdir()):
-        return None
+        return Past()
     if not (run / CONFIG_FILE).is_file():
         raise ForgeError("--out is a folder with other things", where=run, fix="name another")
     if not resume:
@@ -100,37 +151,121 @@ def open_run(config: Config, data: Data, run: Path, resume: bool) -> int | None:
             where=run / CONFIG_FILE,
             fix="use the same config, or start a new run with another --out",
         )
-    index = data.index.folder / shards.INDEX_FILE
-    if (run / DATA_FILE).exists() and (run / DATA_FILE).read_bytes() != index.read_bytes():
+    ours = index.folder / shards.INDEX_FILE
+    if (run / DATA_FILE).exists() and (run / DATA_FILE).read_bytes() != ours.read_bytes():
         raise ForgeError(
             "the run was trained on other shards: the index is another",
-            where=data.index.folder,
+            where=index.folder,
             fix="give the folder that it was trained on, or start a new run",
         )
+    hold.take()
     found = checkpoint.steps(run)
-    return found[-1] if found else None
+    last = checkpoint.read_state(run, found[-1]) if found else None
+    if last and last.decayed < 1 and _is_longer(config, before):
+        last = set_aside_decay(run)
+        return read_past(run, last, replay=False, lost_seconds=False)
+    return read_past(run, last, replay=config.schedule == before.schedule, lost_seconds=True)
 
 
-def make_folder(run: Path, config: Config, index: Index) -> str | None:
+def same_folder(run: Path, ranks: Ranks) -> None:
+    """ForgeError when another machine holds the run, and rank 0's does not.
+
+    torchrun may number the machines anew at each start.
+    """
+    seen = gather(ranks, (run / CONFIG_FILE).is_file())
+    if any(seen) and not seen[0]:
+        raise ForgeError(
+            f"the run is on the machine of rank {seen.index(True)}, not on that of rank 0",
+            where=run,
+            fix="copy it to rank 0's machine, or take a folder that all machines share",
+        )
+
+
+def read_past(run: Path, last: checkpoint.State | None, replay: bool, lost_seconds: bool) -> Past:
+    """From metrics.jsonl: what happened up to the checkpoint `last`, and after it."""
+    rows = read_metrics(run) if (run / METRICS_FILE).exists() else []
+    step, seconds = (last.step, last.seconds) if last else (0, 0.0)
+    decayed: dict[int, float] = {}
+    for row in rows:
+        for number, value in enumerate(row.get("replay", ()), row["step"] + 1):
+            decayed[number] = value
+        if row.get("decayed") is not None:
+            decayed[row["step"]] = row["decayed"]
+    following: list[float] = []
+    while replay and step + 1 + len(following) in decayed:
+        following.append(decayed[step + 1 + len(following)])
+    return Past(
+        checkpoint=last.step if last else None,
+        seconds=max([seconds, *(row["seconds"] for row in rows)]) if lost_seconds else seconds,
+        started_at=next((r["started_at"] for r in rows if "started_at" in r), int(time.time())),
+        replay=tuple(following),
+        evaluate_seconds=next(
+            (
+                r["evaluate_seconds"]
+                for r in reversed(rows)
+                if r.get("evaluate_seconds") and r["step"]
+            ),
+            None,
+        ),
+        losses=tuple(
+            (r["step"], r["loss"]) for r in rows if r["kind"] == "step" and r["step"] <= step
+        )[-MAX_LOSSES:],
+    )
+
+
+def _is_longer(config: Config, before: Config) -> bool:
+    """Whether `config` lets a run go on for longer than `before`."""
+    hours, old_hours = (c.schedule.budget_hours or math.inf for c in (config, before))
+    steps, old_steps = (c.num_steps() or math.inf for c in (config, before))
+    return hours > old_hours or steps > old_steps
+
+
+def set_aside_decay(run: Path) -> checkpoint.State:
+    """Go back to the last checkpoint before the decay; returns its state.
+
+    What came after it moves to RUN/ended_at_step_N/, which is a run folder of its own.
+    """
+    states = [checkpoint.read_state(run, step) for step in checkpoint.steps(run)]
+    flat = [state for state in states if state.decayed == 1]
+    if not flat:
+        raise ForgeError(
+            "no checkpoint from before the decay is left to extend the run from",
+            where=run / checkpoint.FOLDER,
+            fix="start a new run with the longer schedule",
+        )
+    aside = run / f"ended_at_step_{states[-1].step:08d}"
+    (aside / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
+    names = (CONFIG_FILE, DATA_FILE, shards.VOCABULARY_FILE, METRICS_FILE, "README.md")
+    for name in names:
+        if (run / name).exists():
+            write_whole(aside / name, (run / name).read_bytes())
+    for state in reversed(states):  # the last one first: a kill in between leaves a decayed one
+        if state.step > flat[-1].step:
+            path = checkpoint.checkpoint_path(run, state.step)
+            path.rename(aside / checkpoint.FOLDER / path.name)
+    return flat[-1]
+
+
+def make_folder(run: Path, config: Config, index: Index, hold: Hold) -> None:
     """Make RUN/ with everything that is known before the first step, and hold it.
 
-    Returns what is wrong, if anything, so that rank 0 can tell the others.
+    Raises ForgeError when that cannot be done.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        # Held until this process ends, and no longer: two trainers never write one run.
-        fcntl.flock(os.open(run, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold.take()
         write_whole(run / CONFIG_FILE, config.to_toml().encode())
         for name, copy in (
             (shards.VOCABULARY_FILE, shards.VOCABULARY_FILE),
             (shards.INDEX_FILE, DATA_FILE),
         ):
             write_whole(run / copy, (index.folder / name).read_bytes())
-    except BlockingIOError:
-        return "another forge-train is writing it"
     except OSError as error:
-        return f"{error.strerror}: {error.filename}"
-    return None
+        raise ForgeError(
+            f"cannot write the run folder: {error.strerror}",
+            where=error.filename,
+            fix="name another --out, or make it writable",
+        ) from error
 
 
 def write_readme(
@@ -143,13 +278,15 @@ def write_readme(
     evaluated, first = metrics.last.get("evaluate"), metrics.first.get("evaluate")
     loss = f"{evaluated['loss']:.4f}" if evaluated else "-"
     train_loss = f"{step['loss']:.4f}" if step["loss"] is not None else "-"
+    num_steps = config.num_steps()
+    of = f" of {num_steps:,}" if num_steps is not None else ""
     epochs = step["tokens"] / max(1, index.total("num_tokens", "train"))
     lines = [
         f"# {name}, trained from scratch",
         "",
         "| model | time | steps | tokens | parameters | loss |",
         "|---|---|---|---|---|---|",
-        f"| {name} | {duration(step['seconds'])} | {step['step']:,} of {config.num_steps():,} | "
+        f"| {name} | {duration(step['seconds'])} | {step['step']:,}{of} | "
         f"{amount(step['tokens'])} | {amount(config.model.num_parameters())} | {loss} |",
         "",
         "Loss is the mean over the fixed validation tokens, in nats a token.",

@@ -10,22 +10,31 @@ position is the only state, and the same step holds the same windows on 1, 2 or 
 """
 
 import contextlib
+import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipeline.errors import ForgeError
-from pipeline.shards import VOCAB_SIZE, Index, check_header, map_shard
+from pipeline.shards import (
+    HEADER,
+    TOKEN_BYTES,
+    VOCAB_SIZE,
+    Index,
+    Shard,
+    check_header,
+    head_checksum,
+)
 
 Ids = npt.NDArray[np.int64]
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (B, T) int64
 
 FEISTEL_ROUNDS = 6
+SILENT_DISK_SECONDS = 60.0  # longest wait for a micro-batch
 
 
 class Windows:
@@ -41,7 +50,7 @@ class Windows:
         self.num_windows = int(self.ends[-1]) if per_shard else 0
 
     def check(self) -> None:
-        """Look at the header and size of every shard; ForgeError for the first that is wrong."""
+        """Look at the size and the head of every shard; ForgeError for the first that is wrong."""
         for shard in self.shards:
             path = self.index.folder / shard.file
             if check_header(path) != shard.num_tokens:
@@ -50,35 +59,58 @@ class Windows:
                     where=path,
                     fix="run forge-prep verify on its folder",
                 )
+            if shard.head_checksum and head_checksum(path) != shard.head_checksum:
+                raise ForgeError(
+                    "the shard has changed since the index was written: its first 4 KiB differ",
+                    where=path,
+                    fix="restore the file, or make the folder again with forge-prep tokenize",
+                )
 
-    def locate(self, window: int) -> tuple[str, int]:
-        """(shard file, first token) of a window: where a person finds it."""
+    def locate(self, window: int) -> tuple[Shard, int]:
+        """(shard, its first token) of a window: where a person finds it."""
         shard = int(np.searchsorted(self.ends, window, side="right"))
         before = int(self.ends[shard - 1]) if shard else 0
-        return self.shards[shard].file, (window - before) * self.context_length
+        return self.shards[shard], (window - before) * self.context_length
 
     def read(self, windows: Ids) -> npt.NDArray[np.uint16]:
         """The tokens of n windows: (n, T + 1) uint16.
 
-        Shards are mapped for this call only: maps kept for days count every page they ever touched
-        as this process's memory, and thousands of them exhaust the file descriptors.
+        Read, not mapped: a mapped page of a disk that fails or of a file that shrinks ends the
+        process with a signal, and maps kept for days count as its memory. Both read the page cache.
         """
-        out = np.empty((len(windows), self.context_length + 1), np.uint16)
+        out = np.empty((len(windows), self.context_length + 1), "<u2")
         in_shard = np.searchsorted(self.ends, windows, side="right")
         for number in np.unique(in_shard):
             shard = self.shards[number]
-            tokens = map_shard(self.index.folder / shard.file, shard.num_tokens)
+            path = self.index.folder / shard.file
             before = self.ends[number - 1] if number else 0
-            for row in np.flatnonzero(in_shard == number):
-                start = (windows[row] - before) * self.context_length
-                out[row] = tokens[start : start + self.context_length + 1]
+            try:
+                with path.open("rb", buffering=0) as file:
+                    if os.fstat(file.fileno()).st_size != shard_bytes(shard.num_tokens):
+                        raise OSError(0, "its size is no longer that of the index")
+                    for row in np.flatnonzero(in_shard == number):
+                        start = (windows[row] - before) * self.context_length
+                        count = os.preadv(file.fileno(), [out[row]], shard_bytes(int(start)))
+                        if count != out[row].nbytes:
+                            raise OSError(0, "it ends early")
+            except OSError as error:
+                raise ForgeError(
+                    f"cannot read a shard: {error.strerror}",
+                    where=path,
+                    fix="bring it back; then the same command with --resume",
+                ) from error
             if out[in_shard == number].max() >= VOCAB_SIZE:
                 raise ForgeError(
                     f"a token is outside the vocabulary of {VOCAB_SIZE:,}",
-                    where=self.index.folder / shard.file,
+                    where=path,
                     fix="run forge-prep verify on its folder",
                 )
         return out
+
+
+def shard_bytes(num_tokens: int) -> int:
+    """Where in a shard token `num_tokens` (from 0) starts; so also the size of one with as many."""
+    return HEADER.size + TOKEN_BYTES * num_tokens
 
 
 def permute(numbers: Ids, size: int, key: tuple[int, int]) -> Ids:
@@ -135,72 +167,91 @@ def to_device(windows: npt.NDArray[np.uint16], device: torch.device) -> MicroBat
 
 
 class MicroBatches:
-    """What the reading thread has ready, and how long the trainer had to wait for it."""
+    """This rank's endless micro-batches from `first_step` on, read ahead by a thread.
 
-    def __init__(self, ready: queue.Queue[MicroBatch | BaseException]) -> None:
-        self._ready, self._seconds_waited = ready, 0.0
+    The thread only looks ahead: what comes depends on the arguments alone. When reading fails,
+    `error` says why and zeros come from then on: the step can go through on all ranks, which learn
+    of it there and stop together (loop.py).
+    """
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __init__(
+        self,
+        windows: Windows,
+        seed: int,
+        first_step: int,
+        windows_per_step: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.windows, self.seed, self.first_step = windows, seed, first_step
+        self.cut = (windows_per_step, micro_batch_size, rank, world_size)
+        self.device = device
+        self.error: ForgeError | None = None
+        self._seconds_waited = 0.0
+        # A whole step ahead: the thread gets Python's lock when the trainer waits for the GPU.
+        a_step = windows_per_step // world_size // micro_batch_size
+        self.ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(a_step + 1)
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._read_ahead, daemon=True)
+
+    def __enter__(self) -> "MicroBatches":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        self.thread.join(timeout=5)  # unless the disk holds it
+
+    def __iter__(self) -> "MicroBatches":
         return self
 
     def __next__(self) -> MicroBatch:
-        started = time.perf_counter()
-        item = self._ready.get()
-        self._seconds_waited += time.perf_counter() - started
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        if self.error is None:
+            started = time.perf_counter()
+            try:
+                item = self.ready.get(timeout=SILENT_DISK_SECONDS)
+            except queue.Empty:
+                item = ForgeError(
+                    f"the shards' disk has not answered for {SILENT_DISK_SECONDS:.0f} s",
+                    where=self.windows.index.folder,
+                    fix="look at the disk; then the same command with --resume",
+                )
+            self._seconds_waited += time.perf_counter() - started
+            if isinstance(item, tuple):
+                return item
+            if not isinstance(item, ForgeError):
+                item = ForgeError(f"cannot read windows: {item!r}", where=self.windows.index.folder)
+            self.error = item
+        shape = (self.cut[1], self.windows.context_length)
+        zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        return zeros, zeros
 
     def take_seconds_waited(self) -> float:
-        """Seconds since the last call."""
+        """Seconds that the trainer has waited for micro-batches since the last call."""
         waited, self._seconds_waited = self._seconds_waited, 0.0
         return waited
 
+    def windows_of(self, step: int, rank: int, micro_step: int) -> Ids:
+        """The windows of any rank's micro-batch: `step` counts from 0."""
+        windows_per_step, micro_batch_size, _, world_size = self.cut
+        positions = step_positions(step, windows_per_step, micro_batch_size, rank, world_size)
+        return windows_at(positions[micro_step], self.windows.num_windows, self.seed)
 
-@contextlib.contextmanager
-def prefetch(
-    windows: Windows,
-    seed: int,
-    first_step: int,
-    windows_per_step: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> Iterator[MicroBatches]:
-    """This rank's endless micro-batches from `first_step` on, read ahead by a thread.
-
-    The thread only looks ahead: what it yields depends on the arguments alone. Its errors are
-    raised where the micro-batch is asked for.
-    """
-    # A whole step is read ahead: the thread gets Python's lock when the trainer waits for the GPU.
-    a_step = windows_per_step // world_size // micro_batch_size
-    ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(a_step + 1)
-    stopping = threading.Event()
-
-    def put(item: MicroBatch | BaseException) -> None:
-        while not stopping.is_set():
+    def _put(self, item: MicroBatch | BaseException) -> None:
+        while not self.stopping.is_set():
             with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
+                self.ready.put(item, timeout=0.1)
                 return
 
-    def read_ahead() -> None:
+    def _read_ahead(self) -> None:
         try:
-            step = first_step
-            while not stopping.is_set():
-                for positions in step_positions(
-                    step, windows_per_step, micro_batch_size, rank, world_size
-                ):
-                    chosen = windows_at(positions, windows.num_windows, seed)
-                    put(to_device(windows.read(chosen), device))
+            step = self.first_step
+            while not self.stopping.is_set():
+                for positions in step_positions(step, *self.cut):
+                    chosen = windows_at(positions, self.windows.num_windows, self.seed)
+                    self._put(to_device(self.windows.read(chosen), self.device))
                 step += 1
         except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=read_ahead, daemon=True)
-    thread.start()
-    try:
-        yield MicroBatches(ready)
-    finally:
-        stopping.set()
-        thread.join()
+            self._put(error)

@@ -6,7 +6,9 @@
 It runs forge-train's own step under torch.profiler and prints milliseconds a step (rank 0).
 """
 
+import math
 import tempfile
+import time
 from pathlib import Path
 
 import click
@@ -17,8 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from trainer import config as configs
 from trainer import loop, memory
 from trainer.ranks import Ranks, process_group
-from trainer.run import open_data
-from trainer.windows import prefetch
+from trainer.run import Past, open_data
+from trainer.schedule import UNKNOWN_STEPS
+from trainer.signals import Wishes
+from trainer.windows import MicroBatches
 
 KINDS = {
     "communication": ("nccl",),
@@ -57,14 +61,15 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
     device = ranks.device()
     opened = open_data(chosen, data)
     with (
-        process_group(ranks, device),
+        process_group(ranks, device, chosen.guard.timeout_seconds),
         loop.attention_backends(device),
         tempfile.TemporaryDirectory() as folder,
     ):
         plan = memory.plan_step(chosen, ranks, device)
-        trainer = loop.Trainer(chosen, config, opened, Path(folder), ranks, device, plan)
+        place = (opened, Path(folder), ranks, device, plan)
+        trainer = loop.Trainer(chosen, config, *place, Past(), time.perf_counter())
         windows = (chosen.windows_per_step(), plan.micro_batch_size)
-        reader = prefetch(opened.train, 0, 0, *windows, ranks.rank, ranks.world_size, device)
+        reader = MicroBatches(opened.train, 0, 0, *windows, ranks.rank, ranks.world_size, device)
         with reader as batches:
 
             def step() -> None:
@@ -76,7 +81,9 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
                     chosen.batch.tokens_per_step,
                     1e-4,
                     ranks,
-                    loop.StopSignal(),
+                    Wishes(),
+                    UNKNOWN_STEPS,
+                    math.inf,
                 )
 
             for _ in range(3):

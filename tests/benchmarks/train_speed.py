@@ -27,7 +27,7 @@ from trainer import config as configs
 from trainer.metrics import read_metrics
 from trainer.model import GPT2
 from trainer.run import open_data
-from trainer.windows import prefetch
+from trainer.windows import MicroBatches
 
 ROOT = Path(__file__).parent.parent.parent
 MICRO_BATCHES = {"gpt2": 96, "gpt2_medium": 40, "gpt2_large": 24}  # fast for both on a large card
@@ -117,7 +117,7 @@ def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float,
     accumulation_steps = count // micro_batch
     times = []
     device = torch.device("cuda", 0)
-    with prefetch(windows, 0, 0, count, micro_batch, 0, 1, device) as batches:
+    with MicroBatches(windows, 0, 0, count, micro_batch, 0, 1, device) as batches:
         for _ in range(steps):
             for _ in range(accumulation_steps):
                 with torch.autocast("cuda", torch.bfloat16):
