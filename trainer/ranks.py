@@ -219,6 +219,11 @@ def process_group(
     beats = Beats(store, ranks, timeout_seconds / 5)
     try:
         yield beats
+    except ForgeError:
+        # All ranks have it and leave by themselves: the first to be gone has torchrun end the
+        # others, which are to say what happened, too.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     except RuntimeError as error:
         if not any(sign in str(error) for sign in ("gloo", "NCCL", "nccl")):
             raise
