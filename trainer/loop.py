@@ -1,6 +1,6 @@
-"""train, train_step, evaluate: the loop that turns windows into a model.
+"""train, evaluate: the loop that turns windows into a model.
 
-Before: windows.py, model.py, optimizer.py. After: checkpoint.py and metrics.py.
+Before: windows.py and step.py. After: checkpoint.py and metrics.py.
 
 Every rank runs the same code and takes the same branches: what decides (a non-finite step, a wish
 to stop) travels with the loss through one all-reduce a step. Nothing waits for the GPU only to
@@ -14,11 +14,10 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline import shards
@@ -49,105 +48,16 @@ from trainer.run import (
     open_data,
     open_run,
     same_folder,
+    same_shards,
     write_readme,
 )
 from trainer.schedule import UNKNOWN_STEPS, Clock, Schedule
 from trainer.signals import Wishes
+from trainer.step import Shared, StepResult, train_step
 from trainer.windows import MicroBatches, to_device, windows_at
 
 VALIDATION_SEED = 0  # one choice of validation windows for every run
 PRINT_SECONDS = 1.0  # at most one step line in so long
-
-
-class Shared(NamedTuple):
-    """What all ranks know of a step once it is done, whoever it came from."""
-
-    loss: float
-    stops: float  # ranks that want to stop
-    saves: float  # ranks that want a checkpoint
-    failed: float  # ranks that could not read their windows
-    out_of_memory: float  # ranks that ran out of GPU memory
-    steps_left: float  # rank 0's clock: steps that fit, this one included
-    norm: float
-    suspects: list[float]  # 1 for each micro-batch, rank by rank, whose loss was not finite
-
-
-class StepResult:
-    """A step's figures on their way from the device to here."""
-
-    def __init__(
-        self,
-        step: int,
-        lr: float,
-        limit: float,
-        decayed: tuple[float, float],
-        figures: Tensor,
-        plan: memory.Plan,
-        seconds_waited: float,
-    ) -> None:
-        self.step, self.lr, self.limit = step, lr, limit
-        self.decayed_before, self.decayed = decayed
-        self.plan, self.seconds_waited = plan, seconds_waited
-        self.arrived: torch.cuda.Event | None = None
-        self.figures = figures
-        if figures.is_cuda:  # reading it directly would wait for all that is queued behind it, too
-            self.figures = torch.empty(figures.shape, pin_memory=True)
-            self.figures.copy_(figures, non_blocking=True)
-            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.arrived.record()
-
-    def read(self) -> Shared:
-        """Waits until this step is done."""
-        if self.arrived:
-            self.arrived.synchronize()
-        loss, stops, saves, failed, out_of_memory, steps_left, norm, *rest = self.figures.tolist()
-        return Shared(loss, stops, saves, failed, out_of_memory, steps_left, norm, rest)
-
-
-def train_step(
-    model: GPT2,
-    optimizer: Optimizer,
-    batches: MicroBatches,
-    accumulation_steps: int,
-    tokens_per_step: int,
-    lr: float,
-    ranks: Ranks,
-    wishes: Wishes,
-    steps_left: float,
-    limit: float,
-) -> Tensor:
-    """One optimizer update: forward, loss, backward, clip, update.
-
-    Returns a step's Shared figures, on the device. A loss that is not finite or above `limit`, or a
-    norm that is not finite, leaves the weights as they were, and so does a rank without windows or
-    without memory.
-    """
-    total = torch.zeros((), device=optimizer.device)
-    suspects = torch.zeros(ranks.world_size, accumulation_steps, device=optimizer.device)
-    out_of_memory = False
-    try:
-        for micro_step in range(accumulation_steps):
-            inputs, targets = next(batches)
-            loss = model(inputs, targets)
-            (loss * optimizer.loss_scale).backward()
-            optimizer.collect()
-            total += loss.detach()
-            suspects[ranks.rank, micro_step] = ~torch.isfinite(loss.detach())
-    except torch.OutOfMemoryError:
-        out_of_memory = True
-    if out_of_memory:  # out of the except clause, which holds the failed step's arrays
-        inputs = targets = loss = None  # type: ignore[assignment]
-        optimizer.discard()
-        torch.cuda.empty_cache()
-        total.fill_(math.nan)
-    optimizer.reduce(ranks)
-    flags = (*wishes.take(), batches.error is not None, out_of_memory)
-    votes = (*flags, steps_left if ranks.is_first else 0.0)
-    mine = [total / tokens_per_step, *(torch.full_like(total, float(vote)) for vote in votes)]
-    sums = sum_over_ranks(torch.cat([torch.stack(mine), suspects.flatten()]), ranks)
-    is_sound = torch.isfinite(sums[0]) & (sums[0] <= limit) & (sums[3] == 0)
-    norm = optimizer.update(lr, tokens_per_step, is_sound)
-    return torch.cat([sums[:6], norm.reshape(1), sums[6:]])
 
 
 @torch.no_grad()
@@ -228,7 +138,7 @@ def train(
             data = on_all(ranks, lambda: open_data(config, data_folder))
             same_shards(data, ranks)
             same_folder(run, ranks)
-            resume = resume or was_restarted()
+            resume = any(gather(ranks, resume or was_restarted()))
             past = from_first(ranks, lambda: open_run(config, data.index, run, resume, hold))
             plan = memory.plan_step(config, ranks, device)
             with attention_backends(device):
@@ -244,18 +154,6 @@ def train(
         ) from error
     finally:
         hold.release()
-
-
-def same_shards(data: Data, ranks: Ranks) -> None:
-    """ForgeError unless all ranks' folders have the same index.json."""
-    hashes = gather(ranks, data.index.sha256)
-    differing = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
-    if differing:
-        raise ForgeError(
-            f"the shards of rank {', '.join(differing)} are not those of rank 0: another index",
-            where=f"{data.index.folder / shards.INDEX_FILE} on each machine",
-            fix="copy one folder of shards to all machines",
-        )
 
 
 class Trainer:

@@ -167,6 +167,18 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     return read_past(run, last, replay=config.schedule == before.schedule, lost_seconds=True)
 
 
+def same_shards(data: Data, ranks: Ranks) -> None:
+    """ForgeError unless all ranks' folders have the same index.json."""
+    hashes = gather(ranks, data.index.sha256)
+    differing = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
+    if differing:
+        raise ForgeError(
+            f"the shards of rank {', '.join(differing)} are not those of rank 0: another index",
+            where=f"{data.index.folder / shards.INDEX_FILE} on each machine",
+            fix="copy one folder of shards to all machines",
+        )
+
+
 def same_folder(run: Path, ranks: Ranks) -> None:
     """ForgeError when another machine holds the run, and rank 0's does not.
 

@@ -22,6 +22,7 @@ from trainer.ranks import Ranks, process_group
 from trainer.run import Past, open_data
 from trainer.schedule import UNKNOWN_STEPS
 from trainer.signals import Wishes
+from trainer.step import train_step
 from trainer.windows import MicroBatches
 
 KINDS = {
@@ -73,7 +74,7 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
         with reader as batches:
 
             def step() -> None:
-                loop.train_step(
+                train_step(
                     trainer.model,
                     trainer.optimizer,
                     batches,
