@@ -101,17 +101,23 @@ class Beats:
     def progress(self, step: int) -> None:
         self.step, self.progress_at = step, time.monotonic()
 
-    def silent(self) -> list[str]:
-        """The other ranks that have not been heard of for a while, each with a few words."""
+    def missing(self) -> str:
+        """The other ranks that are silent; if none is, those that are behind."""
         now = time.monotonic()
-        return [
+        silent = [
             f"rank {rank} (silent for {now - heard:.0f} s, last at step {self._step(rank)})"
             for rank, heard in self.heard.items()
             if now - heard > 3 * BEAT_SECONDS and rank != self.ranks.rank
         ]
+        behind = [
+            f"rank {rank} (alive, at step {self._step(rank)})"
+            for rank in self.heard
+            if rank != self.ranks.rank and self._step(rank) < self.step
+        ]
+        return ", ".join(silent or behind) or "unknown: all ranks are alive and at the same step"
 
-    def _step(self, rank: int) -> str:
-        return self.pulses[rank].partition(" ")[0] or "0"
+    def _step(self, rank: int) -> int:
+        return int(self.pulses[rank].partition(" ")[0] or 0)
 
     def _run(self) -> None:
         count = 0
@@ -130,7 +136,7 @@ class Beats:
             longest = time.monotonic() - min(self.heard.values())
             if stuck and longest > self.silent_seconds:
                 print(
-                    f"Error: [rank {self.ranks.rank}] missing: {', '.join(self.silent())}\n"
+                    f"Error: [rank {self.ranks.rank}] missing: {self.missing()}\n"
                     f"  where:      after step {self.step}\n"
                     "  what to do: look at that rank's own output; then the same command with "
                     "--resume",
@@ -229,7 +235,7 @@ def process_group(
             raise
         time.sleep(4 * BEAT_SECONDS)  # until a dead rank is seen to be silent
         raise ForgeError(
-            f"lost contact with {', '.join(beats.silent()) or 'another rank'}",
+            f"lost contact with the other ranks; missing: {beats.missing()}",
             where=f"rank {ranks.rank} after step {beats.step}: {str(error).splitlines()[0][:160]}",
             fix="look at that rank's own output; then the same command with --resume",
         ) from error
