@@ -91,6 +91,19 @@ def test_a_killed_rank_brings_the_group_back_by_itself(
     assert_same_run(run, undisturbed)
 
 
+def test_restarts_are_no_way_around_resume(
+    undisturbed: Path, small_shards: Path, tmp_path: Path
+) -> None:
+    """torchrun tries again, but the run that is there was not begun by it."""
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    arguments = ["--data", small_shards, "--out", run, *TWO, "--set=schedule.max_steps=80"]
+    process = start(*arguments, launcher=("--standalone", "--max-restarts=1"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "add --resume" in output
+    assert checkpoint.steps(run) == checkpoint.steps(undisturbed)
+
+
 def test_a_killed_run_goes_on_with_the_same_command(
     undisturbed: Path, small_shards: Path, tmp_path: Path
 ) -> None:

@@ -34,11 +34,11 @@ from trainer.ranks import (
     end_with_launcher,
     from_first,
     gather,
+    launch,
     on_all,
     process_group,
     sum_over_ranks,
     tensors_from_first,
-    was_restarted,
 )
 from trainer.run import (
     Data,
@@ -138,7 +138,6 @@ def train(
             data = on_all(ranks, lambda: open_data(config, data_folder))
             same_shards(data, ranks)
             same_folder(run, ranks)
-            resume = any(gather(ranks, resume or was_restarted()))
             past = from_first(ranks, lambda: open_run(config, data.index, run, resume, hold))
             plan = memory.plan_step(config, ranks, device)
             with attention_backends(device):
@@ -248,6 +247,7 @@ class Trainer:
             **asdict(self.plan),
             **(asdict(self.card) if self.card else {}),
             process=os.getpid(),
+            launch=launch(),
             started_at=self.past.started_at,
             **({"replay": list(self.past.replay)} if self.past.replay else {}),
         )

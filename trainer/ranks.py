@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -62,9 +63,19 @@ class Ranks:
         return torch.device("cuda", self.local_rank)
 
 
-def was_restarted() -> bool:
-    """Whether torchrun started this process again after a failure (--max-restarts)."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def launch() -> str | None:
+    """Names the torchrun that started this process: the same after its own restarts, no other's.
+
+    Its process id and when it began, as the kernel counts; None without torchrun.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    launcher = os.getppid()
+    try:
+        began_at = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # not Linux
+        began_at = ""
+    return f"{launcher} {began_at}"
 
 
 def end_with_launcher() -> None:

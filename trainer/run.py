@@ -17,6 +17,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from pipeline.shards import Index, write_whole
 from trainer import checkpoint
 from trainer.config import Config, load
 from trainer.metrics import METRICS_FILE, Metrics, amount, duration, read_metrics
-from trainer.ranks import Ranks, gather
+from trainer.ranks import Ranks, gather, launch
 from trainer.windows import Windows
 
 CONFIG_FILE = "config.toml"
@@ -134,7 +135,7 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
         return Past()
     if not (run / CONFIG_FILE).is_file():
         raise ForgeError("--out is a folder with other things", where=run, fix="name another")
-    if not resume:
+    if not (resume or is_ours(run)):
         raise ForgeError(
             "--out holds a run already",
             where=run,
@@ -167,6 +168,16 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     return read_past(run, last, replay=config.schedule == before.schedule, lost_seconds=True)
 
 
+def is_ours(run: Path) -> bool:
+    """Whether the run was begun by the very torchrun that now starts its processes again."""
+    starts = [row for row in _rows(run) if row["kind"] == "start"]
+    return bool(starts) and launch() is not None and starts[-1].get("launch") == launch()
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run) if (run / METRICS_FILE).exists() else []
+
+
 def same_shards(data: Data, ranks: Ranks) -> None:
     """ForgeError unless all ranks' folders have the same index.json."""
     hashes = gather(ranks, data.index.sha256)
@@ -195,7 +206,7 @@ def same_folder(run: Path, ranks: Ranks) -> None:
 
 def read_past(run: Path, last: checkpoint.State | None, replay: bool, lost_seconds: bool) -> Past:
     """From metrics.jsonl: what happened up to the checkpoint `last`, and after it."""
-    rows = read_metrics(run) if (run / METRICS_FILE).exists() else []
+    rows = _rows(run)
     step, seconds = (last.step, last.seconds) if last else (0, 0.0)
     decayed: dict[int, float] = {}
     for row in rows:

@@ -54,7 +54,8 @@ class Tally:
 def start(data: Path, run: Path, steps: int, restarts: int = 0) -> subprocess.Popen[bytes]:
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launcher += [f"--max-restarts={restarts}"]
-    command = [sys.executable, "-m", *launcher, "-m", "trainer.cli", "tiny", "--resume"]
+    command = [sys.executable, "-m", *launcher, "-m", "trainer.cli", "tiny"]
+    command += [] if restarts else ["--resume"]  # torchrun's own restarts need no help
     command += ["--data", data, "--out", run, f"--set=schedule.max_steps={steps}"]
     command += [f"--set={key}={value}" for key, value in SETTINGS.items()]
     log = run.with_name(run.name + ".log").open("ab")
