@@ -25,10 +25,10 @@ from trainer.config import Config
 from trainer.loop import VALIDATION_SEED
 from trainer.metrics import read_metrics
 from trainer.model import GPT2
-from trainer.optimizer import learning_rate
 from trainer.ranks import Ranks
 from trainer.run import Data, open_data
-from trainer.windows import prefetch, to_device, windows_at
+from trainer.schedule import UNKNOWN_STEPS, Schedule
+from trainer.windows import MicroBatches, to_device, windows_at
 
 MUON = ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3")
 ROOT = Path(__file__).parent.parent.parent
@@ -67,16 +67,16 @@ def plain(config: Config, data: Data, micro_batch: int) -> dict[int, float]:
         return torch.stack(losses).mean().item()
 
     found = {0: validation_loss()}
-    count = config.windows_per_step()
-    with prefetch(data.train, config.seed, 0, count, micro_batch, 0, 1, device) as batches:
-        for step in range(1, config.num_steps() + 1):
+    count, schedule = config.windows_per_step(), Schedule(config)
+    with MicroBatches(data.train, config.seed, 0, count, micro_batch, 0, 1, device) as batches:
+        for step in range(1, (config.num_steps() or 0) + 1):
             for _ in range(count // micro_batch):
                 with torch.autocast(device.type, torch.bfloat16):
                     loss = mean_loss(*next(batches))
                 (loss * micro_batch / count).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_norm)
             for group in adamw.param_groups:
-                group["lr"] = learning_rate(step, config)
+                group["lr"] = schedule.rate(step, UNKNOWN_STEPS)
             adamw.step()
             adamw.zero_grad(set_to_none=True)
             if step % config.evaluate.every_steps == 0:
