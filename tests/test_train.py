@@ -458,3 +458,17 @@ def test_a_rank_without_memory_skips_the_step_and_goes_on_with_less(
     assert set(calls[3:]) == {2}
     steps = [row["step"] for row in metrics_of(run, "step")]
     assert steps == [step for step in range(1, config.num_steps() + 1) if step != 3]
+
+
+def test_verify_resume_kills_a_run_and_finds_it_the_same(small_shards: Path) -> None:
+    command = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards), *QUICK]
+    done = subprocess.run(
+        [*command, "--verify-resume", "24"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exact: all 24 losses" in done.stdout
