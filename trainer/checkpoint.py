@@ -158,6 +158,12 @@ class Saver:
             self.thread.join()
             self.thread = None
 
+    def is_busy(self, seconds: float) -> bool:
+        """Whether something is still being written after waiting for so long."""
+        if self.thread:
+            self.thread.join(seconds)
+        return self.thread is not None and self.thread.is_alive()
+
     def finished(self) -> list[Saved]:
         """The saves that have ended since the last call."""
         found = []
@@ -187,9 +193,9 @@ class Saver:
     ) -> None:
         started = time.perf_counter()
         error: Exception | None = None
-        if arrived:
-            arrived.synchronize()
         try:
+            if arrived:
+                arrived.synchronize()
             save(self.run, weights, optimizer, state)
             prune(self.run, self.options)
         except Exception as caught:  # a warning at the next step, whatever it is

@@ -24,6 +24,7 @@ from pipeline import shards
 from pipeline.errors import ForgeError
 from trainer import card, checkpoint, memory
 from trainer.config import Config
+from trainer.cross_entropy import IGNORED
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
 from trainer.model import GPT2
@@ -32,13 +33,13 @@ from trainer.ranks import (
     Beats,
     Ranks,
     end_with_launcher,
+    fill_from_first,
     from_first,
     gather,
     launch,
     on_all,
     process_group,
     sum_over_ranks,
-    tensors_from_first,
 )
 from trainer.run import (
     Data,
@@ -79,13 +80,14 @@ def evaluate(
     def add_mine() -> None:
         for first in range(0, len(mine), micro_batch_size):
             batch = data.val.read(mine[first : first + micro_batch_size])
-            inputs, targets = to_device(batch, device)
-            missing = micro_batch_size - len(batch)  # keep one shape, so that nothing recompiles
-            if missing:
-                inputs = torch.cat([inputs, inputs.new_zeros(missing, length)])
-                targets = torch.cat([targets, targets.new_full((missing, length), -100)])
-            sums[0] += model(inputs, targets)
+            # The last one is filled up: another shape would be compiled anew.
+            full = np.resize(batch, (micro_batch_size, length + 1))
+            inputs, targets = to_device(full, device)
             sums[1] += token_bytes[targets[: len(batch)]].sum()
+            if len(batch) < micro_batch_size:
+                targets = targets.clone()
+                targets[len(batch) :] = IGNORED
+            sums[0] += model(inputs, targets)
 
     on_all(ranks, add_mine)
     nats, num_bytes = sum_over_ranks(sums, ranks).tolist()
@@ -132,7 +134,7 @@ def train(
     end_with_launcher()
     ranks = Ranks.from_environment()
     device = ranks.device()
-    hold = Hold(run)
+    hold, plan = Hold(run), None
     try:
         with process_group(ranks, device, config.guard.timeout_seconds) as beats:
             data = on_all(ranks, lambda: open_data(config, data_folder))
@@ -146,7 +148,8 @@ def train(
                 trainer.train(hold)
     except torch.OutOfMemoryError as error:
         raise ForgeError(
-            f"out of GPU memory with a micro-batch of {plan.micro_batch_size}",
+            "out of GPU memory"
+            + (f" with a micro-batch of {plan.micro_batch_size}" if plan else ""),
             where=f"rank {ranks.rank}, {device}: {str(error).splitlines()[0][:120]}",
             fix="the same command with --resume --set batch.micro_batch_size=N, with a smaller N; "
             "tokens a step stay the same",
@@ -272,6 +275,9 @@ class Trainer:
                 if self.saved_step != self.step:
                     self.save()
                 self.must_be_saved()
+        except ForgeError:  # on all ranks; the first to leave has torchrun end the others
+            self.wait_for_save()
+            raise
         finally:
             self.saver.wait()
         if self.schedule.is_over(self.step):
@@ -344,7 +350,7 @@ class Trainer:
         self.room = (result.step, shared.steps_left)
         if shared.out_of_memory:
             if result.plan is self.plan:  # not lowered already, for the step before
-                self.lower_micro_batch(result.step)
+                self.lower_micro_batch(result)
             return
         if result.step > self.first_step:  # the first one compiles
             self.clock.step_seconds.append(elapsed)
@@ -415,8 +421,9 @@ class Trainer:
                 fix=f"lower optimizer.peak_lr; the last good checkpoint: {good}",
             )
 
-    def lower_micro_batch(self, step: int) -> None:
+    def lower_micro_batch(self, result: StepResult) -> None:
         """A rank ran out of GPU memory: all of them left the step out, and go on with less."""
+        step = result.step
         plan = memory.smaller(self.plan, self.config)
         if plan is None:
             raise ForgeError(
@@ -426,7 +433,8 @@ class Trainer:
             )
         self.plan = plan
         tokens = step * self.config.batch.tokens_per_step
-        self.metrics.log("out_of_memory", step, tokens, self.seconds, **asdict(plan))
+        row = asdict(plan) | ({"decayed": result.decayed} if self.config.shape() == "wsd" else {})
+        self.metrics.log("out_of_memory", step, tokens, self.seconds, **row)
         self.say(
             f"step {step}: out of GPU memory, update skipped; on with a micro-batch of "
             f"{plan.micro_batch_size} x {plan.accumulation_steps}"
@@ -490,11 +498,10 @@ class Trainer:
             checkpoint.OPTIMIZER_FILE: self.optimizer.state(),
         }
         state = from_first(self.ranks, lambda: checkpoint.load_state(self.run, step))
-        tensors = []
-        for file, shapes in wanted.items():
-            read = functools.partial(checkpoint.load_tensors, path / file, shapes)
-            tensors.append(tensors_from_first(self.ranks, read, shapes))
-        self.optimizer.restore(*tensors)
+        for file, tensors in wanted.items():
+            read = functools.partial(checkpoint.load_tensors, path / file, tensors)
+            fill_from_first(self.ranks, read, tensors)
+        self.optimizer.restored()
         self.step, self.decayed, self.saved_step = state.step, state.decayed, state.step
         self.schedule.decayed = state.decayed
         self.room = (self.step, UNKNOWN_STEPS)
@@ -504,6 +511,7 @@ class Trainer:
         """Begin to save on rank 0, after comparing the weights of all ranks."""
         started = time.perf_counter()
         self.saving = False
+        self.wait_for_save()
         self.same_weights()
         loss = self.validation[1] if self.validation and self.validation[0] == self.step else None
         state = checkpoint.State(
@@ -551,11 +559,16 @@ class Trainer:
             )
             self.say(f"step {saved.step}: checkpoint saved in {took:.1f} s")
 
+    def wait_for_save(self) -> None:
+        """Until rank 0 writes nothing: in turns, each shorter than a collective may take."""
+        while from_first(self.ranks, lambda: self.saver.is_busy(1.0)):
+            if self.beats:
+                self.beats.progress(self.step)
+
     def must_be_saved(self) -> None:
         """Wait for the last checkpoint; ForgeError on all ranks if the disk did not take it."""
 
-        def wait() -> None:
-            self.saver.wait()
+        def look() -> None:
             self.note_saved()
             if self.unsaved:
                 raise ForgeError(
@@ -564,7 +577,8 @@ class Trainer:
                     fix="make room and run the same command with --resume",
                 )
 
-        from_first(self.ranks, wait)
+        self.wait_for_save()
+        from_first(self.ranks, look)
         write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
 
     def introduce(self) -> None:

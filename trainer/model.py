@@ -133,8 +133,10 @@ class GPT2(nn.Module):
 
         A sum, so that nothing is rounded on the way back: the optimizer divides, in float32.
         """
-        x = self.trunk(tokens).flatten(0, 1)
+        x, weight = self.trunk(tokens).flatten(0, 1), self.wte.weight
+        if not torch.is_grad_enabled():  # a Function sees requires_grad, not the grad mode
+            weight = weight.detach()
         loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
-            x, self.wte.weight, targets.flatten()
+            x, weight, targets.flatten()
         )
         return loss

@@ -209,7 +209,7 @@ class Optimizer:
         mine[: len(given)] = given
         done = orthogonalize(mine)
         everyone = done.new_empty(world_size * share, *done.shape[1:])
-        dist.all_gather(list(everyone.chunk(world_size)), done)
+        dist.all_gather(list(everyone.chunk(world_size)), done.contiguous())  # NCCL insists
         return everyone[: len(matrices)]
 
     # -- what a checkpoint holds
@@ -230,15 +230,10 @@ class Optimizer:
         tensors |= {f"step.{number}": count for number, count in enumerate(counts)}
         return tensors | {"loss_scale": self.loss_scale, "sound_steps": self.sound_steps}
 
-    def restore(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        """Take up masters (float32, by name) and what state() gave, and go on from there."""
-        with torch.no_grad():
-            for name, master in self.views(self.masters).items():
-                master.copy_(weights[name])
-            for name, tensor in self.state().items():
-                tensor.copy_(state[name])
-            if self.weights is not self.masters:
-                self.weights.copy_(self.masters)
+    def restored(self) -> None:
+        """Masters and state() have been filled from a checkpoint: the model takes them up."""
+        if self.weights is not self.masters:
+            self.weights.copy_(self.masters)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

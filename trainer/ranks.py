@@ -301,10 +301,10 @@ def gather(ranks: Ranks, value: T) -> list[T]:
     return values
 
 
-def tensors_from_first(
-    ranks: Ranks, read: Callable[[], dict[str, torch.Tensor]], like: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The named tensors that `read` gives on rank 0, on every rank, of the kinds of those `like`.
+def fill_from_first(
+    ranks: Ranks, read: Callable[[], dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Fill `tensors` on every rank, in place, with what `read` gives by their names on rank 0.
 
     Its ForgeError is raised on every rank.
     """
@@ -314,8 +314,8 @@ def tensors_from_first(
         found.update(read())
 
     from_first(ranks, keep)
-    for name, kind in like.items():
-        found[name] = found[name].to(kind) if ranks.is_first else torch.empty_like(kind)
+    for name, tensor in tensors.items():
+        if ranks.is_first:
+            tensor.copy_(found.pop(name))
         if ranks.world_size > 1:
-            dist.broadcast(found[name], src=0)
-    return found
+            dist.broadcast(tensor, src=0)

@@ -99,6 +99,8 @@ def train_step(
         optimizer.discard()
         torch.cuda.empty_cache()
         total.fill_(math.nan)
+        for _ in range(micro_step + 1, accumulation_steps):
+            next(batches)  # the step after this one is queued already, and starts with its own
     optimizer.reduce(ranks)
     flags = (*wishes.take(), batches.error is not None, out_of_memory)
     votes = (*flags, steps_left if ranks.is_first else 0.0)
