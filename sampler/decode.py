@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.errors import ForgeError
 from pipeline.shards import VOCAB_SIZE
 from trainer.config import ModelConfig
+from trainer.cross_entropy import HEAD_MULTIPLE
 from trainer.model import GPT2
 
 MIN_TEMPERATURE = 1e-3  # below it, the likeliest token is taken
 MAX_STEPS = 32  # between two looks at the tokens: waiting for a GPU costs as much as a step
 PROMPT_MULTIPLE = 64  # to which prompts are padded
-HEAD_MULTIPLE = 128  # rows to which the head is padded: 50257 is no size for tensor cores
 # cuDNN would plan its attention anew for each length of prompt, which takes longer than reading.
 PROMPT_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 

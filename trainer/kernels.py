@@ -19,7 +19,7 @@ def softmax_gradient(logits, targets, losses, stride, size, BLOCK: tl.constexpr)
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     target = tl.load(targets + row)
-    counts = target != -100
+    counts = target != -100  # cross_entropy.IGNORED
     score = tl.load(logits + tl.where(counts, target, 0)).to(tl.float32)
     columns = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -float("inf"), tl.float32)
