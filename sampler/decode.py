@@ -50,17 +50,19 @@ class Sampling:
         return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
 
-def draw(logits: Tensor, sampling: Sampling, noise: Tensor, seen: Tensor | None) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (B, V) with those of the tokens in `seen` (B, V) lowered."""
+    less = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, less, logits)
+
+
+def draw(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     """Next tokens (B,) from logits (B, V), by the inverse of the cumulative distribution.
 
-    `noise` (B,) is float64, uniform in [0, 1); `seen` (B, V) marks the tokens that are penalized.
-    Logits may be in bfloat16: the likeliest are found faster so, and the rest is in float32.
-    Nothing here may touch the host, not even to copy a number: a CUDA graph records it.
+    `noise` (B,) is float64, uniform in [0, 1). Logits may be in bfloat16: the likeliest are found
+    faster so, and the rest is in float32. Nothing here may touch the host, not even to copy a
+    number: a CUDA graph records it. kernels.draw_top() chooses the same.
     """
-    if seen is not None:
-        penalty = sampling.repetition_penalty
-        less = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(seen, less, logits)
     if sampling.is_greedy:
         return logits.argmax(-1)
     order = None
@@ -146,19 +148,20 @@ class Decoder:
         weight = model.wte.weight
         self.model, self.num_rows, self.sampling = model, num_rows, sampling
         self.context_length = model.config.context_length
+        self.num_tokens = min(VOCAB_SIZE, model.config.vocab_size)  # a config may have more rows
         self.device = weight.device
         self.cache = KVCache(model.config, num_rows, weight)
         self.lengths = [0] * num_rows  # of the rows' cached tokens, as the device has them
         self.last = torch.zeros(num_rows, dtype=torch.long, device=self.device)
-        self.number = torch.zeros(1, dtype=torch.long, device=self.device)  # of the step in a run
+        # Of the step in a run, once for each row.
+        self.number = torch.zeros(num_rows, dtype=torch.long, device=self.device)
         # Of the steps of a run: what they draw from, what they drew, and how likely it was.
         self.noise = torch.zeros(MAX_STEPS, num_rows, dtype=torch.float64, device=self.device)
         self.drawn = torch.zeros(MAX_STEPS, num_rows, dtype=torch.long, device=self.device)
         self.logs = torch.zeros(MAX_STEPS, num_rows, device=self.device) if log else None
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
-            size = min(VOCAB_SIZE, len(weight))
-            self.seen = torch.zeros(num_rows, size, dtype=torch.bool, device=self.device)
+            self.seen = torch.zeros(num_rows, self.num_tokens, dtype=torch.bool, device=self.device)
         self.is_fused = model.config.family == "gpt2" and self.cache.has_kernels
         self.graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
@@ -187,14 +190,40 @@ class Decoder:
             logits = kernels.gpt2_logits(self.model, self.last, cache)
         else:
             logits = self.model.logits(self.model.hidden(self.last[:, None], cache)[:, 0])
-        logits = logits[:, :VOCAB_SIZE]  # a config may have more rows, a GPU has
-        token = draw(logits, self.sampling, self.noise.index_select(0, self.number)[0], self.seen)
+        logits = logits[:, : self.num_tokens]
+        if self.seen is None:
+            self._draw(logits)
+        else:
+            self._draw(penalize(logits, self.seen, self.sampling.repetition_penalty))
         if self.logs is not None:
-            likely = logits.float().log_softmax(-1).gather(1, token[:, None])
-            self.logs.index_copy_(0, self.number, likely.T)
+            likely = logits.float().log_softmax(-1).gather(1, self.last[:, None])
+            self.logs.index_copy_(0, self.number[:1] - 1, likely.T)
         if self.seen is not None:
-            self.seen.scatter_(1, token[:, None], True)
-        self.drawn.index_copy_(0, self.number, token[None])
+            self.seen.scatter_(1, self.last[:, None], True)
+
+    def _draw(self, logits: Tensor) -> None:
+        """Draw from logits (B, V) into `drawn` and `last`, and count the step."""
+        sampling = self.sampling
+        top_k = 1 if sampling.is_greedy else sampling.top_k
+        if self.cache.has_kernels and top_k is not None:
+            from sampler import kernels
+
+            if top_k <= kernels.MOST_TOP_K:
+                kernels.draw_top(
+                    logits,
+                    min(top_k, logits.shape[1]),
+                    max(sampling.temperature, MIN_TEMPERATURE),
+                    sampling.top_p,
+                    sampling.min_p,
+                    self.noise,
+                    self.number,
+                    self.drawn,
+                    self.last,
+                    self.cache.lengths,
+                )
+                return
+        token = draw(logits, sampling, self.noise.index_select(0, self.number[:1])[0])
+        self.drawn.index_copy_(0, self.number[:1], token[None])
         self.last.copy_(token)
         self.cache.lengths += 1
         self.number += 1

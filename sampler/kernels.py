@@ -5,73 +5,109 @@ Before: decode.py, which calls these on a GPU. After: the same numbers as traine
 Writing one token is a walk through all weights with almost nothing to compute, so its time is that
 of reading memory and of starting kernels. `attend` reads a row's cache to its own length, whatever
 the memory behind it; `gpt2_logits` is GPT-2 in five kernels a layer for one row and in eight for
-more. Everything is summed in float32.
+more; `draw_top` takes the likeliest tokens and draws one in two. Everything is summed in float32.
+
+From Hopper on, a kernel starts while the one before it ends (NVIDIA's programmatic dependent
+launch): what it does before `gdc_wait` must not read what another kernel writes. So the weights of
+a matrix are on their way while the vector that they are for is still being made.
 """
 
 # ruff: noqa: N803  (Triton writes constants in capitals)
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trainer.model import GPT2, Cache
+from trainer.model import GPT2, Cache, gelu
 
 FEW_PROGRAMS = 128  # about the multiprocessors of a large card
+MOST_TOP_K = 64  # of the tokens that draw_top sorts
+VOCABULARY_BLOCK = 1024
+
+
+def early_start(num_rows: int) -> dict[str, bool]:
+    """Launch options: whether a kernel may start before the one before it has ended.
+
+    That pays for one row; with more, those that wait are in the way of those that work.
+    """
+    return (
+        {"EARLY": True, "launch_pdl": True} if num_rows == 1 and is_hopper() else {"EARLY": False}
+    )
+
+
+@functools.cache
+def is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _wait(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the kernels before this one are done; lets the next one start."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     q, k, v, keys, values, lengths, out,
     q_row, q_head, kv_row, kv_head, size, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One row and head. Each of BLOCK lanes takes every BLOCK-th token of the cache and keeps a
-    running softmax of its own (Milakov and Gimelshein 2018); they are joined at the end."""
+    """One row and the GROUP heads that share keys and values: a running softmax over the cache
+    (Milakov and Gimelshein 2018), and the new token at last."""
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    shared_head = head // GROUP
+    shared = tl.program_id(1)
+    dtype = keys.dtype.element_ty
+    g = tl.arange(0, PADDED_GROUP)  # at least 16: what a tensor core takes
     d = tl.arange(0, PADDED)
     is_d = d < D
+    is_query = (g < GROUP)[:, None] & is_d[None, :]
+    start = (row * tl.num_programs(1) + shared) * size * D
+    _wait(EARLY)
     length = tl.load(lengths + row)
-    query = tl.load(q + row * q_row + head * q_head + d, mask=is_d, other=0).to(tl.float32) * scale
-    new = row * kv_row + shared_head * kv_head + d
-    new_key = tl.load(k + new, mask=is_d, other=0).to(tl.float32)
-    new_value = tl.load(v + new, mask=is_d, other=0).to(tl.float32)
-    start = (row * (HEADS // GROUP) + shared_head) * size * D
+    at = row * q_row + (shared * GROUP + g)[:, None] * q_head + d[None, :]
+    query = tl.load(q + at, mask=is_query, other=0).to(dtype)
+    new = row * kv_row + shared * kv_head + d
+    new_key = tl.load(k + new, mask=is_d, other=0).to(dtype)
+    new_value = tl.load(v + new, mask=is_d, other=0).to(dtype)
     fits = d < tl.where(length < size, D, 0)
-    tl.store(keys + start + length * D + d, new_key.to(keys.dtype.element_ty), mask=fits)
-    tl.store(values + start + length * D + d, new_value.to(values.dtype.element_ty), mask=fits)
+    tl.store(keys + start + length * D + d, new_key, mask=fits)
+    tl.store(values + start + length * D + d, new_value, mask=fits)
 
-    best = tl.full((BLOCK,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    mixed = tl.zeros((BLOCK, PADDED), tl.float32)
+    best = tl.full((PADDED_GROUP,), -1e30, tl.float32)
+    total = tl.zeros((PADDED_GROUP,), tl.float32)
+    mixed = tl.zeros((PADDED_GROUP, PADDED), tl.float32)
     for first in range(0, length, BLOCK):
         s = first + tl.arange(0, BLOCK)
         is_there = s < length
-        at = start + s[:, None] * D + d[None, :]
+        cached = start + s[:, None] * D + d[None, :]
         both = is_there[:, None] & is_d[None, :]
-        key = tl.load(keys + at, mask=both, other=0).to(tl.float32)
-        value = tl.load(values + at, mask=both, other=0).to(tl.float32)
-        score = tl.where(is_there, tl.sum(key * query[None, :], 1), -1e30)
-        higher = tl.maximum(best, score)
+        key = tl.load(keys + cached, mask=both, other=0)
+        value = tl.load(values + cached, mask=both, other=0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(is_there[None, :], score, -1e30)
+        higher = tl.maximum(best, tl.max(score, 1))
         decay = tl.exp(best - higher)
-        part = tl.where(is_there, tl.exp(score - higher), 0.0)
-        total = total * decay + part
-        mixed = mixed * decay[:, None] + part[:, None] * value
+        part = tl.exp(score - higher[:, None])
+        total = total * decay + tl.sum(part, 1)
+        mixed = mixed * decay[:, None] + tl.dot(part.to(dtype), value, input_precision="ieee")
         best = higher
 
-    new_score = tl.sum(query * new_key, 0)
-    highest = tl.maximum(tl.max(best, 0), new_score)
+    new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+    highest = tl.maximum(best, new_score)
     decay = tl.exp(best - highest)
     new_part = tl.exp(new_score - highest)
-    weight = tl.sum(total * decay, 0) + new_part
-    result = (tl.sum(mixed * decay[:, None], 0) + new_part * new_value) / weight
-    place = out + (row * HEADS + head) * D + d
-    tl.store(place, result.to(out.dtype.element_ty), mask=is_d)
+    weight = total * decay + new_part
+    mixed = mixed * decay[:, None] + new_part[:, None] * new_value.to(tl.float32)[None, :]
+    place = ((row * tl.num_programs(1) + shared) * GROUP + g)[:, None] * D + d[None, :]
+    tl.store(out + place, (mixed / weight[:, None]).to(out.dtype.element_ty), mask=is_query)
 
 
 def attend(
@@ -83,16 +119,17 @@ def attend(
     at `lengths` (B,). Returns (B, H, 1, D).
     """
     num_rows, heads, _, size = q.shape
-    group = heads // k.shape[1]
+    groups = k.shape[1]
     assert k.stride() == v.stride()
     assert q.stride(3) == k.stride(3) == 1
     out = torch.empty(num_rows, heads, 1, size, dtype=q.dtype, device=q.device)
-    few = num_rows * heads <= FEW_PROGRAMS
-    _attend[(num_rows, heads)](
+    few = num_rows * groups <= FEW_PROGRAMS
+    _attend[(num_rows, groups)](
         q, k, v, keys, values, lengths, out,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), keys.shape[2], size**-0.5,
-        HEADS=heads, GROUP=group, D=size, PADDED=triton.next_power_of_2(size),
-        BLOCK=256 if few else 64, num_warps=8 if few else 4,
+        GROUP=heads // groups, PADDED_GROUP=max(16, triton.next_power_of_2(heads // groups)),
+        D=size, PADDED=max(16, triton.next_power_of_2(size)),
+        BLOCK=128 if few else 64, num_warps=4, num_stages=3, **early_start(num_rows),
     )  # fmt: skip
     return out
 
@@ -102,6 +139,7 @@ def _linear(  # type: ignore[no-untyped-def]
     x, gain, shift, weight, bias, out, num_outputs, epsilon,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
     SHIFT: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of a matrix times a vector, with LayerNorm before and GELU or a sum after."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -111,8 +149,10 @@ def _linear(  # type: ignore[no-untyped-def]
         k = first + tl.arange(0, BLOCK_K)
         is_k = k < K
         at = n.to(tl.int64)[:, None] * K + k[None, :]
-        # Asked for first, so that it is under way while x is normalized.
+        # Asked for first, so that it is under way while x is made and normalized.
         part = tl.load(weight + at, mask=is_n[:, None] & is_k[None, :], other=0).to(tl.float32)
+        if first == 0:
+            _wait(EARLY)
         value = tl.load(x + k, mask=is_k, other=0).to(tl.float32)
         if NORM:  # BLOCK_K covers all of K then
             value = tl.where(is_k, value - tl.sum(value, 0) / K, 0.0)
@@ -139,8 +179,9 @@ def linear(
     norm: nn.LayerNorm | None = None,
     gelu: bool = False,
     add_to: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """gelu(weight @ norm(x) + bias) for one row: x of K numbers, weight (N, K) -> (1, N) float32.
+    """gelu(weight @ norm(x) + bias) for one row: x of K numbers, weight (N, K) -> (1, N).
 
     With `add_to` (1, N) the result is added to it in place.
     """
@@ -150,73 +191,268 @@ def linear(
     assert weight.is_contiguous()
     out = add_to
     if out is None:
-        out = torch.empty(1, num_outputs, dtype=torch.float32, device=x.device)
+        out = torch.empty(1, num_outputs, dtype=dtype, device=x.device)
     rows = min(8, max(1, triton.next_power_of_2(num_outputs) // 512))
-    block = triton.next_power_of_2(size) if norm else min(1024, triton.next_power_of_2(size))
+    block = triton.next_power_of_2(size) if norm else min(4096, triton.next_power_of_2(size))
     has_shift = norm is not None and norm.bias is not None
     _linear[(triton.cdiv(num_outputs, rows),)](
         x, norm.weight if norm else x, norm.bias if norm and has_shift else x, weight,
         x if bias is None else bias, out, num_outputs, norm.eps if norm else 0.0,
         K=size, BLOCK_K=block, ROWS=rows, NORM=norm is not None, SHIFT=has_shift,
-        BIAS=bias is not None, GELU=gelu, ADD=add_to is not None, num_warps=4,
+        BIAS=bias is not None, GELU=gelu, ADD=add_to is not None, num_warps=4, **early_start(1),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _project(  # type: ignore[no-untyped-def]
+    x, weight, out, num_rows, num_outputs, size, part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of x @ weight.T, summed over one part of the inputs."""
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(1) * part
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, part, BLOCK_K):
+        k = start + first + tl.arange(0, BLOCK_K)
+        is_k = (k < size)[None, :]
+        left = tl.load(
+            x + m[:, None] * size + k[None, :], mask=(m < num_rows)[:, None] & is_k, other=0
+        )
+        right = tl.load(
+            weight + n[:, None] * size + k[None, :], mask=(n < num_outputs)[:, None] & is_k, other=0
+        )
+        total += tl.dot(left, tl.trans(right), input_precision="ieee")
+    place = (tl.program_id(1) * num_rows + m)[:, None] * num_outputs + n[None, :]
+    is_there = (m < num_rows)[:, None] & (n < num_outputs)[None, :]
+    tl.store(out + place, total, mask=is_there)
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T for few rows, in parts that add_norm() sums up: (B, K), (N, K) -> (S, B, N).
+
+    The library would run as many programs as there are tiles, which are too few to read fast, or
+    sum the parts in a kernel of its own.
+    """
+    (num_rows, size), num_outputs = x.shape, weight.shape[0]
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    block_k = 64 if size <= 1024 else 128
+    part = triton.cdiv(triton.cdiv(size, 4), block_k) * block_k
+    parts = triton.cdiv(size, part)
+    out = torch.empty(parts, num_rows, num_outputs, dtype=torch.float32, device=x.device)
+    block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
+    _project[(triton.cdiv(num_outputs, 32), parts, triton.cdiv(num_rows, block_m))](
+        x, weight, out, num_rows, num_outputs, size, part,
+        BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_norm(  # type: ignore[no-untyped-def]
-    x, y, gain, shift, out, size, epsilon, BLOCK: tl.constexpr, SHIFT: tl.constexpr
-):
-    """One row: x += y, and LayerNorm of the sum."""
-    row = tl.program_id(0).to(tl.int64) * size
+    x, parts, bias, gain, shift, out, num_rows, size, epsilon,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """One row: x += the sum of the parts and the bias, and LayerNorm of the result."""
+    row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     is_k = k < size
-    value = tl.load(x + row + k, mask=is_k, other=0)
-    value += tl.load(y + row + k, mask=is_k, other=0).to(tl.float32)
-    tl.store(x + row + k, value, mask=is_k)
+    value = tl.load(x + row * size + k, mask=is_k, other=0)
+    for part in tl.static_range(PARTS):
+        value += tl.load(parts + (part * num_rows + row) * size + k, mask=is_k, other=0)
+    if BIAS:
+        value += tl.load(bias + k, mask=is_k, other=0).to(tl.float32)
+    if PARTS:
+        tl.store(x + row * size + k, value, mask=is_k)
     value = tl.where(is_k, value - tl.sum(value, 0) / size, 0.0)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / size + epsilon)
     value = value * tl.load(gain + k, mask=is_k, other=0).to(tl.float32)
     if SHIFT:
         value = value + tl.load(shift + k, mask=is_k, other=0).to(tl.float32)
-    tl.store(out + row + k, value.to(out.dtype.element_ty), mask=is_k)
+    tl.store(out + row * size + k, value.to(out.dtype.element_ty), mask=is_k)
 
 
-def add_norm(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """x += y in place, both (B, C), x in float32; returns norm(x) in the type of its weights."""
+def add_norm(x: Tensor, parts: Tensor | None, bias: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+    """x += parts.sum(0) + bias in place; returns norm(x) in the type of its weights.
+
+    x (B, C) and parts (S, B, C) are in float32.
+    """
     assert x.is_contiguous()
-    assert y.is_contiguous()
     out = torch.empty(x.shape, dtype=norm.weight.dtype, device=x.device)
     has_shift = norm.bias is not None
     _add_norm[(len(x),)](
-        x, y, norm.weight, norm.bias if has_shift else x, out, x.shape[1], norm.eps,
-        BLOCK=triton.next_power_of_2(x.shape[1]), SHIFT=has_shift, num_warps=4,
+        x, x if parts is None else parts, x if bias is None else bias,
+        norm.weight, norm.bias if has_shift else x, out, len(x), x.shape[1], norm.eps,
+        PARTS=0 if parts is None else len(parts), BLOCK=triton.next_power_of_2(x.shape[1]),
+        BIAS=bias is not None, SHIFT=has_shift, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _embed(  # type: ignore[no-untyped-def]
+    tokens, lengths, wte, wpe, out, size, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    """One row: its token's embedding and its position's."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    is_k = k < size
+    _wait(EARLY)
+    token, position = tl.load(tokens + row), tl.load(lengths + row)
+    value = tl.load(wte + token * size + k, mask=is_k, other=0).to(tl.float32)
+    value += tl.load(wpe + position * size + k, mask=is_k, other=0).to(tl.float32)
+    tl.store(out + row * size + k, value, mask=is_k)
+
+
+def embed(tokens: Tensor, lengths: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+    """wte[tokens] + wpe[lengths], both (B,), in float32: (B, C)."""
+    size = wte.shape[1]
+    out = torch.empty(len(tokens), size, dtype=torch.float32, device=wte.device)
+    _embed[(len(tokens),)](
+        tokens, lengths, wte, wpe, out, size,
+        BLOCK=triton.next_power_of_2(size), num_warps=4, **early_start(len(tokens)),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block_top(  # type: ignore[no-untyped-def]
+    logits, candidates, stride, num_tokens, K: tl.constexpr, BLOCK: tl.constexpr,
+    NARROW: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The K largest logits of a row's block, each with its token in one integer.
+
+    Its upper half has the order of the float; 32 bits hold both where the float has 16.
+    """
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    _wait(EARLY)
+    logit = tl.load(logits + row * stride + n, mask=n < num_tokens, other=-float("inf"))
+    place = (row * tl.num_programs(1) + block) * K + tl.arange(0, K)
+    if NARROW:
+        bits = logit.to(tl.int16, bitcast=True).to(tl.int32)
+        bits = bits ^ ((bits >> 31) & 0x7FFF)
+        tl.store(candidates + place, tl.topk((bits << 16) | (0xFFFF - n), K))
+    else:
+        bits = logit.to(tl.int32, bitcast=True)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        packed = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - n).to(tl.int64)
+        tl.store(candidates + place, tl.topk(packed, K))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _draw_top(  # type: ignore[no-untyped-def]
+    logits, candidates, noise, number, drawn, last, lengths, num_candidates,
+    top_k, temperature, top_p, min_p,
+    K: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One row: of all blocks' candidates the top_k, and of these one, as decode.draw() chooses."""
+    row, num_rows = tl.program_id(0), tl.num_programs(0)
+    n = tl.arange(0, BLOCK)
+    _wait(EARLY)
+    place = row.to(tl.int64) * num_candidates + n
+    least = -0x7FFFFFFF if NARROW else -0x7FFFFFFFFFFFFFFF
+    packed = tl.load(candidates + place, mask=n < num_candidates, other=least)
+    packed = tl.topk(packed, K)
+    if NARROW:
+        bits = packed >> 16
+        bits = (bits ^ ((bits >> 31) & 0x7FFF)).to(tl.int16)
+        tokens = (0xFFFF - (packed & 0xFFFF)).to(tl.int64)
+    else:
+        bits = (packed >> 32).to(tl.int32)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        tokens = 0x7FFFFFFF - (packed & 0x7FFFFFFF)
+    logit = bits.to(logits.dtype.element_ty, bitcast=True).to(tl.float32)
+    k = tl.arange(0, K)
+    score = tl.where(k < top_k, logit / temperature, -float("inf"))
+    probability = tl.exp(score - tl.max(score, 0))
+    probability = probability / tl.sum(probability, 0)
+    before = tl.cumsum(probability, 0) - probability
+    probability = tl.where((before >= top_p) & (k > 0), 0.0, probability)
+    probability = tl.where(probability < min_p * tl.max(probability, 0), 0.0, probability)
+    cumulative = tl.cumsum(probability.to(tl.float64), 0)
+    at = tl.load(number + row)
+    threshold = tl.load(noise + at * num_rows + row) * tl.max(cumulative, 0)
+    chosen = tl.minimum(tl.sum((cumulative <= threshold).to(tl.int32), 0), top_k - 1)
+    token = tl.sum(tl.where(k == chosen, tokens, 0), 0)
+    tl.store(drawn + at * num_rows + row, token)
+    tl.store(last + row, token)
+    tl.store(number + row, at + 1)
+    tl.store(lengths + row, tl.load(lengths + row) + 1)
+
+
+def draw_top(
+    logits: Tensor,
+    top_k: int,
+    temperature: float,
+    top_p: float | None,
+    min_p: float | None,
+    noise: Tensor,
+    number: Tensor,
+    drawn: Tensor,
+    last: Tensor,
+    lengths: Tensor,
+) -> None:
+    """Draw a token a row from its `top_k` <= MOST_TOP_K likeliest, and go on to the next.
+
+    logits (B, V). For the step n = number[row] it takes noise[n, row], writes the token to
+    drawn[n, row] and last[row], and adds 1 to lengths[row] and number[row].
+    """
+    num_rows, num_tokens = logits.shape
+    assert logits.stride(1) == 1
+    assert num_tokens <= 2**16
+    narrow = logits.element_size() == 2
+    kept, blocks = max(16, triton.next_power_of_2(top_k)), triton.cdiv(num_tokens, VOCABULARY_BLOCK)
+    candidates = torch.empty(
+        num_rows, blocks * kept, dtype=torch.int if narrow else torch.long, device=logits.device
+    )
+    how = {"K": kept, "NARROW": narrow, **early_start(num_rows)}
+    _block_top[(num_rows, blocks)](
+        logits, candidates, logits.stride(0), num_tokens, BLOCK=VOCABULARY_BLOCK, num_warps=4, **how
+    )
+    _draw_top[(num_rows,)](
+        logits, candidates, noise, number, drawn, last, lengths, blocks * kept,
+        top_k, temperature, 2.0 if top_p is None else top_p, min_p or 0.0,
+        BLOCK=triton.next_power_of_2(blocks * kept), num_warps=8, **how,
+    )  # fmt: skip
+
+
+def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+    """GELU of a linear layer, which the library computes with its product where there is a bias."""
+    if layer.bias is None or not x.is_cuda:
+        return gelu(layer(x))
+    return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
 
 
 def gpt2_logits(model: GPT2, tokens: Tensor, cache: Cache) -> Tensor:
     """model.logits(model.hidden(tokens, cache)) for one token a row: (B,) -> (B, V).
 
-    One row's logits are in float32. The sum of the layers is kept in float32 in any case.
+    The sum of the layers is kept in float32.
     """
     rows = len(tokens)
-    x = (model.wte(tokens) + model.wpe(cache.positions[:, 0])).float()  # (B, C)
+    x = embed(tokens, cache.positions[:, 0], model.wte.weight, model.wpe.weight)  # (B, C)
     block: Any
     if rows == 1:  # a vector: five kernels a layer
         for layer, block in enumerate(model.h):
             attention, mlp = block.attn, block.mlp
             qkv = linear(x, attention.c_attn.weight, attention.c_attn.bias, norm=block.ln_1)
             q, k, v = qkv.view(1, 3, attention.num_heads, 1, -1).unbind(1)  # each (1, H, 1, D)
-            y = cache.attend(layer, q, k, v)
-            linear(y, attention.c_proj.weight, attention.c_proj.bias, add_to=x)
+            heads = cache.attend(layer, q, k, v)
+            linear(heads, attention.c_proj.weight, attention.c_proj.bias, add_to=x)
             wide = linear(x, mlp.c_fc.weight, mlp.c_fc.bias, norm=block.ln_2, gelu=True)
             linear(wide, mlp.c_proj.weight, mlp.c_proj.bias, add_to=x)
-        return linear(x, model.wte.weight, None, norm=model.ln_f)
-    y = torch.zeros_like(x)
-    for layer, block in enumerate(model.h):  # eight, and the library's matrix products
-        qkv = block.attn.c_attn(add_norm(x, y, block.ln_1))
-        q, k, v = qkv.view(rows, 3, block.attn.num_heads, 1, -1).unbind(1)  # each (B, H, 1, D)
-        y = block.attn.c_proj(cache.attend(layer, q, k, v).view(rows, -1))
-        y = block.mlp(add_norm(x, y, block.ln_2))
-    return model.logits(add_norm(x, y, model.ln_f))
+        head = model.wte.weight
+        return linear(x, head, None, norm=model.ln_f, dtype=head.dtype)
+    y: Tensor | None = None
+    bias: Tensor | None = None
+    for layer, block in enumerate(model.h):  # eight
+        attention, mlp = block.attn, block.mlp
+        qkv = attention.c_attn(add_norm(x, y, bias, block.ln_1))
+        q, k, v = qkv.view(rows, 3, attention.num_heads, 1, -1).unbind(1)  # each (B, H, 1, D)
+        heads = cache.attend(layer, q, k, v).view(rows, -1)
+        y, bias = project(heads, attention.c_proj.weight), attention.c_proj.bias
+        wide = linear_gelu(add_norm(x, y, bias, block.ln_2), mlp.c_fc)
+        y, bias = project(wide, mlp.c_proj.weight), mlp.c_proj.bias
+    return model.logits(add_norm(x, y, bias, model.ln_f))

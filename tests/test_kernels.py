@@ -58,6 +58,39 @@ def test_attention_is_that_of_each_rows_own_length(num_rows: int, groups: int) -
         assert torch.allclose(y[row], wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0),
+        Sampling(temperature=0.8, top_k=50),
+        Sampling(temperature=1.3, top_k=64, top_p=0.4, min_p=0.02),
+        Sampling(temperature=3.0, top_k=5, top_p=0.1),
+    ],
+)
+def test_the_likeliest_tokens_are_drawn_as_the_plain_way_draws(
+    sampling: Sampling, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    num_rows, num_tokens, step = 6, 2500, 2
+    order = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(num_rows)])
+    # 64 that differ in bfloat16, too: which of two equals is taken is nobody's business.
+    distinct = torch.where(order < 64, order / 4, -9.0)
+    logits = F.pad(distinct, (0, 12), value=99.0).to(DEVICE, dtype)[:, :num_tokens]
+    noise = torch.rand(4, num_rows, dtype=torch.float64, generator=generator).to(DEVICE)
+    number = torch.full((num_rows,), step, device=DEVICE)
+    drawn = torch.zeros(4, num_rows, dtype=torch.long, device=DEVICE)
+    last, lengths = torch.zeros_like(number), torch.arange(num_rows, device=DEVICE)
+    kernels.draw_top(
+        logits, 1 if sampling.is_greedy else sampling.top_k or 0, max(sampling.temperature, 1e-3),
+        sampling.top_p, sampling.min_p, noise, number, drawn, last, lengths,
+    )  # fmt: skip
+    wanted = decode.draw(logits, sampling, noise[step])
+    assert last.tolist() == drawn[step].tolist() == wanted.tolist()
+    assert number.tolist() == [step + 1] * num_rows
+    assert lengths.tolist() == list(range(1, num_rows + 1))
+
+
 @pytest.mark.parametrize(
     ("num_rows", "bias", "sampling"),
     [

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from pipeline import shards, tokenizer
-from sampler.decode import Decoder, Sampling, draw
+from sampler.decode import Decoder, Sampling, draw, penalize
 from sampler.generate import Limits, Sample, generate
 from sampler.load import open_model
 from trainer import checkpoint
@@ -122,12 +122,13 @@ def drawn(
 ) -> dict[int, float]:
     """How often each token is drawn, over evenly spaced noise."""
     count = 2000
-    mask = None
+    rows = torch.tensor([logits]).expand(count, -1)
     if seen is not None:
         mask = torch.zeros(count, len(logits), dtype=torch.bool)
         mask[:, seen] = True
+        rows = penalize(rows, mask, sampling.repetition_penalty)
     noise = torch.arange(count, dtype=torch.float64) / count
-    tokens = draw(torch.tensor([logits]).expand(count, -1), sampling, noise, mask)
+    tokens = draw(rows, sampling, noise)
     return {t: (tokens == t).sum().item() / count for t in sorted({*tokens.tolist()})}
 
 

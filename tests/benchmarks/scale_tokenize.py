@@ -13,7 +13,10 @@ lose that share clock, memory and caches.
     CPU       seconds of processor time a GB of text; they grow with n when cores share too much
     shards    MB/s of shards that steady makes; `disk`: n processes that write and sync files
 
-and in per cent of the workers' time, from the first slice's start to the last one's end: reading
+The factors are against the best row of the fewest workers: the first run on a fresh machine may be
+slower than the rest, so name a number twice (--workers 16,1,16,1).
+
+And in per cent of the workers' time, from the first slice's start to the last one's end: reading
 and decompressing, encoding, split (a hash a document, val or train), writing with its checksum,
 committing (sync, rename), the rest of a slice, idle between two slices, and idle at the end.
 """
@@ -234,7 +237,8 @@ def run(workers: int, source: Path, folder: Path, gigabytes: float) -> Row:
 
 
 def show(rows: list[Row]) -> None:
-    first = rows[0]
+    fewest = min(row.workers for row in rows)
+    first = max((row for row in rows if row.workers == fewest), key=lambda row: row.steady)
     print(f"\n{'':7}{'text':>8}{'slices':>8}{'whole':>14}{'steady':>16}{'encoding':>16}", end="")
     print(f"{'steady /':>10}{'CPU':>9}{'shards':>8}{'disk':>7}{'start':>8}")
     print(f"{'workers':7}{'GB':>8}{'':8}{'MB/s':>14}{'MB/s':>16}{'MB/s':>16}", end="")
