@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline import shards
 from pipeline.errors import ForgeError
-from trainer import card, checkpoint, memory
+from trainer import card, checkpoint, float8, memory
 from trainer.config import Config
 from trainer.cross_entropy import IGNORED
 from trainer.guard import Guard
@@ -87,7 +87,9 @@ def evaluate(
             if len(batch) < micro_batch_size:
                 targets = targets.clone()
                 targets[len(batch) :] = IGNORED
-            sums[0] += model(inputs, targets)
+            with torch.enable_grad():  # as in training: without, it would be compiled once more
+                x = model.trunk(inputs)
+            sums[0] += model.loss(x.detach(), targets)
 
     on_all(ranks, add_mine)
     nats, num_bytes = sum_over_ranks(sums, ranks).tolist()
@@ -178,6 +180,8 @@ class Trainer:
         self.model = GPT2(config.model)
         self.model.init_weights(config.seed)
         self.model.to(device)
+        if config.precision == "float8":
+            float8.convert(self.model)
         self.optimizer = Optimizer(self.model, config, ranks)
         compile_model(self.model, config, device)
         self.hardware = hardware(device, ranks.world_size)
@@ -242,6 +246,8 @@ class Trainer:
         from_first(self.ranks, lambda: make_folder(self.run, self.config, self.data.index, hold))
         self.metrics = Metrics(self.run, self.ranks.is_first, last)
         self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
+        if self.ranks.is_first:
+            self.saver.prepare(self.optimizer.views(self.optimizer.masters), self.optimizer.state())
         self.introduce()
         self.log(
             "start",
@@ -501,7 +507,7 @@ class Trainer:
         for file, tensors in wanted.items():
             read = functools.partial(checkpoint.load_tensors, path / file, tensors)
             fill_from_first(self.ranks, read, tensors)
-        self.optimizer.restored()
+        self.optimizer.hand_over()
         self.step, self.decayed, self.saved_step = state.step, state.decayed, state.step
         self.schedule.decayed = state.decayed
         self.room = (self.step, UNKNOWN_STEPS)

@@ -15,6 +15,7 @@ from trainer.ranks import Ranks
 
 # Bytes a parameter: master, gradient and two AdamW moments in float32, the weight in bfloat16.
 STATE_BYTES = 4 + 4 + 4 + 4 + 2
+FLOAT8_BYTES = 2  # besides: the weight in 8 bits, in both orders
 # Bytes of a compiled bfloat16 step for each token and channel: what forward keeps in each layer,
 # and what the backward pass of one layer adds. Fitted to measured peaks (tests/benchmarks/memory).
 LAYER_BYTES = 31.7
@@ -42,7 +43,8 @@ def estimate_bytes(config: Config, micro_batch_size: int) -> int:
     head = LOGIT_BYTES * min(tokens, HEAD_CHUNK["cuda"]) * model.vocab_size
     head += HEAD_BYTES * model.vocab_size * model.embedding_size
     backward = BACKWARD_BYTES * tokens * model.embedding_size
-    return int(STATE_BYTES * model.num_parameters() + kept + max(head, backward))
+    state = STATE_BYTES + FLOAT8_BYTES * (config.precision == "float8")
+    return int(state * model.num_parameters() + kept + max(head, backward))
 
 
 def usable_bytes(device: torch.device) -> int:

@@ -128,15 +128,19 @@ class GPT2(nn.Module):
         """The tied head: (..., C) -> (..., V)."""
         return F.linear(x, self.wte.weight)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the losses in nats, over targets (B, T) that are not -100.
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses in nats, over targets (B, T) that are not -100; x (B, T, C).
 
         A sum, so that nothing is rounded on the way back: the optimizer divides, in float32.
         """
-        x, weight = self.trunk(tokens).flatten(0, 1), self.wte.weight
+        weight = self.wte.weight
         if not torch.is_grad_enabled():  # a Function sees requires_grad, not the grad mode
             weight = weight.detach()
         loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
-            x, weight, targets.flatten()
+            x.flatten(0, 1), weight, targets.flatten()
         )
         return loss
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """What training minimizes: the trunk, and the loss of what comes out of it."""
+        return self.loss(self.trunk(tokens), targets)

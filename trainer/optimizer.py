@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import Config
+from trainer.float8 import Float8Linear
 from trainer.ranks import Ranks
 
 MUON_MOMENTUM = 0.95
@@ -18,6 +19,8 @@ LOSS_SCALE_STEPS = 2000  # sound steps after which a float16 run doubles its los
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Precision of the weights that the model computes with."""
+    if config.precision == "float8":
+        return torch.bfloat16
     if config.precision != "auto":
         dtype: torch.dtype = getattr(torch, config.precision)
         return dtype
@@ -85,6 +88,7 @@ class Optimizer:
         if is_master:  # backward adds to them by itself
             for name, view in self.views(self.gradients).items():
                 self.parameters[name].grad = view
+        self.quantized = [m for m in model.modules() if isinstance(m, Float8Linear)]
         options = config.optimizer
         self.max_norm = options.max_norm
         self.lr_ratio, self.weight_decay = options.muon_lr / options.peak_lr, options.weight_decay
@@ -170,8 +174,7 @@ class Optimizer:
         self.adamw.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
         self.adamw.step()
         self.muon(lr, divisor * clipped, is_sound)
-        if self.weights is not self.masters:
-            self.weights.copy_(self.masters)
+        self.hand_over()
         self.gradients.zero_()
         if self.scales:
             self.sound_steps.add_(1).mul_(is_sound)
@@ -230,10 +233,12 @@ class Optimizer:
         tensors |= {f"step.{number}": count for number, count in enumerate(counts)}
         return tensors | {"loss_scale": self.loss_scale, "sound_steps": self.sound_steps}
 
-    def restored(self) -> None:
-        """Masters and state() have been filled from a checkpoint: the model takes them up."""
+    def hand_over(self) -> None:
+        """The model takes up the masters as they are now."""
         if self.weights is not self.masters:
             self.weights.copy_(self.masters)
+        for layer in self.quantized:
+            layer.quantize()
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 Runs forge-train with schedule.budget_hours and prints what the schedule did. The time is taken from
 outside, from the start of the process to its end. With --throttle the machine is twice as slow
 from the middle of the budget on: the process stands still every other half second. With --kill it
-is killed in the decay, and started again with the same command.
+is killed in the decay, and started again with the same command. Then what evaluations, checkpoints
+and waiting for data cost of it.
 """
 
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -79,6 +81,27 @@ def main(
     click.echo(
         f"{seconds:.1f} s of {minutes * 60:.0f} s, {seconds / minutes / 60:.2%}, from the start of "
         "the process to its end"
+    )
+    show_costs(rows)
+
+
+def show_costs(rows: list[dict]) -> None:
+    """What is not training: evaluations, checkpoints and the steps after them, waits for data."""
+    speeds = {row["step"]: row["tokens_per_second"] for row in rows if row["kind"] == "step"}
+    usual = statistics.median(speeds.values())
+    for row in [row for row in rows if row["kind"] == "checkpoint"]:
+        after = [speeds[step] for step in range(row["step"] + 1, row["step"] + 4) if step in speeds]
+        click.echo(
+            f"checkpoint of step {row['step']}: training stood for {row['stall_seconds']:.2f} s, "
+            f"written in {row['save_seconds']:.1f} s; the next steps at "
+            + " ".join(f"{speed / usual:.1%}" for speed in after)
+            + " of the usual speed"
+        )
+    took = [row["evaluate_seconds"] for row in rows if row["kind"] == "evaluate" and row["step"]]
+    waits = [row["data_wait"] for row in rows if row["kind"] == "step"]
+    click.echo(
+        f"usual speed {usual:,.0f} tokens/s; an evaluation took {statistics.median(took):.2f} s; "
+        f"waits for data: median {statistics.median(waits):.3%}, most {max(waits[1:]):.3%}"
     )
 
 

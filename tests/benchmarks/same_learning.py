@@ -1,12 +1,13 @@
 """Does training in bfloat16 with float32 masters learn what plain mixed precision learns?
 
-    python -m tests.benchmarks.same_learning --data DIR [--config gpt2] [--steps 2000]
+    python -m tests.benchmarks.same_learning --data DIR [--config gpt2] [--arms forge,float8,plain]
 
-"forge" is forge-train, "muon" the same with optimizer.name=muon; "plain" computes with float32
+"forge" is forge-train, "float8" and "muon" the same with that option; "plain" computes with float32
 weights under autocast, with F.cross_entropy, clip_grad_norm_ and fused AdamW. Same seed, same first
 weights, same windows, same schedule; the validation losses are taken over the same tokens.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,11 @@ from trainer.run import Data, open_data
 from trainer.schedule import UNKNOWN_STEPS, Schedule
 from trainer.windows import MicroBatches, to_device, windows_at
 
-MUON = ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3")
+ARMS = {
+    "forge": (),
+    "float8": ("precision=float8",),
+    "muon": ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3"),
+}
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -88,9 +93,12 @@ def plain(config: Config, data: Data, micro_batch: int) -> dict[int, float]:
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--config", "name", default="gpt2", show_default=True)
 @click.option("--steps", default=2000, show_default=True)
-@click.option("--with-muon", is_flag=True, help="Also train with Muon, to see what it is worth.")
+@click.option("--arms", default="forge,plain", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="A file for the losses, as JSON.")
 @click.option("--set", "settings", multiple=True)
-def main(data: Path, name: str, steps: int, with_muon: bool, settings: tuple[str, ...]) -> None:
+def main(
+    data: Path, name: str, steps: int, arms: str, out: Path | None, settings: tuple[str, ...]
+) -> None:
     more = (
         "batch.tokens_per_step=16384",
         f"schedule.max_steps={steps}",
@@ -103,28 +111,28 @@ def main(data: Path, name: str, steps: int, with_muon: bool, settings: tuple[str
         *settings,
     )
     config = configs.load(name, more)
-    forge, seconds, hardware = forge_train(name, data, more)
-    click.echo(f"{hardware}, torch {torch.__version__}; validation loss of {name}")
-    click.echo(f"forge: {seconds:.0f} s of training; {in_short(forge)}")
-    muon: dict[int, float] = {}
-    if with_muon:
-        muon, seconds, _ = forge_train(name, data, (*more, *MUON))
-        click.echo(f"muon: {seconds:.0f} s of training; {in_short(muon)}")
-    started = time.perf_counter()
-    micro_batch = memory.plan_step(config, Ranks(), Ranks().device()).micro_batch_size
-    expected = plain(config, open_data(config, data), micro_batch)
-    click.echo(f"plain: {time.perf_counter() - started:.0f} s with compilation")
-    click.echo(f"{'step':>6}{'plain':>10}{'forge':>10}{'difference':>12}{'muon':>10}")
-    for step, loss in expected.items():
-        other = f"{muon[step]:.4f}" if muon else "-"
-        click.echo(
-            f"{step:>6}{loss:>10.4f}{forge[step]:>10.4f}{forge[step] / loss - 1:>12.2%}{other:>10}"
+    found: dict[str, dict[int, float]] = {}
+    for arm in arms.split(","):
+        started = time.perf_counter()
+        if arm == "plain":
+            micro_batch = memory.plan_step(config, Ranks(), Ranks().device()).micro_batch_size
+            found[arm] = plain(config, open_data(config, data), micro_batch)
+            took = f"{time.perf_counter() - started:.0f} s with compilation"
+        else:
+            found[arm], seconds, hardware = forge_train(name, data, (*more, *ARMS[arm]))
+            took = f"{seconds:.0f} s of training on {hardware}"
+        # On a line of its own, as soon as it is known: what comes after may be cut off.
+        losses = " ".join(f"{step}:{loss:.4f}" for step, loss in found[arm].items())
+        click.echo(f"{arm}: {took}, torch {torch.__version__}: {losses}")
+        if out:
+            out.write_text(json.dumps(found))
+    first, *others = found
+    click.echo(f"{name}\n{'step':>6}{first:>10}" + "".join(f"{arm:>10}{'':9}" for arm in others))
+    for step, loss in found[first].items():
+        compared = (
+            f"{found[arm][step]:>10.4f}{found[arm][step] / loss - 1:>+9.2%}" for arm in others
         )
-
-
-def in_short(losses: dict[int, float]) -> str:
-    """On a line of its own, as soon as it is known: what comes after may be cut off."""
-    return " ".join(f"{step}:{loss:.4f}" for step, loss in losses.items())
+        click.echo(f"{step:>6}{loss:>10.4f}" + "".join(compared))
 
 
 def forge_train(

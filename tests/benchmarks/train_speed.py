@@ -5,6 +5,8 @@
 "forge" is forge-train itself with all that it does (real windows, evaluation, metrics); "plain" is
 the recipe that most trainers use: autocast over float32 weights, fused AdamW, F.cross_entropy over
 a vocabulary padded to 50304, torch.compile, the same windows. Without --data the tokens are random.
+Other arms: "forge by block" (compile=block), "forge float8", and a second "forge" to see what the
+compile cache saves.
 """
 
 import dataclasses
@@ -165,6 +167,8 @@ def main(data: Path | None, names: str, steps: int, arms: str, plain_arm: str | 
                     speed, peak, first = json.loads(done.stdout)
                 else:
                     settings = (NO_BIAS,) if "without" in arm else ()
+                    settings += ("--set=compile=block",) if "block" in arm else ()
+                    settings += ("--set=precision=float8",) if "float8" in arm else ()
                     speed, peak, first = forge(name, data, micro_batch, steps, settings)
                 against = against or speed
                 share = speed * model.flops_per_token() / sustained_matmul()
