@@ -327,7 +327,7 @@ def test_float8_products_are_those_of_the_rounded_factors() -> None:
     assert near(plain.bias.grad, dy2.sum(0), 0.01)
     # Exactly: the factors are rounded, and nothing else but the result.
     x8 = float8.to_float8(x2.bfloat16(), float8.INPUT_SCALE, torch.float8_e4m3fn).double()
-    exact = (x8 / float8.INPUT_SCALE) @ (layer.weight8.double() * layer.scales[2].double()).T
+    exact = (x8 / float8.INPUT_SCALE) @ (layer.weight8.double() * layer.undo_weight.double()).T
     assert torch.allclose(
         y.double().flatten(0, 1), exact + plain.bias.double(), rtol=0.01, atol=0.02
     )
@@ -351,6 +351,6 @@ def test_float8_layers_follow_the_masters_and_keep_their_names() -> None:
     optimizer.hand_over()
     for layer in optimizer.quantized:
         assert layer.weight.dtype == torch.bfloat16
-        back = layer.weight8.float() * layer.scales[2]
+        back = layer.weight8.float() * layer.undo_weight
         assert torch.allclose(back, layer.weight.float(), rtol=0.07, atol=1e-4)
         assert torch.equal(layer.transposed8.T, layer.weight8)

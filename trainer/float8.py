@@ -49,21 +49,24 @@ class Product(torch.autograd.Function):
         bias: Tensor | None,
         weight8: Tensor,
         transposed8: Tensor,
-        scales: Tensor,
+        undo_input: Tensor,
+        undo_gradient: Tensor,
+        undo_weight: Tensor,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         rows8 = to_float8(rows, INPUT_SCALE, torch.float8_e4m3fn)
-        ctx.save_for_backward(rows, transposed8, scales)
+        ctx.save_for_backward(rows, transposed8, undo_gradient, undo_weight)
         ctx.has_bias, ctx.shape = bias is not None, x.shape
-        return product(rows8, weight8, scales[0], scales[2], bias).view(*x.shape[:-1], -1)
+        return product(rows8, weight8, undo_input, undo_weight, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, transposed8, scales = ctx.saved_tensors
+        rows, transposed8, undo_gradient, undo_weight = ctx.saved_tensors
         dy = gradients[0].reshape(-1, gradients[0].shape[-1])
         dy8 = to_float8(dy, GRADIENT_SCALE, torch.float8_e5m2)
-        dx = product(dy8, transposed8, scales[1], scales[2], None).view(ctx.shape)
-        return dx, dy.T @ rows, dy.sum(0) if ctx.has_bias else None, None, None, None
+        dx = product(dy8, transposed8, undo_gradient, undo_weight, None).view(ctx.shape)
+        db = dy.sum(0) if ctx.has_bias else None
+        return dx, dy.T @ rows, db, None, None, None, None, None
 
 
 class Float8Linear(nn.Linear):
@@ -71,18 +74,21 @@ class Float8Linear(nn.Linear):
 
     weight8: Tensor  # (N, K)
     transposed8: Tensor  # (K, N)
-    scales: Tensor  # that undo those of inputs, gradients and weight
+    undo_input: Tensor  # the scales' inverses, which the products take
+    undo_gradient: Tensor
+    undo_weight: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         dtype, device = torch.float8_e4m3fn, linear.weight.device
-        scales = torch.tensor([1 / INPUT_SCALE, 1 / GRADIENT_SCALE, 1.0], device=device)
         weight8 = torch.empty(linear.weight.shape, dtype=dtype, device=device)
         self.register_buffer("weight8", weight8, persistent=False)
         self.register_buffer("transposed8", weight8.T.contiguous(), persistent=False)
-        self.register_buffer("scales", scales, persistent=False)
+        for name, scale in (("input", INPUT_SCALE), ("gradient", GRADIENT_SCALE), ("weight", 1.0)):
+            undo = torch.tensor(1 / scale, device=device)
+            self.register_buffer(f"undo_{name}", undo, persistent=False)
         self.quantize()
 
     @torch.no_grad()
@@ -93,11 +99,18 @@ class Float8Linear(nn.Linear):
         scale = torch.exp2(torch.log2(torch.finfo(dtype).max / largest).floor())
         self.weight8.copy_(to_float8(self.weight, scale, dtype))
         self.transposed8.copy_(self.weight8.T)
-        self.scales[2] = 1 / scale
+        self.undo_weight.copy_(1 / scale)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = Product.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, self.weight8, self.transposed8, self.scales
+            x,
+            self.weight,
+            self.bias,
+            self.weight8,
+            self.transposed8,
+            self.undo_input,
+            self.undo_gradient,
+            self.undo_weight,
         )
         return out
 

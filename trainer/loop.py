@@ -54,7 +54,7 @@ from trainer.run import (
 )
 from trainer.schedule import UNKNOWN_STEPS, Clock, Schedule
 from trainer.signals import Wishes
-from trainer.step import Shared, StepResult, train_step
+from trainer.step import Moment, Shared, StepResult, train_step
 from trainer.windows import MicroBatches, to_device, windows_at
 
 VALIDATION_SEED = 0  # one choice of validation windows for every run
@@ -300,7 +300,7 @@ class Trainer:
         """Steps until the end, a signal, or a change of the micro-batch."""
         plan = self.plan
         pending: StepResult | None = None
-        self.step_ended_at = time.perf_counter()
+        self.step_began = Moment(self.device)
         while not self.ends and self.plan is plan:
             at, fitting = self.room
             lr = self.schedule.rate(self.step + 1, fitting - (self.step + 1 - at))
@@ -345,8 +345,8 @@ class Trainer:
         if result is None:
             return
         shared = result.read()
-        now = time.perf_counter()
-        elapsed, self.step_ended_at = now - self.step_ended_at, now
+        elapsed = result.arrived.seconds_since(self.step_began)
+        self.step_began = result.arrived
         if self.beats:
             self.beats.progress(result.step)
         if shared.failed:
@@ -376,6 +376,7 @@ class Trainer:
         row["data_wait"] = result.seconds_waited / elapsed
         self.metrics.log("step", result.step, result.step * step_tokens, self.seconds, **row)
         over = self.schedule.is_over(result.step)
+        now = time.perf_counter()
         if now - self.printed_at >= PRINT_SECONDS or result.step == self.first_step or over:
             self.printed_at = now
             self.say(step_line({"step": result.step, **row}, self.num_steps, self.eta(elapsed)))
@@ -470,8 +471,8 @@ class Trainer:
             text = sample_text(
                 self.model, self.data.vocabulary, self.config.evaluate.sample_tokens, self.step
             )
-        self.step_ended_at = time.perf_counter()
-        took = self.step_ended_at - started
+        took = time.perf_counter() - started
+        self.step_began = Moment(self.device)
         if self.step:  # the one before the first step compiles
             self.clock.evaluate_seconds = took
         figures = {"loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak}
@@ -528,8 +529,9 @@ class Trainer:
             self.saver.start(masters, self.optimizer.state(), state)
         self.saved_step = self.step
         write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
-        self.step_ended_at = time.perf_counter()
-        self.clock.stall_seconds = self.step_ended_at - started
+        self.clock.stall_seconds = time.perf_counter() - started
+        if self.device.type == "cpu":  # on a GPU the copies count to the next step, where they are
+            self.step_began = Moment(self.device)
 
     def same_weights(self) -> None:
         """ForgeError unless the weights are the same bits on all ranks."""

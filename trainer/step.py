@@ -5,6 +5,7 @@ next step has been queued.
 """
 
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,27 @@ class Shared(NamedTuple):
     suspects: list[float]  # 1 for each micro-batch, rank by rank, whose loss was not finite
 
 
+class Moment:
+    """Now, in the order of the device's own work, which the host runs ahead of."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.time = time.perf_counter()
+        self.event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self.event.record()
+
+    def wait(self) -> None:
+        if self.event:
+            self.event.synchronize()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Both must be over."""
+        if self.event and earlier.event:
+            return float(earlier.event.elapsed_time(self.event)) / 1000
+        return self.time - earlier.time
+
+
 class StepResult:
     """A step's figures on their way from the device to here."""
 
@@ -47,18 +69,15 @@ class StepResult:
         self.step, self.lr, self.limit = step, lr, limit
         self.decayed_before, self.decayed = decayed
         self.plan, self.seconds_waited = plan, seconds_waited
-        self.arrived: torch.cuda.Event | None = None
         self.figures = figures
         if figures.is_cuda:  # reading it directly would wait for all that is queued behind it, too
             self.figures = torch.empty(figures.shape, pin_memory=True)
             self.figures.copy_(figures, non_blocking=True)
-            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.arrived.record()
+        self.arrived = Moment(figures.device)
 
     def read(self) -> Shared:
         """Waits until this step is done."""
-        if self.arrived:
-            self.arrived.synchronize()
+        self.arrived.wait()
         loss, stops, saves, failed, out_of_memory, steps_left, norm, *rest = self.figures.tolist()
         return Shared(loss, stops, saves, failed, out_of_memory, steps_left, norm, rest)
 
