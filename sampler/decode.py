@@ -137,6 +137,30 @@ class KVCache:
         return F.scaled_dot_product_attention(q, keys, values, self.mask, enable_gqa=grouped)
 
 
+class Drawn:
+    """Tokens (n, B) and their log-probabilities on their way from the device to here."""
+
+    def __init__(self, tokens: Tensor, logs: Tensor | None) -> None:
+        self.tokens, self.logs = self._sent(tokens), None if logs is None else self._sent(logs)
+        self.arrived: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.arrived.record()
+
+    def _sent(self, drawn: Tensor) -> Tensor:
+        if not drawn.is_cuda:
+            return drawn.clone()
+        return torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True).copy_(
+            drawn, non_blocking=True
+        )
+
+    def read(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens (B, n) and, if asked for, their log-probabilities under the model (B, n)."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.tokens.T.tolist(), [] if self.logs is None else self.logs.T.tolist()
+
+
 class Decoder:
     """A model and B rows of text that it goes on with, all at once.
 
@@ -248,15 +272,15 @@ class Decoder:
                 self.seen[row, torch.tensor(text, device=self.device)] = True
 
     @torch.inference_mode()
-    def run(self, noise: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+    def start(self, noise: Tensor) -> "Drawn":
         """Draw n <= MAX_STEPS tokens for every row from `noise` (n, B).
 
-        Returns the tokens and, if asked for, their log-probabilities under the model: (B, n) both.
-        Rows that nobody reads start at length 0 again, so that they never run out of room.
+        A GPU is at it when this returns; the next start() or read() queues up behind it. Rows that
+        nobody reads start at length 0 again, so that they never run out of room.
         """
         steps = len(noise)
-        self.noise[:steps] = noise.to(self.device)
-        self.cache.lengths.copy_(torch.tensor(self.lengths))
+        self.noise[:steps] = self._sent(noise)
+        self.cache.lengths.copy_(self._sent(torch.tensor(self.lengths)))
         self.number.zero_()
         for _ in range(steps):
             if self.graph is not None:
@@ -264,8 +288,17 @@ class Decoder:
             else:
                 self._step(max(self.lengths) + 1, len({*self.lengths}) == 1)
             self.lengths = [length + 1 for length in self.lengths]
-        logs = [] if self.logs is None else self.logs[:steps].T.tolist()
-        return self.drawn[:steps].T.tolist(), logs
+        return Drawn(self.drawn[:steps], None if self.logs is None else self.logs[:steps])
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """A copy on the device; pinned on its way, because others wait until the GPU is idle."""
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def run(self, noise: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+        """start(), and wait for the tokens."""
+        return self.start(noise).read()
 
     def clear(self, row: int) -> None:
         """Nobody reads this row any more."""

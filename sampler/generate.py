@@ -4,9 +4,10 @@ Before: decode.py, one step of B rows. After: terminal.py, which shows the texts
 """
 
 import codecs
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import torch
 
 from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN
-from sampler.decode import MAX_STEPS, Decoder
+from sampler.decode import MAX_STEPS, Decoder, Drawn
 
 Finish = Literal["eot", "stop", "length", "context"]
 
@@ -43,6 +44,7 @@ class Sample:
     logprobs: list[float] = field(default_factory=list)  # natural logarithms, if asked for
     text: str = ""  # what can be shown: whole characters, and nothing that may become a stop
     finish: Finish | None = None
+    queued: int = 0  # tokens that are drawn or being drawn
 
     def __post_init__(self) -> None:
         self._generator = np.random.Generator(np.random.Philox(self.seed))
@@ -103,8 +105,10 @@ def generate(
     """
     waiting, length = iter(samples), decoder.context_length
     rows: list[Sample | None] = [None] * decoder.num_rows
-    stride = MAX_STEPS if decoder.graph is not None else 1
+    on_gpu = decoder.graph is not None
+    stride, most_pending = (MAX_STEPS, 2) if on_gpu else (1, 1)
     unread: dict[int, list[int]] = {}
+    pending: deque[Run] = deque()
     while True:
         for row, old in enumerate(rows):
             if old is None and (new := next(waiting, None)) is not None:
@@ -119,17 +123,30 @@ def generate(
             decoder.read(unread)
             unread = {}
         active = {row: sample for row, sample in enumerate(rows) if sample is not None}
-        if not active:
+        steps = 0
+        if active:
+            room = min(length - decoder.lengths[row] for row in active)
+            steps = min(stride, room, max(limits.max_tokens - s.queued for s in active.values()))
+        if steps > 0:
+            for row in set(range(len(rows))) - active.keys():
+                decoder.clear(row)  # or it would run out of room
+            noise = np.zeros((steps, len(rows)))
+            for row, sample in active.items():
+                noise[:, row] = sample.noise(steps)
+                sample.queued += steps
+            drawn = decoder.start(torch.from_numpy(noise))
+            pending.append(Run(drawn, active, list(decoder.lengths)))
+            if len(pending) < most_pending:
+                continue  # the GPU works on while we look at what it drew before
+        if not pending:
             return
-        room = min(length - decoder.lengths[row] for row in active)
-        wanted = max(limits.max_tokens - len(sample.tokens) for sample in active.values())
-        noise = np.zeros((min(stride, room, wanted), len(rows)))
-        for row, sample in active.items():
-            noise[:, row] = sample.noise(len(noise))
-        tokens, logs = decoder.run(torch.from_numpy(noise))
-        for row, sample in active.items():
+        run = pending.popleft()
+        tokens, logs = run.drawn.read()
+        for row, sample in run.rows.items():
+            if sample.finish is not None:
+                continue  # it had ended before this run was looked at
             sample.take(tokens[row], logs[row] if logs else [], vocabulary, limits)
-            if sample.finish is None and decoder.lengths[row] == length:
+            if sample.finish is None and run.lengths[row] == length:
                 if limits.slides:
                     unread[row] = sample.history(max(1, length // 2))
                 else:
@@ -137,4 +154,11 @@ def generate(
             yield sample
             if sample.finish is not None:
                 rows[row] = None
-                decoder.clear(row)
+
+
+class Run(NamedTuple):
+    """Steps that are queued: what they draw, for which samples, and the rows' lengths then."""
+
+    drawn: Drawn
+    rows: dict[int, Sample]
+    lengths: list[int]

@@ -4,7 +4,7 @@ Before: decode.py, which calls these on a GPU. After: the same numbers as traine
 
 Writing one token is a walk through all weights with almost nothing to compute, so its time is that
 of reading memory and of starting kernels. `attend` reads a row's cache to its own length, whatever
-the memory behind it; `gpt2_logits` is GPT-2 in five kernels a layer for one row and in eight for
+the memory behind it; `gpt2_logits` is GPT-2 in five kernels a layer for one row and in seven for
 more; `draw_top` takes the likeliest tokens and draws one in two. Everything is summed in float32.
 
 From Hopper on, a kernel starts while the one before it ends (NVIDIA's programmatic dependent
@@ -26,18 +26,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from trainer.model import GPT2, Cache, gelu
 
 FEW_PROGRAMS = 128  # about the multiprocessors of a large card
+FEW_ROWS = 64  # up to which project() is faster than the library
 MOST_TOP_K = 64  # of the tokens that draw_top sorts
 VOCABULARY_BLOCK = 1024
 
 
-def early_start(num_rows: int) -> dict[str, bool]:
+def early_start(after_ours: bool = True) -> dict[str, bool]:
     """Launch options: whether a kernel may start before the one before it has ended.
 
-    That pays for one row; with more, those that wait are in the way of those that work.
+    Not after one of a library: it may let ours start so early that they are in its way.
     """
-    return (
-        {"EARLY": True, "launch_pdl": True} if num_rows == 1 and is_hopper() else {"EARLY": False}
-    )
+    return {"EARLY": is_hopper(), **({"launch_pdl": True} if is_hopper() and after_ours else {})}
 
 
 @functools.cache
@@ -129,9 +128,16 @@ def attend(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), keys.shape[2], size**-0.5,
         GROUP=heads // groups, PADDED_GROUP=max(16, triton.next_power_of_2(heads // groups)),
         D=size, PADDED=max(16, triton.next_power_of_2(size)),
-        BLOCK=128 if few else 64, num_warps=4, num_stages=3, **early_start(num_rows),
+        BLOCK=128 if few else 64, num_warps=4, num_stages=3,
+        **early_start(after_ours=num_rows <= FEW_ROWS),
     )  # fmt: skip
     return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gelu(x: Any) -> Any:
+    """Tanh-approximated: x * (1 + tanh(z)) / 2 = x * sigmoid(2z)."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -164,9 +170,8 @@ def _linear(  # type: ignore[no-untyped-def]
     result = tl.sum(total, 1)
     if BIAS:
         result += tl.load(bias + n, mask=is_n, other=0).to(tl.float32)
-    if GELU:  # tanh-approximated: x * (1 + tanh(z)) / 2 = x * sigmoid(2z)
-        cubed = result * result * result
-        result = result * tl.sigmoid(1.5957691216057308 * (result + 0.044715 * cubed))
+    if GELU:
+        result = _gelu(result)
     if ADD:
         result += tl.load(out + n, mask=is_n, other=0)
     tl.store(out + n, result, mask=is_n)
@@ -199,21 +204,23 @@ def linear(
         x, norm.weight if norm else x, norm.bias if norm and has_shift else x, weight,
         x if bias is None else bias, out, num_outputs, norm.eps if norm else 0.0,
         K=size, BLOCK_K=block, ROWS=rows, NORM=norm is not None, SHIFT=has_shift,
-        BIAS=bias is not None, GELU=gelu, ADD=add_to is not None, num_warps=4, **early_start(1),
+        BIAS=bias is not None, GELU=gelu, ADD=add_to is not None, num_warps=4, **early_start(),
     )  # fmt: skip
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _project(  # type: ignore[no-untyped-def]
-    x, weight, out, num_rows, num_outputs, size, part,
+    x, weight, bias, out, num_rows, num_outputs, size, part,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BIAS: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of x @ weight.T, summed over one part of the inputs."""
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * part
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    _wait(EARLY)
     for first in range(0, part, BLOCK_K):
         k = start + first + tl.arange(0, BLOCK_K)
         is_k = (k < size)[None, :]
@@ -224,28 +231,37 @@ def _project(  # type: ignore[no-untyped-def]
             weight + n[:, None] * size + k[None, :], mask=(n < num_outputs)[:, None] & is_k, other=0
         )
         total += tl.dot(left, tl.trans(right), input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + n, mask=n < num_outputs, other=0).to(tl.float32)[None, :]
+    if GELU:
+        total = _gelu(total)
     place = (tl.program_id(1) * num_rows + m)[:, None] * num_outputs + n[None, :]
     is_there = (m < num_rows)[:, None] & (n < num_outputs)[None, :]
-    tl.store(out + place, total, mask=is_there)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_there)
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T for few rows, in parts that add_norm() sums up: (B, K), (N, K) -> (S, B, N).
+def project(x: Tensor, layer: nn.Linear, in_parts: bool = False, gelu: bool = False) -> Tensor:
+    """layer(x) for few rows, (B, K) -> (B, N), or its parts, (S, B, N) in float32, without bias.
 
-    The library would run as many programs as there are tiles, which are too few to read fast, or
-    sum the parts in a kernel of its own.
+    The parts are for add_norm() to sum up: where there are few outputs, one program for each tile
+    of them would be too few to read the weights fast.
     """
+    weight, bias = layer.weight, layer.bias
     (num_rows, size), num_outputs = x.shape, weight.shape[0]
     assert x.is_contiguous()
     assert weight.is_contiguous()
-    block_k = 64 if size <= 1024 else 128
-    part = triton.cdiv(triton.cdiv(size, 4), block_k) * block_k
+    block_k = 64 if in_parts and size <= 1024 else 128
+    part = triton.cdiv(triton.cdiv(size, 4 if in_parts else 1), block_k) * block_k
     parts = triton.cdiv(size, part)
-    out = torch.empty(parts, num_rows, num_outputs, dtype=torch.float32, device=x.device)
+    shape = (parts, num_rows, num_outputs) if in_parts else (num_rows, num_outputs)
+    out = torch.empty(shape, dtype=torch.float32 if in_parts else x.dtype, device=x.device)
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
+    has_bias = bias is not None and not in_parts
+    after_ours = num_rows <= FEW_ROWS
     _project[(triton.cdiv(num_outputs, 32), parts, triton.cdiv(num_rows, block_m))](
-        x, weight, out, num_rows, num_outputs, size, part,
-        BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, num_warps=4, num_stages=3,
+        x, weight, bias if has_bias else x, out, num_rows, num_outputs, size, part,
+        BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, BIAS=has_bias, GELU=gelu,
+        num_warps=4, num_stages=3, **early_start(after_ours),
     )  # fmt: skip
     return out
 
@@ -254,11 +270,13 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 def _add_norm(  # type: ignore[no-untyped-def]
     x, parts, bias, gain, shift, out, num_rows, size, epsilon,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row: x += the sum of the parts and the bias, and LayerNorm of the result."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     is_k = k < size
+    _wait(EARLY)
     value = tl.load(x + row * size + k, mask=is_k, other=0)
     for part in tl.static_range(PARTS):
         value += tl.load(parts + (part * num_rows + row) * size + k, mask=is_k, other=0)
@@ -286,7 +304,7 @@ def add_norm(x: Tensor, parts: Tensor | None, bias: Tensor | None, norm: nn.Laye
         x, x if parts is None else parts, x if bias is None else bias,
         norm.weight, norm.bias if has_shift else x, out, len(x), x.shape[1], norm.eps,
         PARTS=0 if parts is None else len(parts), BLOCK=triton.next_power_of_2(x.shape[1]),
-        BIAS=bias is not None, SHIFT=has_shift, num_warps=4,
+        BIAS=bias is not None, SHIFT=has_shift, num_warps=4, **early_start(),
     )  # fmt: skip
     return out
 
@@ -312,7 +330,7 @@ def embed(tokens: Tensor, lengths: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     out = torch.empty(len(tokens), size, dtype=torch.float32, device=wte.device)
     _embed[(len(tokens),)](
         tokens, lengths, wte, wpe, out, size,
-        BLOCK=triton.next_power_of_2(size), num_warps=4, **early_start(len(tokens)),
+        BLOCK=triton.next_power_of_2(size), num_warps=4, **early_start(after_ours=False),
     )  # fmt: skip
     return out
 
@@ -408,22 +426,17 @@ def draw_top(
     candidates = torch.empty(
         num_rows, blocks * kept, dtype=torch.int if narrow else torch.long, device=logits.device
     )
-    how = {"K": kept, "NARROW": narrow, **early_start(num_rows)}
+    how = {"K": kept, "NARROW": narrow}
     _block_top[(num_rows, blocks)](
-        logits, candidates, logits.stride(0), num_tokens, BLOCK=VOCABULARY_BLOCK, num_warps=4, **how
-    )
+        logits, candidates, logits.stride(0), num_tokens,
+        BLOCK=VOCABULARY_BLOCK, num_warps=4 if num_rows == 1 else 2,
+        **how, **early_start(after_ours=num_rows == 1),
+    )  # fmt: skip
     _draw_top[(num_rows,)](
         logits, candidates, noise, number, drawn, last, lengths, blocks * kept,
         top_k, temperature, 2.0 if top_p is None else top_p, min_p or 0.0,
-        BLOCK=triton.next_power_of_2(blocks * kept), num_warps=8, **how,
+        BLOCK=triton.next_power_of_2(blocks * kept), num_warps=8, **how, **early_start(),
     )  # fmt: skip
-
-
-def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    """GELU of a linear layer, which the library computes with its product where there is a bias."""
-    if layer.bias is None or not x.is_cuda:
-        return gelu(layer(x))
-    return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
 
 
 def gpt2_logits(model: GPT2, tokens: Tensor, cache: Cache) -> Tensor:
@@ -447,12 +460,15 @@ def gpt2_logits(model: GPT2, tokens: Tensor, cache: Cache) -> Tensor:
         return linear(x, head, None, norm=model.ln_f, dtype=head.dtype)
     y: Tensor | None = None
     bias: Tensor | None = None
-    for layer, block in enumerate(model.h):  # eight
+    few = rows <= FEW_ROWS
+    for layer, block in enumerate(model.h):  # seven, or up to nine with the library's products
         attention, mlp = block.attn, block.mlp
-        qkv = attention.c_attn(add_norm(x, y, bias, block.ln_1))
+        z = add_norm(x, y, bias, block.ln_1)
+        qkv = project(z, attention.c_attn) if few else attention.c_attn(z)
         q, k, v = qkv.view(rows, 3, attention.num_heads, 1, -1).unbind(1)  # each (B, H, 1, D)
         heads = cache.attend(layer, q, k, v).view(rows, -1)
-        y, bias = project(heads, attention.c_proj.weight), attention.c_proj.bias
-        wide = linear_gelu(add_norm(x, y, bias, block.ln_2), mlp.c_fc)
-        y, bias = project(wide, mlp.c_proj.weight), mlp.c_proj.bias
+        y, bias = project(heads, attention.c_proj, in_parts=True), attention.c_proj.bias
+        z = add_norm(x, y, bias, block.ln_2)
+        wide = project(z, mlp.c_fc, gelu=True) if few else gelu(mlp.c_fc(z))
+        y, bias = project(wide, mlp.c_proj, in_parts=True), mlp.c_proj.bias
     return model.logits(add_norm(x, y, bias, model.ln_f))

@@ -1,5 +1,6 @@
 """forge-sample: the tokens of the plain way, whatever the batch and the cache."""
 
+import functools
 import json
 import os
 import pty
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +96,13 @@ def test_a_full_context_can_end_the_text() -> None:
         assert len(prompt) + len(sample.tokens) == 64 + 1  # the last one is drawn, not read
 
 
+def test_a_row_without_a_text_stays_within_the_context() -> None:
+    model = made(64)
+    alone = written(model, [[5, 6, 7]], Limits(150))
+    beside = written(model, [[5, 6, 7]], Limits(150), parallel=2)
+    assert beside[0].tokens == alone[0].tokens
+
+
 def test_a_text_depends_on_its_seed_and_not_on_its_neighbours() -> None:
     model = made(64)
     prompts = [[7], [8, 9, 10], list(range(30)), [7]]
@@ -103,6 +112,31 @@ def test_a_text_depends_on_its_seed_and_not_on_its_neighbours() -> None:
     for parallel in (2, 3, 4):
         together = written(model, prompts, Limits(40), sampling, parallel)
         assert [s.tokens for s in together] == [s.tokens for s in alone]
+
+
+@pytest.mark.parametrize("slides", [True, False])
+def test_running_ahead_as_a_gpu_does_changes_no_text(slides: bool) -> None:
+    """32 steps in a go, the next 32 queued before those are looked at: here in turns, on a CPU."""
+    model, sampling = made(64), Sampling(temperature=1.0, top_p=0.95)
+    prompts = [[n, n + 1] * (1 + 3 * n) for n in range(9)]
+    plain = written(model, prompts, Limits(100, slides=slides), sampling, parallel=3)
+    decoder = Decoder(model, 3, sampling, log=True)
+    replay = functools.partial(decoder._step, decoder.context_length, is_even=False)
+    decoder.graph = SimpleNamespace(replay=replay)  # type: ignore[assignment]
+    # A text that ends early, while its row is being drawn already for nobody.
+    stop = next(piece for n in range(40, 60) if len(piece := plain[4].text[n : n + 6]) == 6)
+    limits = Limits(100, (stop,), slides)
+    samples = [Sample(number, prompt, number) for number, prompt in enumerate(prompts)]
+    for _ in generate(decoder, samples, VOCABULARY, limits):
+        pass
+    assert samples[4].text == plain[4].text[: plain[4].text.index(stop)]
+    for ahead, wanted in zip(samples, plain, strict=True):
+        assert ahead.text == wanted.text.partition(stop)[0]
+        assert ahead.tokens == wanted.tokens[: len(ahead.tokens)]
+        if stop not in wanted.text:
+            assert (ahead.tokens, ahead.finish) == (wanted.tokens, wanted.finish)
+            near = torch.tensor(ahead.logprobs) - torch.tensor(wanted.logprobs)
+            assert near.abs().max() < 1e-4
 
 
 def test_logprobs_are_those_of_the_model_itself() -> None:

@@ -88,8 +88,8 @@ def evaluate(
                 targets = targets.clone()
                 targets[len(batch) :] = IGNORED
             with torch.enable_grad():  # as in training: without, it would be compiled once more
-                x = model.trunk(inputs)
-            sums[0] += model.loss(x.detach(), targets)
+                x = model.trunk(inputs).detach()  # at once, or two graphs would be kept
+            sums[0] += model.loss(x, targets)
 
     on_all(ranks, add_mine)
     nats, num_bytes = sum_over_ranks(sums, ranks).tolist()
