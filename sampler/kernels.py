@@ -26,7 +26,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from trainer.model import GPT2, Cache, gelu
 
 FEW_PROGRAMS = 128  # about the multiprocessors of a large card
-FEW_ROWS = 64  # up to which project() is faster than the library
 MOST_TOP_K = 64  # of the tokens that draw_top sorts
 VOCABULARY_BLOCK = 1024
 
@@ -129,15 +128,9 @@ def attend(
         GROUP=heads // groups, PADDED_GROUP=max(16, triton.next_power_of_2(heads // groups)),
         D=size, PADDED=max(16, triton.next_power_of_2(size)),
         BLOCK=128 if few else 64, num_warps=4, num_stages=3,
-        **early_start(after_ours=num_rows <= FEW_ROWS),
+        **early_start(after_ours=num_rows == 1),
     )  # fmt: skip
     return out
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gelu(x: Any) -> Any:
-    """Tanh-approximated: x * (1 + tanh(z)) / 2 = x * sigmoid(2z)."""
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -170,8 +163,9 @@ def _linear(  # type: ignore[no-untyped-def]
     result = tl.sum(total, 1)
     if BIAS:
         result += tl.load(bias + n, mask=is_n, other=0).to(tl.float32)
-    if GELU:
-        result = _gelu(result)
+    if GELU:  # tanh-approximated: x * (1 + tanh(z)) / 2 = x * sigmoid(2z)
+        cubed = result * result * result
+        result = result * tl.sigmoid(1.5957691216057308 * (result + 0.044715 * cubed))
     if ADD:
         result += tl.load(out + n, mask=is_n, other=0)
     tl.store(out + n, result, mask=is_n)
@@ -211,9 +205,8 @@ def linear(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _project(  # type: ignore[no-untyped-def]
-    x, weight, bias, out, num_rows, num_outputs, size, part,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BIAS: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr,
+    x, weight, out, num_rows, num_outputs, size, part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of x @ weight.T, summed over one part of the inputs."""
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -231,37 +224,29 @@ def _project(  # type: ignore[no-untyped-def]
             weight + n[:, None] * size + k[None, :], mask=(n < num_outputs)[:, None] & is_k, other=0
         )
         total += tl.dot(left, tl.trans(right), input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias + n, mask=n < num_outputs, other=0).to(tl.float32)[None, :]
-    if GELU:
-        total = _gelu(total)
     place = (tl.program_id(1) * num_rows + m)[:, None] * num_outputs + n[None, :]
     is_there = (m < num_rows)[:, None] & (n < num_outputs)[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_there)
+    tl.store(out + place, total, mask=is_there)
 
 
-def project(x: Tensor, layer: nn.Linear, in_parts: bool = False, gelu: bool = False) -> Tensor:
-    """layer(x) for few rows, (B, K) -> (B, N), or its parts, (S, B, N) in float32, without bias.
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T for few rows, in parts that add_norm() sums up: (B, K), (N, K) -> (S, B, N).
 
-    The parts are for add_norm() to sum up: where there are few outputs, one program for each tile
-    of them would be too few to read the weights fast.
+    The library would run as many programs as there are tiles, which are too few to read fast, or
+    sum the parts in a kernel of its own.
     """
-    weight, bias = layer.weight, layer.bias
     (num_rows, size), num_outputs = x.shape, weight.shape[0]
     assert x.is_contiguous()
     assert weight.is_contiguous()
-    block_k = 64 if in_parts and size <= 1024 else 128
-    part = triton.cdiv(triton.cdiv(size, 4 if in_parts else 1), block_k) * block_k
+    block_k = 64 if size <= 1024 else 128
+    part = triton.cdiv(triton.cdiv(size, 4), block_k) * block_k
     parts = triton.cdiv(size, part)
-    shape = (parts, num_rows, num_outputs) if in_parts else (num_rows, num_outputs)
-    out = torch.empty(shape, dtype=torch.float32 if in_parts else x.dtype, device=x.device)
+    out = torch.empty(parts, num_rows, num_outputs, dtype=torch.float32, device=x.device)
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
-    has_bias = bias is not None and not in_parts
-    after_ours = num_rows <= FEW_ROWS
     _project[(triton.cdiv(num_outputs, 32), parts, triton.cdiv(num_rows, block_m))](
-        x, weight, bias if has_bias else x, out, num_rows, num_outputs, size, part,
-        BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, BIAS=has_bias, GELU=gelu,
-        num_warps=4, num_stages=3, **early_start(after_ours),
+        x, weight, out, num_rows, num_outputs, size, part,
+        BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, num_warps=4, num_stages=3,
+        **early_start(after_ours=False),
     )  # fmt: skip
     return out
 
@@ -439,6 +424,13 @@ def draw_top(
     )  # fmt: skip
 
 
+def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+    """GELU of a linear layer, which the library computes with its product where there is a bias."""
+    if layer.bias is None or not x.is_cuda:
+        return gelu(layer(x))
+    return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
+
+
 def gpt2_logits(model: GPT2, tokens: Tensor, cache: Cache) -> Tensor:
     """model.logits(model.hidden(tokens, cache)) for one token a row: (B,) -> (B, V).
 
@@ -460,15 +452,12 @@ def gpt2_logits(model: GPT2, tokens: Tensor, cache: Cache) -> Tensor:
         return linear(x, head, None, norm=model.ln_f, dtype=head.dtype)
     y: Tensor | None = None
     bias: Tensor | None = None
-    few = rows <= FEW_ROWS
-    for layer, block in enumerate(model.h):  # seven, or up to nine with the library's products
+    for layer, block in enumerate(model.h):  # seven, two of them the library's
         attention, mlp = block.attn, block.mlp
-        z = add_norm(x, y, bias, block.ln_1)
-        qkv = project(z, attention.c_attn) if few else attention.c_attn(z)
+        qkv = attention.c_attn(add_norm(x, y, bias, block.ln_1))
         q, k, v = qkv.view(rows, 3, attention.num_heads, 1, -1).unbind(1)  # each (B, H, 1, D)
         heads = cache.attend(layer, q, k, v).view(rows, -1)
-        y, bias = project(heads, attention.c_proj, in_parts=True), attention.c_proj.bias
-        z = add_norm(x, y, bias, block.ln_2)
-        wide = project(z, mlp.c_fc, gelu=True) if few else gelu(mlp.c_fc(z))
-        y, bias = project(wide, mlp.c_proj, in_parts=True), mlp.c_proj.bias
+        y, bias = project(heads, attention.c_proj.weight), attention.c_proj.bias
+        wide = linear_gelu(add_norm(x, y, bias, block.ln_2), mlp.c_fc)
+        y, bias = project(wide, mlp.c_proj.weight), mlp.c_proj.bias
     return model.logits(add_norm(x, y, bias, model.ln_f))
