@@ -508,6 +508,35 @@ def test_the_step_after_one_without_memory_gets_its_own_windows(small_shards: Pa
         assert torch.equal(next(batches)[0], next(undisturbed)[0])
 
 
+@pytest.mark.parametrize(
+    ("compiled", "precision"),
+    [
+        ("off", "bfloat16"),
+        ("off", "float16"),
+        ("off", "float8"),
+        ("block", "float32"),
+        ("full", "bfloat16"),
+        ("full", "float8"),
+    ],
+)
+def test_every_fallback_learns_what_float32_learns(
+    compiled: str, precision: str, finished: Path, small_shards: Path, tmp_path: Path
+) -> None:
+    """Cards without bfloat16, without 8-bit products, and no compiler, or only for blocks."""
+    train_alone(
+        small_shards,
+        tmp_path / "run",
+        f"--set=compile={compiled}",
+        f"--set=precision={precision}",
+    )
+    losses = [
+        [row["loss"] for row in metrics_of(run, "evaluate")] for run in (finished, tmp_path / "run")
+    ]
+    assert losses[0][-1] < losses[0][0] - 0.01, losses
+    assert losses[1] == pytest.approx(losses[0], abs=3e-3)
+    assert all(weight.dtype == torch.float32 for weight in weights(tmp_path / "run").values())
+
+
 def test_an_evaluation_computes_no_gradients(
     small_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
