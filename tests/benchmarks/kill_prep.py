@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[2]
-SLICE_BYTES = 100_000
+SLICE_BYTES = 1_000_000
 PROGRAM = f"""
 from pipeline import cli, sources
-sources.MIN_SLICE_BYTES = {SLICE_BYTES}  # many slices of little text
+sources.MIN_SLICE_BYTES = {SLICE_BYTES}  # many slices of a few milliseconds each
 cli.main()
 """
 
@@ -44,8 +44,8 @@ class Tally:
 def write_source(path: Path, num_slices: int) -> None:
     """Text of about `num_slices` slices, no two documents alike."""
     words = ["the", "model", "reads", "text", "of", "a", "slice", "and", "learns", "tokens"]
-    rng = random.Random(0)
-    rows = [" ".join(rng.choices(words, k=1800)) for _ in range(10 * num_slices)]
+    text = " ".join(random.Random(0).choices(words, k=SLICE_BYTES // 50))
+    rows = [f"{number} {text}" for number in range(10 * num_slices)]
     pq.write_table(pa.table({"text": rows}), path, row_group_size=10)
 
 
@@ -94,7 +94,7 @@ def torment(folder: Path, kills: int, workers: int, seed: int = 0, num_slices: i
     assert start(source, straight, workers).wait() == 0
     rng, tally = random.Random(seed), Tally()
     tally.num_slices = len(list(straight.glob("train_*.bin")))
-    most = max(1, tally.num_slices // (kills + 1))
+    most = max(1, tally.num_slices // (2 * kills + 2))  # so that the last kill still finds work
     while tally.num_runs < 4 * kills + 1:
         finished = records(out)
         process = start(source, out, workers)
