@@ -111,7 +111,7 @@ def sample(
     """Generate text with MODEL.
 
     MODEL is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
-    local folder in transformers' GPT-2 layout. Prints the text as it comes, and stops at
+    local folder in transformers' GPT-2 or Qwen3 layout. Prints the text as it comes, and stops at
     <|endoftext|>. Without a prompt, a terminal asks for one after the other.
     """
     from sampler import load, terminal
@@ -157,7 +157,7 @@ def sample(
 )
 @click.version_option(package_name="llm-forge")
 def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
-    """Export RUN to OUT, a new folder in transformers' GPT-2 layout.
+    """Export RUN to OUT, a new folder in transformers' layout (GPT-2's or Qwen3's).
 
     RUN is a run of forge-train or one of its checkpoints. AutoModelForCausalLM and AutoTokenizer
     load OUT with no custom code; where transformers is installed, that is checked.
@@ -206,9 +206,9 @@ def evaluate(
     """Measure MODELS side by side: on shards (--data), on questions (--jsonl), or both.
 
     A model is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
-    local folder in transformers' GPT-2 layout. All see the same tokens. Losses are in nats a token;
-    what follows ± is one standard error. acc_norm is HellaSwag's usual number: the ending with the
-    largest log p a character.
+    local folder in transformers' GPT-2 or Qwen3 layout. All see the same tokens. Losses are in nats
+    a token; what follows ± is one standard error. acc_norm is HellaSwag's usual number: the ending
+    with the largest log p a character.
     """
     if data is None and jsonl is None:
         raise click.UsageError("say on what: --data DIR, --jsonl FILE, or both")

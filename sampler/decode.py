@@ -20,7 +20,7 @@ from pipeline.errors import ForgeError
 from pipeline.shards import VOCAB_SIZE
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HEAD_MULTIPLE
-from trainer.model import GPT2
+from trainer.model import GPT2, LanguageModel
 
 MIN_TEMPERATURE = 1e-3  # below it, the likeliest token is taken
 MAX_STEPS = 32  # between two looks at the tokens: waiting for a GPU costs as much as a step
@@ -90,11 +90,11 @@ def has_kernels(weight: Tensor) -> bool:
 
 
 class KVCache:
-    """Keys and values of B rows, (L, 2, B, H, S, D), each row filled to its own length."""
+    """Keys and values of B rows, (L, 2, B, K, S, D), each row filled to its own length."""
 
     def __init__(self, config: ModelConfig, num_rows: int, weight: Tensor) -> None:
-        heads, size = config.num_heads, config.embedding_size // config.num_heads
-        shape = (config.num_layers, 2, num_rows, heads, config.context_length, size)
+        heads, length = config.kv_heads(), config.context_length
+        shape = (config.num_layers, 2, num_rows, heads, length, config.head_dim())
         # Zeros: what is masked out is still multiplied by 0.
         self.store = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=weight.device)
@@ -121,7 +121,7 @@ class KVCache:
         return self
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.store[layer]  # each (B, H, S, D)
+        keys, values = self.store[layer]  # each (B, K, S, D)
         grouped = q.shape[1] != k.shape[1]
         if self.rows is not None:
             keys[self.rows, :, : k.shape[2]] = k.to(keys.dtype)
@@ -168,7 +168,9 @@ class Decoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: GPT2, num_rows: int, sampling: Sampling, log: bool = False) -> None:
+    def __init__(
+        self, model: LanguageModel, num_rows: int, sampling: Sampling, log: bool = False
+    ) -> None:
         weight = model.wte.weight
         self.model, self.num_rows, self.sampling = model, num_rows, sampling
         self.context_length = model.config.context_length
@@ -186,7 +188,7 @@ class Decoder:
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(num_rows, self.num_tokens, dtype=torch.bool, device=self.device)
-        self.is_fused = model.config.family == "gpt2" and self.cache.has_kernels
+        self.fused = model if isinstance(model, GPT2) and self.cache.has_kernels else None
         self.graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
             with torch.inference_mode(False):  # the model may be used otherwise, too
@@ -208,10 +210,10 @@ class Decoder:
 
     def _step(self, longest: int, is_even: bool) -> None:
         cache = self.cache.for_step(longest, is_even)
-        if self.is_fused:
+        if self.fused is not None:
             from sampler import kernels
 
-            logits = kernels.gpt2_logits(self.model, self.last, cache)
+            logits = kernels.gpt2_logits(self.fused, self.last, cache)
         else:
             logits = self.model.logits(self.model.hidden(self.last[:, None], cache)[:, 0])
         logits = logits[:, : self.num_tokens]

@@ -26,7 +26,7 @@ from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN, load_index
 from sampler.load import Loaded, best_device, open_model
 from trainer.loop import VALIDATION_SEED
-from trainer.model import GPT2
+from trainer.model import LanguageModel
 from trainer.windows import Windows, to_device, windows_at
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}  # through one forward
@@ -69,7 +69,7 @@ def _one_by_one(models: list[Loaded], device: torch.device) -> Iterator[Loaded]:
         loaded.model.to("cpu")
 
 
-def token_losses(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
     """-log p of every target in nats, in float32: (B, T) and (B, T) -> (B, T)."""
     x = model.hidden(inputs).flatten(0, 1)
     right, at_once = targets.flatten(), HEAD_TOKENS[x.device.type]

@@ -1,6 +1,6 @@
 """Checkpoint -> other people's formats: the Hugging Face layout.
 
-Before: a run (trainer/checkpoint.py). After: transformers, and all that reads its GPT-2 folders.
+Before: a run (trainer/checkpoint.py). After: transformers, and all that reads its folders.
 
 OUT gets config.json, generation_config.json, model.safetensors, tokenizer.json, vocab.json,
 merges.txt, tokenizer_config.json and README.md (the model card). It loads with no custom code;
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import VOCAB_SIZE
-from sampler.load import is_transposed, open_model
+from sampler.layouts import model_config, transformers_weights
+from sampler.load import open_model
 from trainer import checkpoint
-from trainer.config import ModelConfig, load
+from trainer.config import load
 from trainer.metrics import METRICS_FILE, duration, read_metrics
-from trainer.model import GPT2
+from trainer.model import LanguageModel
 from trainer.run import CONFIG_FILE, DATA_FILE
 
 CHECK_TEXTS = (
@@ -34,11 +34,12 @@ CHECK_TEXTS = (
     "👩‍👩‍👧‍👦🏳️‍🌈 \u200b\u200d\ufeff \x00\x01\x7f",
     "def f(x):\n    return {'a': [1, 2.5e-3]}  # ok\n" + "x" * 300 + " " * 300 + "1" * 300,
 )
+FAMILIES = {"gpt2": "GPT-2", "qwen3": "Qwen3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
-    """Write a run's checkpoint to `out` in transformers' GPT-2 layout, whole or not at all.
+    """Write a run's checkpoint to `out` in transformers' layout, whole or not at all.
 
     Returns what check() says.
     """
@@ -89,7 +90,7 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
     return checked
 
 
-def check(folder: Path, model: GPT2, dtype: str) -> str:
+def check(folder: Path, model: LanguageModel, dtype: str) -> str:
     """Read an export with transformers, where it is installed, and compare; says how it went.
 
     Raises ForgeError if logits in float32 differ by 1e-4 from those of `model`, its weights rounded
@@ -119,40 +120,6 @@ def check(folder: Path, model: GPT2, dtype: str) -> str:
         f"checked with transformers {transformers.__version__}: logits differ by at most "
         f"{difference:.1e} in float32, tokens are tiktoken's"
     )
-
-
-def transformers_weights(model: GPT2) -> dict[str, Tensor]:
-    """Weights under GPT2LMHeadModel's names. Its Conv1D layers store the transpose of a Linear."""
-    named = {}
-    for name, weight in model.named_parameters():
-        value = weight.detach().T if is_transposed(name, weight) else weight.detach()
-        named[f"transformer.{name}"] = value.contiguous()
-        has_bias = not name.startswith(("wte", "wpe"))
-        if has_bias and not model.config.bias:  # transformers' GPT-2 always has them
-            named[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(len(weight))
-    return named
-
-
-def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_ctx": config.context_length,
-        "n_embd": config.embedding_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "layer_norm_epsilon": 1e-5,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": shards.EOT_TOKEN,
-        "eos_token_id": shards.EOT_TOKEN,
-        "tie_word_embeddings": True,
-        "torch_dtype": dtype,
-    }
 
 
 def tokenizer_json() -> dict[str, Any]:
@@ -214,7 +181,8 @@ def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
     facts = [
         f"- {config.model.num_parameters():,} parameters, in {dtype}: {config.model.num_layers} "
         f"layers, {config.model.num_heads} heads, {config.model.embedding_size} channels, context "
-        f"{config.model.context_length}; GPT-2's architecture and tokenizer",
+        f"{config.model.context_length}; {FAMILIES[config.model.family]}'s architecture, GPT-2's "
+        "tokenizer",
         f"- Trained from scratch on {state.tokens:,} tokens of {data['name']}{revision}, "
         f"in {state.step:,} steps and {duration(state.seconds)} hours",
         *(f"- Hardware: {row['hardware']}" for row in started),

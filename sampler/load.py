@@ -1,4 +1,4 @@
-"""A model from wherever it lives: a run, a checkpoint, an export, anybody's GPT-2 folder.
+"""A model from wherever it lives: a run, a checkpoint, an export, anybody's GPT-2 or Qwen3 folder.
 
 Before: trainer/checkpoint.py, or transformers' layout on the disk. After: decode.py, evaluate.py
 and export.py, which take what is loaded here.
@@ -16,21 +16,14 @@ from torch import Tensor
 from pipeline import tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN, VOCABULARY_FILE, read_vocabulary
+from sampler.layouts import fill, read_config
 from trainer import checkpoint
-from trainer.config import ModelConfig, load
-from trainer.model import GPT2
+from trainer.config import load
+from trainer.model import LanguageModel, build_model
 from trainer.run import CONFIG_FILE
 
 HF_CONFIG = "config.json"
 HF_INDEX = "model.safetensors.index.json"
-# What a GPT-2 of transformers may say otherwise, and we would compute wrong.
-HF_FIXED = {
-    "layer_norm_epsilon": (1e-5, (1e-5,)),
-    "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
-    "scale_attn_weights": (True, (True,)),
-    "scale_attn_by_inverse_layer_idx": (False, (False,)),
-    "add_cross_attention": (False, (False,)),
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Loaded:
     """A model in evaluation on its device, and the bytes of each of its tokens (V,)."""
 
     path: Path
-    model: GPT2
+    model: LanguageModel
     vocabulary: list[bytes]
     state: checkpoint.State | None  # where training stood; None for a folder of transformers
 
@@ -66,7 +59,7 @@ def open_model(
             "no model there" if path.exists() else "no such folder",
             where=path,
             fix="give a run of forge-train (the folder named with --out), one of its checkpoints, "
-            "or a folder in transformers' GPT-2 layout",
+            "or a folder in transformers' GPT-2 or Qwen3 layout",
         )
     elif step is not None:
         raise ForgeError("an exported folder has no checkpoints", where=path, fix="no --checkpoint")
@@ -86,73 +79,19 @@ def _open_run(run: Path, step: int | None) -> Loaded:
         have = ", ".join(map(str, found))
         raise ForgeError(f"the run has no checkpoint of step {step}; it has {have}", where=run)
     chosen = found[-1] if step is None else step
-    model = GPT2(load(str(run / CONFIG_FILE)).model)
+    model = build_model(load(str(run / CONFIG_FILE)).model)
     state = checkpoint.load_state(run, chosen, (checkpoint.MODEL_FILE,))
     checkpoint.load_weights(checkpoint.checkpoint_path(run, chosen) / checkpoint.MODEL_FILE, model)
     return Loaded(run, model, read_vocabulary(run / VOCABULARY_FILE), state)
 
 
 def _open_transformers(folder: Path) -> Loaded:
-    """A folder in transformers' GPT-2 layout: one safetensors file or several, any prefix."""
-    config = _read_json(folder / HF_CONFIG)
-    if config.get("model_type") != "gpt2":
-        raise ForgeError(
-            f"a model of type {config.get('model_type')!r}; only GPT-2's layout can be read",
-            where=folder / HF_CONFIG,
-        )
-    different = [
-        f"{key} is {config[key]!r}"
-        for key, (_, known) in HF_FIXED.items()
-        if config.get(key, known[0]) not in known
-    ]
-    if config.get("n_inner") not in (None, 4 * config.get("n_embd", 0)):
-        different.append(f"n_inner is {config['n_inner']}")
-    if different:
-        raise ForgeError(
-            f"not the architecture that GPT-2 was published with: {', '.join(different)}",
-            where=folder / HF_CONFIG,
-        )
-    try:
-        settings = ModelConfig(
-            num_layers=config["n_layer"],
-            num_heads=config["n_head"],
-            embedding_size=config["n_embd"],
-            context_length=config.get("n_positions", 1024),
-            vocab_size=config.get("vocab_size", 50257),
-        )
-    except KeyError as error:
-        raise ForgeError(f"the config lacks {error}", where=folder / HF_CONFIG) from error
+    """A folder in transformers' layout: one safetensors file or several, any prefix."""
+    settings = read_config(_read_json(folder / HF_CONFIG), folder / HF_CONFIG)
     _check_tokenizer(folder)
-    model = GPT2(settings)
+    model = build_model(settings)
     fill(model, _read_tensors(folder), folder)
     return Loaded(folder, model, list(tokenizer.token_bytes()), None)
-
-
-def fill(model: GPT2, tensors: dict[str, Tensor], where: Path) -> None:
-    """Copy weights by GPT2LMHeadModel's names; its Conv1D is the transpose of a Linear."""
-    named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    head = named.pop("lm_head.weight", None)
-    # Old files carry attention's masks as if they were weights.
-    named = {n: t for n, t in named.items() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
-    wanted = dict(model.named_parameters())
-    wrong = sorted({*named} ^ {*wanted})
-    for name in {*named} & {*wanted}:
-        if is_transposed(name, wanted[name]):
-            named[name] = named[name].T
-        if named[name].shape != wanted[name].shape:
-            wrong.append(f"{name} {tuple(named[name].shape)}, not {tuple(wanted[name].shape)}")
-    if wrong:
-        raise ForgeError(f"weights that differ: {', '.join(wrong[:5])}", where=where)
-    if head is not None and not torch.equal(head, named["wte.weight"]):
-        raise ForgeError("the head is not tied to the token embedding", where=where)
-    with torch.no_grad():
-        for name, weight in wanted.items():
-            weight.copy_(named[name])
-
-
-def is_transposed(name: str, weight: Tensor) -> bool:
-    """Whether transformers stores this weight of GPT-2 the other way round."""
-    return weight.ndim == 2 and not name.startswith(("wte", "wpe"))
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -75,15 +75,35 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory, make_shards, make_par
 @pytest.fixture(scope="session")
 def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps of a very small model, with checkpoints at 4 and 8. Not to be written to."""
+    return trained(small_shards, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="session")
+def modern_run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the modern family, with Muon. Not to be written to."""
+    folder = tmp_path_factory.mktemp("runs") / "modern"
+    sizes = ("family=qwen3", "bias=false", "num_kv_heads=1", "head_size=24", "mlp_size=80")
+    settings = [f"--set=model.{size}" for size in sizes]
+    return trained(small_shards, folder, *settings, "--set=optimizer.name=muon")
+
+
+def trained(data: Path, folder: Path, *settings: str) -> Path:
     from test_train import QUICK
 
     from trainer.cli import main
 
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    arguments = ["tiny", "--data", str(small_shards), "--out", str(folder), *QUICK]
+    arguments = ["tiny", "--data", str(data), "--out", str(folder), *QUICK, *settings]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     return folder
+
+
+@pytest.fixture(params=["gpt2", "qwen3"])
+def either_run(request: pytest.FixtureRequest) -> Path:
+    """A run of either family."""
+    name = "run" if request.param == "gpt2" else "modern_run"
+    found: Path = request.getfixturevalue(name)
+    return found
 
 
 @pytest.fixture

@@ -62,12 +62,29 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("schedule.max_steps=0", "more than 0"),
         ("optimizer.betas=[0.9]", "list of 2 numbers"),
         ("model.vocab_size=70000", "16 bits"),
+        ("model.num_kv_heads=2", 'only for model.family = "qwen3"'),
+        ("model.family=qwen3", "model.bias must be false"),
+        ("optimizer.muon_warmup_steps=-1", "muon_warmup_steps must be >= 0"),
         ("nonsense", "key=value"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(setting: str, says: str) -> None:
     with pytest.raises(ForgeError, match=says):
         configs.load("tiny", (setting,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("model.num_kv_heads=4", "multiple of model.num_kv_heads"),
+        ("model.head_size=63", "must be even"),
+        ("model.mlp_size=0", "more than 0"),
+        ("model.rope_theta=-1", "more than 0"),
+    ],
+)
+def test_values_that_the_modern_family_cannot_have_are_refused(setting: str, says: str) -> None:
+    with pytest.raises(ForgeError, match=says):
+        configs.load("forge_124m", (setting,))
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
@@ -117,7 +134,8 @@ def test_a_batch_that_cannot_be_shared_out_says_what_could() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "fits"), [("gpt2", True), ("gpt2_large", True), ("gpt2_xl", False)]
+    ("name", "fits"),
+    [("gpt2", True), ("gpt2_large", True), ("gpt2_xl", False), ("forge_770m", True)],
 )
 def test_the_memory_estimate_knows_what_fits_24_gib(name: str, fits: bool) -> None:
     assert (estimate_bytes(configs.load(name), 1) < 24 * 2**30) == fits
@@ -127,3 +145,6 @@ def test_flops_follow_the_published_formula() -> None:
     # 6 * (12 L C^2 + V C) + 12 L C T with L = 12, C = 768, T = 1024, V = 50257
     assert configs.load("gpt2").model.flops_per_token() == 854_438_400
     assert math.isclose(configs.load("gpt2_medium").model.flops_per_token(), 2423e6, rel_tol=1e-3)
+    modern = configs.load("forge_124m").model
+    gains = 12 * (2 * 768 + 2 * 128) + 768
+    assert modern.flops_per_token() == 6 * (modern.num_parameters() - gains) + 12 * 12 * 768 * 1024

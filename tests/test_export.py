@@ -10,18 +10,20 @@ from conftest import HOSTILE, metrics_of
 from safetensors.torch import load_file, save_file
 
 from pipeline import shards, tokenizer
-from sampler import export
+from sampler import export, layouts
 from sampler.load import open_model
 from trainer.config import ModelConfig
 
 
-def test_an_export_is_the_same_model_to_transformers(run: Path, tmp_path: Path, forge) -> None:
+def test_an_export_is_the_same_model_to_transformers(
+    either_run: Path, tmp_path: Path, forge
+) -> None:
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "hf"
-    result = forge("export", run, out, "--dtype", "float32")
+    result = forge("export", either_run, out, "--dtype", "float32")
     assert result.exit_code == 0, result.output
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
-    model = open_model(run, None, torch.device("cpu")).model
+    model = open_model(either_run, None, torch.device("cpu")).model
     tokens = torch.randint(50257, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         difference = (model.logits(model.hidden(tokens)) - theirs(tokens).logits).abs().max()
@@ -60,7 +62,7 @@ def test_an_export_that_transformers_reads_otherwise_is_not_kept(
     run: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(export, "is_transposed", lambda name, weight: False)
+    monkeypatch.setattr(layouts.Piece, "of", lambda piece, weight: weight)
     result = forge("export", run, tmp_path / "hf")
     assert result.exit_code != 0
     monkeypatch.undo()
@@ -76,10 +78,10 @@ def test_an_export_that_transformers_reads_otherwise_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_exported_writes_the_run_s_text(run: Path, tmp_path: Path, forge) -> None:
-    forge("export", run, tmp_path / "hf", "--dtype", "float32")
+def test_what_is_exported_writes_the_run_s_text(either_run: Path, tmp_path: Path, forge) -> None:
+    forge("export", either_run, tmp_path / "hf", "--dtype", "float32")
     options = ["--max-tokens", 20, "--temperature", 0, "--prompt", "The list"]
-    texts = [forge("sample", path, *options) for path in (run, tmp_path / "hf")]
+    texts = [forge("sample", path, *options) for path in (either_run, tmp_path / "hf")]
     assert texts[0].exit_code == texts[1].exit_code == 0, texts[1].output
     assert texts[0].output == texts[1].output
 
@@ -113,13 +115,38 @@ def test_other_people_s_gpt2_folders_are_read(folder: Path, run: Path) -> None:
         assert torch.allclose(weight, dict(model.named_parameters())[name], atol=1e-3)
 
 
+def test_other_people_s_qwen3_folders_are_read(tmp_path: Path, forge) -> None:
+    """What transformers itself writes for a model of its own, with heads shared by threes."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "intermediate_size": 56, "head_dim": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    settings = transformers.Qwen3Config(
+        **sizes, **heads, vocab_size=50257, tie_word_embeddings=True, max_position_embeddings=96
+    )
+    theirs = transformers.Qwen3ForCausalLM(settings)
+    theirs.save_pretrained(tmp_path)
+    model = open_model(tmp_path, None, torch.device("cpu")).model
+    tokens = torch.randint(50257, (2, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (model.logits(model.hidden(tokens)) - theirs(tokens).logits).abs().max()
+    assert difference < 1e-5
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value in (("rms_norm_eps", 1e-5), ("tie_word_embeddings", False)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        refused(forge, tmp_path, key)
+    turns = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config | turns))
+    refused(forge, tmp_path, "yarn")
+
+
+def refused(forge, folder: Path, reason: str) -> None:
+    result = forge("sample", folder, "--max-tokens", 2)
+    assert result.exit_code == 1, reason
+    assert reason in result.output
+
+
 def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -> None:
     config = json.loads((folder / "config.json").read_text())
-
-    def refused(reason: str) -> None:
-        result = forge("sample", folder, "--max-tokens", 2)
-        assert result.exit_code == 1, reason
-        assert reason in result.output
 
     for key, value, reason in (
         ("model_type", "llama", "'llama'"),
@@ -130,20 +157,20 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
         ("n_positions", 128, "wpe.weight"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
-        refused(reason)
+        refused(forge, folder, reason)
     (folder / "config.json").write_text(json.dumps(config))
 
     vocabulary = json.loads((folder / "vocab.json").read_text())
     (folder / "vocab.json").write_text(json.dumps(vocabulary | {"the": 1, "!": 2}))
-    refused("tokenizer is not GPT-2's")
+    refused(forge, folder, "tokenizer is not GPT-2's")
     (folder / "vocab.json").unlink()
 
     tensors = load_file(folder / "model.safetensors")
     untied = tensors["transformer.wte.weight"] + 1
     save_file(tensors | {"lm_head.weight": untied}, folder / "model.safetensors")
-    refused("not tied")
+    refused(forge, folder, "not tied")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused("pickled")
+    refused(forge, folder, "pickled")
 
 
 def test_an_export_does_not_mind_half_a_metrics_line(run: Path, tmp_path: Path, forge) -> None:

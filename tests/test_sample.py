@@ -7,8 +7,10 @@ import pty
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from sampler.generate import Limits, Sample, generate
 from sampler.load import open_model
 from trainer import checkpoint
 from trainer.config import ModelConfig
-from trainer.model import GPT2
+from trainer.model import LanguageModel, build_model
 
 GREEDY = Sampling(temperature=0)
 VOCABULARY = list(tokenizer.token_bytes())
@@ -28,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def written(
-    model: GPT2,
+    model: LanguageModel,
     prompts: list[list[int]],
     limits: Limits,
     sampling: Sampling = GREEDY,
@@ -41,7 +43,7 @@ def written(
     return samples
 
 
-def plainly(model: GPT2, prompt: list[int], count: int) -> list[int]:
+def plainly(model: LanguageModel, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens with no cache; a full context is read again from its younger half on."""
     length = model.config.context_length
     tokens = list(prompt)
@@ -55,20 +57,26 @@ def plainly(model: GPT2, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def made(context_length: int) -> GPT2:
+def made(context_length: int, family: Literal["gpt2", "qwen3"] = "gpt2") -> LanguageModel:
     """A small model that does not repeat itself, and has no <|endoftext|> to end with."""
-    model = GPT2(ModelConfig(2, 2, 32, context_length=context_length, vocab_size=500))
+    config = ModelConfig(2, 2, 32, context_length=context_length, vocab_size=500)
+    if family == "qwen3":
+        config = replace(config, family=family, bias=False, num_heads=4, num_kv_heads=2)
+    model = build_model(config)
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
-        scale = {"wte.weight": 0.1, "wpe.weight": 3.0}.get(name, 0.3)
+        scale = {"wte.weight": 0.1 if family == "gpt2" else 0.3, "wpe.weight": 3.0}.get(name, 0.3)
         is_gain = weight.ndim == 1 and name.endswith("weight")
         torch.nn.init.normal_(weight, float(is_gain), scale, generator=generator)
     return model.requires_grad_(False)
 
 
-def test_512_greedy_tokens_of_a_ragged_batch_are_those_of_the_plain_way() -> None:
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_512_greedy_tokens_of_a_ragged_batch_are_those_of_the_plain_way(
+    family: Literal["gpt2", "qwen3"],
+) -> None:
     """At every position the plain model, reading the whole text with no cache, wants that token."""
-    model = made(640)
+    model = made(640, family)
     generator = torch.Generator().manual_seed(1)
     lengths = (1, 17, 128)
     prompts = [torch.randint(500, (n,), generator=generator).tolist() for n in lengths]
@@ -80,8 +88,11 @@ def test_512_greedy_tokens_of_a_ragged_batch_are_those_of_the_plain_way() -> Non
         assert sample.tokens == wanted.tolist()
 
 
-def test_a_full_context_slides_as_a_fresh_read_of_its_younger_half() -> None:
-    model = made(64)
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_full_context_slides_as_a_fresh_read_of_its_younger_half(
+    family: Literal["gpt2", "qwen3"],
+) -> None:
+    model = made(64, family)
     prompts = [[5, 6, 7], [8], list(range(100))]
     for prompt, sample in zip(prompts, written(model, prompts, Limits(150)), strict=True):
         assert sample.tokens == plainly(model, prompt, 150)

@@ -26,15 +26,42 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     embedding_size: int
-    family: Literal["gpt2"] = "gpt2"
+    family: Literal["gpt2", "qwen3"] = "gpt2"
     context_length: int = 1024
     vocab_size: int = VOCAB_SIZE
-    bias: bool = True  # GPT-2 has biases in every linear layer and LayerNorm
+    bias: bool = True  # GPT-2 has biases in every linear layer and LayerNorm; qwen3 has none
+    # Only for qwen3; head_dim(), kv_heads() and mlp_dim() say what holds where they are absent.
+    num_kv_heads: int | None = None  # heads of keys and values, shared by groups of num_heads
+    head_size: int | None = None
+    mlp_size: int | None = None
+    rope_theta: float = 10_000.0  # base of the rotary positions' frequencies
+
+    def head_dim(self) -> int:
+        return self.head_size or self.embedding_size // self.num_heads
+
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def mlp_dim(self) -> int:
+        """Channels inside the MLP. A gated one has three matrices where GPT-2's has two: 8/3 of
+        the embedding instead of 4 make as many weights, rounded up to what a GPU likes."""
+        usual = 4 * self.embedding_size
+        gated = math.ceil(8 * self.embedding_size / 3 / 128) * 128
+        return self.mlp_size or (gated if self.family == "qwen3" else usual)
+
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of one block; with GPT-2's proportions 12 C^2."""
+        c, wide, narrow = self.embedding_size, self.num_heads, self.kv_heads()
+        attention = 2 * c * (wide + narrow) * self.head_dim()
+        return attention + (3 if self.family == "qwen3" else 2) * c * self.mlp_dim()
 
     def num_parameters(self) -> int:
         """Trainable numbers, the tied head counted once."""
         c, per_bias = self.embedding_size, int(self.bias)
-        block = 12 * c * c + 2 * c + per_bias * (9 * c + 2 * c)
+        if self.family == "qwen3":
+            block = self.layer_weights() + 2 * c + 2 * self.head_dim()
+            return self.vocab_size * c + self.num_layers * block + c
+        block = self.layer_weights() + 2 * c + per_bias * (9 * c + 2 * c)
         embeddings = (self.vocab_size + self.context_length) * c
         return embeddings + self.num_layers * block + c + per_bias * c
 
@@ -42,12 +69,12 @@ class ModelConfig:
         """Floating-point operations of forward and backward for one token.
 
         6 for each weight of a matrix multiplication (2 forward, 4 backward; the head counts, the
-        embedding look-ups do not) and 12*L*C*T for attention's two products over the full,
+        embedding look-ups do not) and 12*L*H*D*T for attention's two products over the full,
         unmasked square: the convention of PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT.
         """
-        c, layers = self.embedding_size, self.num_layers
-        weights = 12 * layers * c * c + self.vocab_size * c
-        return 6 * weights + 12 * layers * c * self.context_length
+        weights = self.num_layers * self.layer_weights() + self.vocab_size * self.embedding_size
+        width = self.num_heads * self.head_dim()
+        return 6 * weights + 12 * self.num_layers * width * self.context_length
 
 
 @dataclass(frozen=True)
@@ -61,6 +88,7 @@ class OptimizerConfig:
     peak_lr: float
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
     muon_lr: float = 0.02  # Muon's rate where AdamW's is peak_lr; the schedule moves both alike
+    muon_warmup_steps: int = 0  # in which Muon's momentum rises from 0.85 to 0.95
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     max_norm: float = 1.0  # gradients are clipped to this norm
@@ -312,6 +340,10 @@ def _check(config: Config) -> list[str]:
         "model.num_heads": model.num_heads,
         "model.embedding_size": model.embedding_size,
         "model.context_length": model.context_length,
+        "model.num_kv_heads": model.num_kv_heads,
+        "model.head_size": model.head_size,
+        "model.mlp_size": model.mlp_size,
+        "model.rope_theta": model.rope_theta,
         "batch.tokens_per_step": batch.tokens_per_step,
         "optimizer.peak_lr": config.optimizer.peak_lr,
         "optimizer.muon_lr": config.optimizer.muon_lr,
@@ -335,11 +367,7 @@ def _check(config: Config) -> list[str]:
             problems.append(f"{name} must be more than 0, not {value}")
     if problems:
         return problems
-    if model.embedding_size % model.num_heads:
-        problems.append(
-            f"model.embedding_size ({model.embedding_size}) must be a multiple of model.num_heads "
-            f"({model.num_heads})"
-        )
+    problems += _check_family(model)
     if config.precision == "float8" and model.embedding_size % 16:
         problems.append(
             f'precision = "float8" takes a model.embedding_size that is a multiple of 16, '
@@ -372,6 +400,33 @@ def _check(config: Config) -> list[str]:
         0 <= b < 1 for b in config.optimizer.betas
     ):
         problems.append("optimizer.weight_decay must be >= 0 and each of betas in [0, 1)")
+    if config.optimizer.muon_warmup_steps < 0:
+        problems.append("optimizer.muon_warmup_steps must be >= 0")
     if config.evaluate.sample_tokens < 0:
         problems.append("evaluate.sample_tokens must be >= 0")
+    return problems
+
+
+def _check_family(model: ModelConfig) -> list[str]:
+    """What does not fit the family of the model."""
+    problems = []
+    if model.head_size is None and model.embedding_size % model.num_heads:
+        problems.append(
+            f"model.embedding_size ({model.embedding_size}) must be a multiple of model.num_heads "
+            f"({model.num_heads})"
+        )
+    if model.family == "gpt2":
+        for name in ("num_kv_heads", "head_size", "mlp_size", "rope_theta"):
+            if getattr(model, name) != getattr(ModelConfig, name):
+                problems.append(f'model.{name} is only for model.family = "qwen3"')
+        return problems
+    if model.bias:
+        problems.append('model.bias must be false: model.family = "qwen3" has no biases')
+    if model.num_heads % model.kv_heads():
+        problems.append(
+            f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads "
+            f"({model.num_kv_heads})"
+        )
+    if model.head_dim() % 2:
+        problems.append(f"a head's size must be even to be rotated, not {model.head_dim()}")
     return problems

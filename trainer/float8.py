@@ -82,6 +82,7 @@ class Float8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.sizes = getattr(linear, "sizes", (linear.out_features,))  # model.py's Fused
         dtype, device = torch.float8_e4m3fn, linear.weight.device
         weight8 = torch.empty(linear.weight.shape, dtype=dtype, device=device)
         self.register_buffer("weight8", weight8, persistent=False)
@@ -119,5 +120,5 @@ def convert(model: nn.Module) -> None:
     """Put Float8Linear in the place of every linear layer; names and parameters stay."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear) and not isinstance(child, Float8Linear):
                 setattr(parent, name, Float8Linear(child))

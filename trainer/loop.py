@@ -27,7 +27,7 @@ from trainer.config import Config
 from trainer.cross_entropy import IGNORED
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
-from trainer.model import GPT2
+from trainer.model import LanguageModel, build_model
 from trainer.optimizer import Optimizer
 from trainer.ranks import (
     Beats,
@@ -63,7 +63,7 @@ PRINT_SECONDS = 1.0  # at most one step line in so long
 
 @torch.no_grad()
 def evaluate(
-    model: GPT2, data: Data, config: Config, micro_batch_size: int, ranks: Ranks
+    model: LanguageModel, data: Data, config: Config, micro_batch_size: int, ranks: Ranks
 ) -> tuple[float, float]:
     """Validation loss over the config's fixed tokens: (nats a token, bits a byte of text).
 
@@ -97,7 +97,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def sample_text(model: GPT2, vocabulary: list[bytes], num_tokens: int, step: int) -> str:
+def sample_text(model: LanguageModel, vocabulary: list[bytes], num_tokens: int, step: int) -> str:
     """A short text from <|endoftext|> on, to look at; its own generator, at temperature 0.8."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(step)
@@ -177,7 +177,7 @@ class Trainer:
         self.ranks, self.device, self.plan = ranks, device, plan
         self.past, self.started = past, started
         torch.set_float32_matmul_precision("high")
-        self.model = GPT2(config.model)
+        self.model = build_model(config.model)
         self.model.init_weights(config.seed)
         self.model.to(device)
         if config.precision == "float8":
@@ -618,7 +618,7 @@ def attention_backends(device: torch.device) -> Any:
     return sdpa_kernel(order, set_priority=True)
 
 
-def compile_model(model: GPT2, config: Config, device: torch.device) -> None:
+def compile_model(model: LanguageModel, config: Config, device: torch.device) -> None:
     """Put torch.compile where the config asks for it: the whole trunk, each block, or nowhere."""
     how = config.compile
     if how == "auto":

@@ -16,10 +16,18 @@ from trainer.ranks import Ranks
 # Bytes a parameter: master, gradient and two AdamW moments in float32, the weight in bfloat16.
 STATE_BYTES = 4 + 4 + 4 + 4 + 2
 FLOAT8_BYTES = 2  # besides: the weight in 8 bits, in both orders
-# Bytes of a compiled bfloat16 step for each token and channel: what forward keeps in each layer,
-# and what the backward pass of one layer adds. Fitted to measured peaks (tests/benchmarks/memory).
-LAYER_BYTES = 31.7
-BACKWARD_BYTES = 77
+# Muon has one moment, and at its update, which is not at the time of forward and backward, copies:
+# of all its matrices one, of those of one shape, about 40 % of them, three.
+MUON_BYTES, MUON_UPDATE_BYTES = 4 + 4 + 4 + 2, 8.5
+# Bytes of a compiled bfloat16 step for each token and layer: what forward keeps is 4 of the block's
+# channels, and 2 or 3 of each of the numbers inside it (GPT-2: q, k, v and attention's output, the
+# MLP's before and after its function; Qwen3: q and k before and after their norms as well, the
+# gate, what it lets through, and their product). torch.compile on a CPU keeps just that, a GPU 99 % of it; the
+# factor of the backward pass is fitted to measured peaks (tests/benchmarks/memory).
+CHANNEL_BYTES = 8
+INSIDE_BYTES = {"gpt2": 4, "qwen3": 6}
+KEPT = 0.99
+BACKWARD_LAYERS = 2.43  # what the backward pass of one layer adds, in layers
 LOGIT_BYTES = 2
 HEAD_BYTES = 10  # a number of the head: padded, its gradient, in bfloat16 and in float32
 USABLE = 0.94  # of the free memory: the rest goes to fragments and libraries
@@ -36,15 +44,21 @@ class Plan:
 
 
 def estimate_bytes(config: Config, micro_batch_size: int) -> int:
-    """Peak bytes on one GPU: a bfloat16, compiled step with AdamW."""
+    """Peak bytes on one GPU: a bfloat16, compiled step."""
     model = config.model
     tokens = micro_batch_size * model.context_length
-    kept = LAYER_BYTES * tokens * model.num_layers * model.embedding_size
+    inside = (model.num_heads + model.kv_heads()) * model.head_dim() + model.mlp_dim()
+    channels = CHANNEL_BYTES * model.embedding_size + INSIDE_BYTES[model.family] * inside
+    layer = KEPT * tokens * channels
     head = LOGIT_BYTES * min(tokens, HEAD_CHUNK["cuda"]) * model.vocab_size
     head += HEAD_BYTES * model.vocab_size * model.embedding_size
-    backward = BACKWARD_BYTES * tokens * model.embedding_size
-    state = STATE_BYTES + FLOAT8_BYTES * (config.precision == "float8")
-    return int(state * model.num_parameters() + kept + max(head, backward))
+    activations = model.num_layers * layer + max(head, BACKWARD_LAYERS * layer)
+    by_muon = 0
+    if config.optimizer.name == "muon":
+        by_muon = model.num_layers * model.layer_weights()
+    state = STATE_BYTES * (model.num_parameters() - by_muon) + MUON_BYTES * by_muon
+    state += FLOAT8_BYTES * (config.precision == "float8") * model.num_parameters()
+    return int(state + max(activations, MUON_UPDATE_BYTES * by_muon))
 
 
 def usable_bytes(device: torch.device) -> int:

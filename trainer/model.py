@@ -1,16 +1,29 @@
-"""GPT-2 as published: tokens (B, T) -> logits (B, T, V).
+"""Two families of models: tokens (B, T) -> logits (B, T, V).
 
 Before: windows.py. After: loop.py (loss) and sampler/generate.py (text).
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; code openai/gpt-2
-src/model.py. Learned positions, pre-LayerNorm, tanh-approximated GELU, head tied to the token
-embedding. Modules carry the names of transformers' GPT2LMHeadModel, so that export is a transpose.
+Both look tokens up, L times add to that sum what attention and an MLP make of it, and read the next
+token off it with the same embedding. GPT2 is as published (Radford et al. 2019, "Language Models
+are Unsupervised Multitask Learners"; code openai/gpt-2 src/model.py). Qwen3, below it, is what had
+become of GPT-2 by 2025 (Yang et al., "Qwen3 Technical Report"):
 
-Dimensions: B batch, T time, C embedding, H heads, D = C / H, V vocabulary.
+    part        GPT2                   Qwen3                 why
+    norms       LayerNorm              RMSNorm               mean and shift were not needed
+    positions   learned, added once    rotary, in attention  what counts is the distance
+    q and k     as they come           normalized            attention bears higher rates
+    k and v     one of each a head     shared by heads       a smaller cache
+    MLP         GELU, two matrices     gated SiLU, three     a lower loss for as many weights
+    biases      everywhere             none                  not needed, and slower
+
+The trunk carries GPT-2's names in both, attention and MLP those of transformers' GPT2LMHeadModel
+and Qwen3ForCausalLM. Dimensions: B batch, T time, C embedding, H heads, K heads of keys and values,
+D head size, V vocabulary.
 """
 
 import math
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +39,99 @@ class Cache(Protocol):
     positions: Tensor  # of the tokens at hand in their texts: (T,) or (B, T)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Take in k and v, and attend from q over all that is there: each (B, H, T, D)."""
+        """Take in k and v (B, K, T, D), and attend from q (B, H, T, D) over all that is there."""
+
+
+# ---------------------------------------------------------------------- what both share
+
+
+class Fused(nn.Linear):
+    """Several matrices of the same input as one product; their outputs stand side by side."""
+
+    def __init__(self, size: int, sizes: tuple[int, ...], bias: bool) -> None:
+        super().__init__(size, sum(sizes), bias=bias)
+        self.sizes = sizes  # rows of each
+
+
+class Block(nn.Module):
+    def __init__(self, norms: tuple[nn.Module, nn.Module], attn: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.ln_1, self.attn = norms[0], attn
+        self.ln_2, self.mlp = norms[1], mlp
+
+    def forward(self, x: Tensor, cache: Cache | None, *turn: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, *turn)
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+def attend(layer: int, cache: Cache | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention: q (B, H, T, D), k and v (B, K, T, D) -> (B, T, H * D)."""
+    if cache is None:
+        shared = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+    else:
+        y = cache.attend(layer, q, k, v)
+    return y.transpose(1, 2).flatten(2)
+
+
+class LanguageModel(nn.Module, ABC):
+    h: nn.ModuleList  # L blocks
+    ln_f: nn.Module
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.trunk = self.hidden  # what training runs; loop.py may put a compiled one here
+
+    def init_weights(self, seed: int) -> None:
+        """Matrices normal, biases 0, gains 1: the same on every rank and device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                deviation = self.deviation(name, weight)
+                drawn = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
+                with torch.no_grad():
+                    weight.copy_(drawn)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    @abstractmethod
+    def deviation(self, name: str, weight: Tensor) -> float:
+        """The standard deviation with which a matrix starts."""
+
+    @abstractmethod
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """The last layer's normalized output: tokens (B, T) -> (B, T, C)."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The tied head: (..., C) -> (..., V)."""
+        return F.linear(x, self.wte.weight)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses in nats, over targets (B, T) that are not -100; x (B, T, C).
+
+        A sum, so that nothing is rounded on the way back: the optimizer divides, in float32.
+        """
+        weight = self.wte.weight
+        if not torch.is_grad_enabled():  # a Function sees requires_grad, not the grad mode
+            weight = weight.detach()
+        loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
+            x.flatten(0, 1), weight, targets.flatten()
+        )
+        return loss
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """What training minimizes: the trunk, and the loss of what comes out of it."""
+        return self.loss(self.trunk(tokens), targets)
+
+
+def build_model(config: ModelConfig) -> LanguageModel:
+    return Qwen3(config) if config.family == "qwen3" else GPT2(config)
+
+
+# -------------------------------------------------------------------------------- GPT-2
 
 
 class Attention(nn.Module):
@@ -34,18 +139,14 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.num_heads = layer, config.num_heads
         size = config.embedding_size
-        self.c_attn = nn.Linear(size, 3 * size, bias=config.bias)
+        self.c_attn = Fused(size, (size, size, size), config.bias)
         self.c_proj = nn.Linear(size, size, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        B, T, C = x.shape  # noqa: N806
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        B, T, _ = x.shape  # noqa: N806
         # (B, T, 3C) -> three of (B, H, T, D)
         q, k, v = self.c_attn(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = cache.attend(self.layer, q, k, v)
-        out: Tensor = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        out: Tensor = self.c_proj(attend(self.layer, cache, q, k, v))
         return out
 
 
@@ -69,54 +170,23 @@ def gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.embedding_size, bias=config.bias)
-        self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.embedding_size, bias=config.bias)
-        self.mlp = MLP(config)
+class GPT2(LanguageModel):
+    ln_f: nn.LayerNorm
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        out: Tensor = x + self.mlp(self.ln_2(x))
-        return out
-
-
-class GPT2(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.embedding_size)
+        super().__init__(config)
         self.wpe = nn.Embedding(config.context_length, config.embedding_size)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(config.embedding_size, bias=config.bias)
-        self.trunk = self.hidden  # what training runs; loop.py may put a compiled one here
 
-    def init_weights(self, seed: int) -> None:
-        """GPT-2's initialization, the same on every rank and device.
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(config.embedding_size, bias=config.bias)
 
-        Normal with 0.02 for weights and 0.01 for positions (openai/gpt-2 src/model.py), zero for
-        biases, and projections into the residual stream scaled by 1/sqrt(2L) (the paper, 2.3).
-        One number departs from it: the token embedding is at most 0.3/sqrt(C). It is the head too,
-        and at 0.02 its logits start with a variance of C * 0.0004, which lifts the first loss
-        0.15 (C = 768) to 0.4 (C = 1600) above ln V; this way every size starts at ln V.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        residual = 0.02 / math.sqrt(2 * self.config.num_layers)
-        embedding = min(0.02, 0.3 / math.sqrt(self.config.embedding_size))
-        for name, weight in self.named_parameters():
-            if weight.ndim == 2:
-                deviation = residual if name.endswith("c_proj.weight") else 0.02
-                deviation = {"wte.weight": embedding, "wpe.weight": 0.01}.get(name, deviation)
-                drawn = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
-                with torch.no_grad():
-                    weight.copy_(drawn)
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
+        self.h = nn.ModuleList(
+            Block((norm(), norm()), Attention(config, layer), MLP(config))
+            for layer in range(config.num_layers)
+        )
+        self.ln_f = norm()
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """The last layer's normalized output: tokens (B, T) -> (B, T, C)."""
         new = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(new if cache is None else cache.positions)
         for block in self.h:
@@ -124,23 +194,118 @@ class GPT2(nn.Module):
         out: Tensor = self.ln_f(x)
         return out
 
-    def logits(self, x: Tensor) -> Tensor:
-        """The tied head: (..., C) -> (..., V)."""
-        return F.linear(x, self.wte.weight)
+    def deviation(self, name: str, weight: Tensor) -> float:
+        """GPT-2's: 0.02, for positions 0.01 (openai/gpt-2 src/model.py), and what projects into
+        the sum is scaled by 1/sqrt(2L) (the paper, 2.3).
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the losses in nats, over targets (B, T) that are not -100; x (B, T, C).
-
-        A sum, so that nothing is rounded on the way back: the optimizer divides, in float32.
+        One number departs from it: the token embedding is at most 0.3/sqrt(C). It is the head too,
+        and at 0.02 its logits start with a variance of C * 0.0004, which lifts the first loss
+        0.15 (C = 768) to 0.4 (C = 1600) above ln V; this way every size starts at ln V.
         """
-        weight = self.wte.weight
-        if not torch.is_grad_enabled():  # a Function sees requires_grad, not the grad mode
-            weight = weight.detach()
-        loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, 1), weight, targets.flatten()
-        )
-        return loss
+        small = {"wte.weight": 0.3 / math.sqrt(self.config.embedding_size), "wpe.weight": 0.01}
+        adds = name.endswith("c_proj.weight")
+        usual = 0.02 / math.sqrt(2 * self.config.num_layers) if adds else 0.02
+        return min(usual, small.get(name, usual))
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """What training minimizes: the trunk, and the loss of what comes out of it."""
-        return self.loss(self.trunk(tokens), targets)
+
+# --------------------------------------------------------------- what changed since: Qwen3
+
+
+def rotary_table(config: ModelConfig) -> Tensor:
+    """Cosines and sines of the angles of every position: (2, T, 1, D) in float32.
+
+    Number n of a head's first half and number n of its second are a pair, which position t turns by
+    t * theta^(-2n/D) (Su et al. 2021, "RoFormer"). The sines have the signs that rotate() needs.
+    """
+    size = config.head_dim()
+    frequencies = config.rope_theta ** (-torch.arange(0, size, 2) / size)
+    angles = torch.arange(config.context_length)[:, None] * frequencies  # (T, D / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])[:, :, None]
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the pairs of x (B, T, heads, D) by `turn`, rows of rotary_table()."""
+    cos, sin = turn
+    first, second = x.chunk(2, -1)
+    turned: Tensor = x * cos + torch.cat([second, first], -1) * sin
+    return turned.to(x.dtype)
+
+
+class GroupedAttention(nn.Module):
+    """H heads of queries over K of keys and values (Ainslie et al. 2023, "GQA")."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_size = layer, config.head_dim()
+        size, queries = config.embedding_size, config.num_heads * self.head_size
+        keys = config.kv_heads() * self.head_size
+        self.sizes = (queries, keys, keys)
+        self.qkv_proj = Fused(size, self.sizes, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_size, eps=1e-6)  # Dehghani et al. 2023, "ViT-22B"
+        self.k_norm = nn.RMSNorm(self.head_size, eps=1e-6)
+        self.o_proj = nn.Linear(queries, size, bias=False)
+
+    def forward(self, x: Tensor, cache: Cache | None, turn: Tensor) -> Tensor:
+        parts = self.qkv_proj(x).split(self.sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)  # (B, T, heads, D)
+        q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        out: Tensor = self.o_proj(attend(self.layer, cache, q, k, v))
+        return out
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer")."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size, inside = config.embedding_size, config.mlp_dim()
+        self.gate_up_proj = Fused(size, (inside, inside), bias=False)
+        self.down_proj = nn.Linear(inside, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
+        return out
+
+
+class Qwen3(LanguageModel):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+
+        def norm() -> nn.Module:
+            return nn.RMSNorm(config.embedding_size, eps=1e-6)
+
+        self.h = nn.ModuleList(
+            Block((norm(), norm()), GroupedAttention(config, layer), GatedMLP(config))
+            for layer in range(config.num_layers)
+        )
+        self.ln_f = norm()
+        self.turns = rotary_table(config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What to() calls: the table moves along, but stays float32, as a buffer would not."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.turns = self.turns.to(self.wte.weight.device)
+        return self
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        x = self.wte(tokens)
+        turn = self.turns[:, : tokens.shape[1]] if cache is None else self.turns[:, cache.positions]
+        for block in self.h:
+            x = block(x, cache, turn)
+        out: Tensor = self.ln_f(x)
+        return out
+
+    def deviation(self, name: str, weight: Tensor) -> float:
+        """As is usual for Muon: blocks add nothing at first, what projects into the sum is zero.
+
+        Other matrices make an output of 1/2, whatever C: their updates, too, have one size for all
+        C. x is at first the token embedding alone, normalized, which gives a token's own logit C
+        times the deviation; 0.005 keeps it from counting, and every size starts at ln V.
+        """
+        if name == "wte.weight":
+            return 0.005
+        adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return 0.0 if adds else 0.5 / math.sqrt(weight.shape[1])

@@ -13,7 +13,7 @@ from trainer.config import Config
 from trainer.float8 import Float8Linear
 from trainer.ranks import Ranks
 
-MUON_MOMENTUM = 0.95
+MUON_MOMENTUM = (0.85, 0.95)  # at the start and the end of optimizer.muon_warmup_steps
 LOSS_SCALE_STEPS = 2000  # sound steps after which a float16 run doubles its loss scale
 
 
@@ -40,42 +40,42 @@ class Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or Muon for the blocks' matrices and AdamW for the rest.
 
     Weights in float32 ("masters"), gradients and moments are one array each, in one order: Muon's
-    matrices, by shape; other matrices; vectors (biases and gains, which are not decayed). The
+    matrices; other matrices; vectors (biases and gains, which are not decayed). The
     model computes with a copy of the masters in its own precision (Micikevicius et al. 2018, "Mixed
     Precision Training"), or with the masters themselves where that is float32.
     """
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         by_muon = {
-            name: (3, len(p) // 3, p.shape[1]) if "c_attn" in name else (1, *p.shape)
+            name
             for name, p in model.named_parameters()
             if config.optimizer.name == "muon" and p.ndim == 2 and name.startswith("h.")
-        }  # name: (count, rows, columns); queries, keys and values are matrices of their own
+        }
         named = sorted(
-            model.named_parameters(),
-            key=lambda item: (
-                item[0] not in by_muon,
-                by_muon.get(item[0], ())[1:],
-                item[1].ndim < 2,
-            ),
+            model.named_parameters(), key=lambda item: (item[0] not in by_muon, item[1].ndim < 2)
         )
         self.ranks = ranks
         self.parameters = dict(named)
         self.device = named[0][1].device
         dtype = compute_dtype(config, self.device)
         self.reduce_dtype = getattr(torch, config.reduce_precision)
+        fused = {
+            f"{name}.weight": module.sizes
+            for name, module in model.named_modules()
+            if hasattr(module, "sizes") and hasattr(module, "weight")
+        }
         starts, end, muon_end, matrices_end = [], 0, 0, 0
-        self.muon_shapes: dict[tuple[int, int], int] = {}  # (rows, columns): matrices
+        # (rows, columns): where Muon's matrices of that shape start. What is fused are several.
+        self.muon_starts: dict[tuple[int, int], list[int]] = {}
         for name, parameter in named:
             starts.append(end)
+            if name in by_muon:
+                columns = parameter.shape[1]
+                for rows in fused.get(name, parameter.shape[:1]):
+                    self.muon_starts.setdefault((rows, columns), []).append(muon_end)
+                    muon_end += rows * columns
             end += parameter.numel()
             matrices_end = end if parameter.ndim >= 2 else matrices_end
-            if name in by_muon:
-                count, *shape = by_muon[name]
-                muon_end = end
-                self.muon_shapes[shape[0], shape[1]] = (
-                    self.muon_shapes.get((shape[0], shape[1]), 0) + count
-                )
         self._starts = dict(zip(self.parameters, starts, strict=True))
         self.masters = torch.zeros(end, device=self.device)
         self.gradients = torch.zeros_like(self.masters)
@@ -90,7 +90,7 @@ class Optimizer:
                 self.parameters[name].grad = view
         self.quantized = [m for m in model.modules() if isinstance(m, Float8Linear)]
         options = config.optimizer
-        self.max_norm = options.max_norm
+        self.max_norm, self.muon_warmup_steps = options.max_norm, options.muon_warmup_steps
         self.lr_ratio, self.weight_decay = options.muon_lr / options.peak_lr, options.weight_decay
         self.momentum = torch.zeros(muon_end, device=self.device)
         self.moments = {
@@ -186,20 +186,30 @@ class Optimizer:
     def muon(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
         """Muon's update (Jordan et al. 2024): momentum, made orthogonal; decay as AdamW's.
 
-        Each rank takes its share of the matrices of a shape, and all get all of them.
+        Each rank takes its share of the matrices of a shape, and all get all of them. The update is
+        larger for tall matrices by sqrt(rows / columns): so one rate fits every shape and size.
         """
         end = len(self.momentum)
+        momentum = self.muon_momentum()
         fresh = torch.where(is_sound, self.gradients[:end] / divisor, self.momentum)
-        self.momentum.lerp_(fresh, 1 - MUON_MOMENTUM)
-        fresh.lerp_(self.momentum, MUON_MOMENTUM)  # Nesterov's look ahead
+        self.momentum.lerp_(fresh, 1 - momentum)
+        fresh.lerp_(self.momentum, momentum)  # Nesterov's look ahead
         self.masters[:end] *= 1 - lr * self.weight_decay * is_sound
-        start = 0
-        for (rows, columns), count in self.muon_shapes.items():
-            part = slice(start, start + count * rows * columns)
-            start = part.stop
-            directions = self._orthogonal(fresh[part].view(count, rows, columns))
+        for (rows, columns), starts in self.muon_starts.items():
+            parts = [fresh[start : start + rows * columns].view(rows, columns) for start in starts]
             size = lr * self.lr_ratio * math.sqrt(max(1, rows / columns))
-            self.masters[part].sub_(directions.flatten() * (size * is_sound))
+            directions = self._orthogonal(torch.stack(parts)) * (size * is_sound)
+            for part, direction in zip(parts, directions, strict=True):
+                part.copy_(direction)
+        self.masters[:end].sub_(fresh)
+
+    def muon_momentum(self) -> Tensor | float:
+        """How much of the past a step keeps: rises over the first muon_warmup_steps."""
+        low, high = MUON_MOMENTUM
+        if not self.muon_warmup_steps:
+            return high
+        step: Tensor = next(iter(self.adamw.state.values()))["step"] - 1  # sound ones before this
+        return low + (high - low) * (step / self.muon_warmup_steps).clamp(max=1)
 
     def _orthogonal(self, matrices: Tensor) -> Tensor:
         """orthogonalize() shared out among the ranks."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer import memory
-from trainer.model import GPT2
+from trainer.model import LanguageModel
 from trainer.optimizer import Optimizer
 from trainer.ranks import Ranks, sum_over_ranks
 from trainer.signals import Wishes
@@ -83,7 +83,7 @@ class StepResult:
 
 
 def train_step(
-    model: GPT2,
+    model: LanguageModel,
     optimizer: Optimizer,
     batches: MicroBatches,
     accumulation_steps: int,

@@ -25,7 +25,7 @@ from trainer import memory
 from trainer.config import Config
 from trainer.loop import VALIDATION_SEED
 from trainer.metrics import read_metrics
-from trainer.model import GPT2
+from trainer.model import build_model
 from trainer.ranks import Ranks
 from trainer.run import Data, open_data
 from trainer.schedule import UNKNOWN_STEPS, Schedule
@@ -43,7 +43,7 @@ def plain(config: Config, data: Data, micro_batch: int) -> dict[int, float]:
     """Validation losses by step."""
     device = Ranks().device()
     torch.set_float32_matmul_precision("high")
-    model = GPT2(config.model)
+    model = build_model(config.model)
     model.init_weights(config.seed)
     model.to(device)
     options = config.optimizer

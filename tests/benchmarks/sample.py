@@ -21,8 +21,8 @@ from torch import Tensor
 from pipeline import tokenizer
 from sampler import decode
 from sampler.decode import Decoder, Sampling
-from sampler.export import model_config, transformers_weights
 from sampler.generate import Limits, Sample, generate
+from sampler.layouts import model_config, transformers_weights
 from sampler.load import best_device
 from trainer import config as configs
 from trainer.model import GPT2

@@ -27,7 +27,7 @@ from torch import Tensor
 from pipeline import foreign
 from trainer import config as configs
 from trainer.metrics import read_metrics
-from trainer.model import GPT2
+from trainer.model import build_model
 from trainer.run import open_data
 from trainer.windows import MicroBatches
 
@@ -101,7 +101,7 @@ def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float,
     chosen = configs.load(config, ("evaluate.num_tokens=65536",))
     windows = open_data(chosen, data).train
     torch.set_float32_matmul_precision("high")
-    model = GPT2(dataclasses.replace(chosen.model, vocab_size=50304))
+    model = build_model(dataclasses.replace(chosen.model, vocab_size=50304))
     model.init_weights(0)
     model.cuda()
     groups = [
