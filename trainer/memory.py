@@ -22,8 +22,8 @@ MUON_BYTES, MUON_UPDATE_BYTES = 4 + 4 + 4 + 2, 8.5
 # Bytes of a compiled bfloat16 step for each token and layer: what forward keeps is 4 of the block's
 # channels, and 2 or 3 of each of the numbers inside it (GPT-2: q, k, v and attention's output, the
 # MLP's before and after its function; Qwen3: q and k before and after their norms as well, the
-# gate, what it lets through, and their product). torch.compile on a CPU keeps just that, a GPU 99 % of it; the
-# factor of the backward pass is fitted to measured peaks (tests/benchmarks/memory).
+# gate, what it lets through, and their product). torch.compile on a CPU keeps just that; what a
+# GPU keeps, and the backward pass, are fitted to measured peaks (tests/benchmarks/memory).
 CHANNEL_BYTES = 8
 INSIDE_BYTES = {"gpt2": 4, "qwen3": 6}
 KEPT = 0.99
