@@ -64,6 +64,9 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("model.vocab_size=70000", "16 bits"),
         ("model.num_kv_heads=2", 'only for model.family = "qwen3"'),
         ("model.family=qwen3", "model.bias must be false"),
+        ("batch.doublings=4", "multiple of 16 windows"),
+        ("batch.doublings=-1", "from 0 to 15"),
+        ("batch.doubling_steps=0", "more than 0"),
         ("optimizer.muon_warmup_steps=-1", "muon_warmup_steps must be >= 0"),
         ("nonsense", "key=value"),
     ],
@@ -110,6 +113,18 @@ def test_whichever_limit_comes_first_ends_the_run() -> None:
     ):
         schedule = replace(base.schedule, max_steps=max_steps, max_tokens=max_tokens)
         assert replace(base, schedule=schedule).num_steps() == steps
+
+
+def test_a_batch_warm_up_takes_more_steps_for_the_same_tokens() -> None:
+    settings = ("batch.doublings=2", "batch.doubling_steps=10", "schedule.max_steps=100")
+    config = configs.load("tiny", settings)  # 1,024 tokens a step
+    small = 10 * 256 + 10 * 512
+    assert config.tokens_after(15) == 10 * 256 + 5 * 512
+    assert config.num_tokens() == small + 80 * 1024
+    for tokens, steps in ((1, 1), (256, 1), (257, 2), (small, 20), (small + 1, 21)):
+        assert (
+            configs.load("tiny", (*settings, f"schedule.max_tokens={tokens}")).num_steps() == steps
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

@@ -18,6 +18,7 @@ from test_train import QUICK, weights
 
 from pipeline import shards
 from trainer import checkpoint
+from trainer.config import StepSizes
 from trainer.windows import Windows, step_positions, windows_at
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks on one GPU")
@@ -215,7 +216,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(small_shards: Path, tmp_path: P
     (skipped,) = metrics_of(run, "skip")
     assert (skipped["step"], skipped["reason"]) == (3, "not finite")
     train = Windows(shards.load_index(small_shards), "train", 64)
-    theirs = step_positions(2, 4, 2, 1, 2)[0]  # rank 1's windows of the third step
+    theirs = step_positions(2, StepSizes(4), 2, 1, 2)[0]  # rank 1's windows of the third step
     found = [train.locate(int(w)) for w in windows_at(theirs, train.num_windows, 1337)]
     assert skipped["windows"] == [
         {"shard": shard.file, "offset": start, "slice": shard.slice} for shard, start in found

@@ -46,9 +46,11 @@ def simulate(config: Config, seconds_of: list[float], evaluation: float = 0.0) -
     clock.evaluate_seconds = evaluation
     while not schedule.is_over(len(rates)):
         step = len(rates) + 1
-        rates.append(schedule.rate(step, clock.steps_left(now)))
-        now += seconds_of[step - 1]
-        clock.step_seconds.append(seconds_of[step - 1])
+        rates.append(schedule.rate(step, clock.steps_left(now, step - 1)))
+        sizes = config.step_sizes()
+        took = seconds_of[step - 1] * sizes.of(step - 1) / sizes.windows
+        now += took
+        clock.note_step(step, took)
         if step % config.evaluate.every_steps == 0:
             now += evaluation
     return rates, now + evaluation
@@ -74,6 +76,17 @@ def test_the_decay_ends_at_zero_within_one_percent_of_the_budget(seconds_of: lis
     falling = rates[rates.index(peak) :]
     assert all(a >= b for a, b in pairwise(falling))
     assert max(a - b for a, b in pairwise(falling)) < 0.05 * peak  # no jumps
+
+
+def test_a_clock_knows_that_the_first_steps_are_smaller() -> None:
+    config = wsd(budget_hours=1.0)
+    config = replace(config, batch=replace(config.batch, doublings=3, doubling_steps=200))
+    rates, seconds = simulate(config, [1.0] * 9000)
+    assert 0.99 * 3600 <= seconds <= 3600
+    assert rates[-1] == 0
+    steps, decays = len(rates), len(rates) - rates.index(max(rates)) - rates.count(max(rates))
+    assert steps == pytest.approx(3600 + 200 * (7 + 6 + 4) / 8, rel=0.01)
+    assert decays == pytest.approx(config.schedule.decay_fraction * steps, rel=0.02)
 
 
 def test_whichever_of_budget_and_steps_ends_first_sets_the_decay() -> None:

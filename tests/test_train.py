@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trainer import checkpoint, loop
 from trainer import config as configs
+from trainer.config import StepSizes
 from trainer.model import GPT2
 from trainer.optimizer import Optimizer
 from trainer.ranks import Ranks
@@ -149,6 +150,25 @@ def test_resume_gives_the_same_bits(finished: Path, small_shards: Path, tmp_path
     assert [row["step"] for row in metrics_of(run, "evaluate")] == [0, 4, 8]
 
 
+def test_a_run_cut_off_in_its_batch_warm_up_goes_on_to_the_same_bits(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    settings = ("--set=batch.doublings=2", "--set=batch.doubling_steps=3")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train_alone(small_shards, whole, *settings)
+    tokens = [row["tokens"] // 64 for row in metrics_of(whole, "step")]
+    assert tokens == [1, 2, 3, 5, 7, 9, 13, 17]
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step_00000008")
+    train_alone(small_shards, run, *settings, "--resume")
+    assert same_weights(run, whole)
+    for kind in ("step", "evaluate"):
+        ours, theirs = metrics_of(run, kind), metrics_of(whole, kind)
+        assert [(r["step"], r["tokens"], r["loss"]) for r in ours] == [
+            (r["step"], r["tokens"], r["loss"]) for r in theirs
+        ]
+
+
 def test_evaluation_changes_nothing_about_training(
     finished: Path, small_shards: Path, tmp_path: Path
 ) -> None:
@@ -248,7 +268,7 @@ CLOCKED = [setting for setting in QUICK if "max_steps" not in setting and "every
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock by which a step takes 0.18 seconds, however slow the day."""
 
-    def steps_left(self: Clock, used_seconds: float) -> float:
+    def steps_left(self: Clock, used_seconds: float, step: int) -> float:
         return (self.config.schedule.budget_hours or 0) * 20_000 - len(self.step_seconds)
 
     monkeypatch.setattr(Clock, "steps_left", steps_left)
@@ -498,7 +518,7 @@ def test_the_step_after_one_without_memory_gets_its_own_windows(small_shards: Pa
                 raise torch.OutOfMemoryError("no memory left")
             return model(inputs, targets)
 
-    cut = (data.train, config.seed, 0, 4, 1, 0, 1, torch.device("cpu"))
+    cut = (data.train, config.seed, 0, StepSizes(4), 1, 0, 1, torch.device("cpu"))
     with MicroBatches(*cut) as batches, MicroBatches(*cut) as undisturbed:
         arguments = (4, 256, 1e-3, Ranks(), Wishes(), 1.0, math.inf)
         figures = train_step(FailsIn2nd(), optimizer, batches, *arguments)

@@ -9,6 +9,7 @@ import torch
 
 from pipeline import shards
 from pipeline.errors import ForgeError
+from trainer.config import StepSizes
 from trainer.windows import MicroBatches, Windows, permute, step_positions, windows_at
 
 CPU = torch.device("cpu")
@@ -45,11 +46,28 @@ def test_each_window_comes_once_an_epoch() -> None:
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_ranks_share_the_windows_without_overlap(world_size: int, micro_batch_size: int) -> None:
     shares = [
-        step_positions(5, 24, micro_batch_size, rank, world_size) for rank in range(world_size)
+        step_positions(5, StepSizes(24), micro_batch_size, rank, world_size)
+        for rank in range(world_size)
     ]
     assert all(share.shape[1] == micro_batch_size for share in shares)
     together = np.concatenate([share.ravel() for share in shares])
     assert together.tolist() == list(range(5 * 24, 6 * 24))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 6])
+def test_steps_that_grow_take_the_windows_one_after_the_other(world_size: int) -> None:
+    sizes = StepSizes(24, doublings=2, doubling_steps=3)
+    taken = [
+        np.concatenate(
+            [step_positions(n, sizes, 1, rank, world_size) for rank in range(world_size)]
+        )
+        for n in range(9)
+    ]
+    assert [len(step) for step in taken] == [6, 6, 6, 12, 12, 12, 24, 24, 24]
+    assert np.concatenate(taken).ravel().tolist() == list(range(6 * 3 + 12 * 3 + 24 * 3))
+    assert sizes.spared(0) == 3 * 0.75 + 3 * 0.5
+    assert sizes.spared(4) == 2 * 0.5
+    assert sizes.spared(6) == sizes.spared(7) == 0
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +95,12 @@ def test_a_window_can_be_found_on_the_disk(windows: Windows) -> None:
 
 
 def test_reading_ahead_gives_what_the_arguments_say(windows: Windows) -> None:
-    with MicroBatches(windows, 9, 2, 8, 4, 1, 2, CPU) as batches:
+    with MicroBatches(windows, 9, 2, StepSizes(8), 4, 1, 2, CPU) as batches:
         inputs, targets = next(batches)
         chosen = batches.windows_of(2, 1, 0)
-    wanted = windows.read(windows_at(step_positions(2, 8, 4, 1, 2)[0], windows.num_windows, 9))
+    wanted = windows.read(
+        windows_at(step_positions(2, StepSizes(8), 4, 1, 2)[0], windows.num_windows, 9)
+    )
     assert inputs.tolist() == wanted[:, :-1].tolist()
     assert targets.tolist() == wanted[:, 1:].tolist()
     assert np.array_equal(windows.read(chosen), wanted)
@@ -102,7 +122,7 @@ def test_a_shard_that_changes_while_training_is_an_error_and_no_signal(
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-2])
-    with MicroBatches(copy, 0, 0, 4, 2, 0, 1, CPU) as batches:
+    with MicroBatches(copy, 0, 0, StepSizes(4), 2, 0, 1, CPU) as batches:
         inputs, _ = next(batches)
         assert inputs.shape == (2, 64)  # the step goes through, and all ranks learn of it
         assert batches.error

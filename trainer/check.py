@@ -81,7 +81,7 @@ def speed(config: Config, plan: memory.Plan, device: torch.device, ranks: Ranks)
 
 def two_cards(config: Config) -> str:
     """The step's cut and the memory a card on the machine that this program is meant for."""
-    share = config.windows_per_step() // 2
+    share = config.step_sizes().of(0) // 2
     limit = memory.USABLE * CARD_GIB * 2**30
     fits = [n for n in memory.divisors(share) if memory.estimate_bytes(config, n) <= limit]
     if not fits:
@@ -89,4 +89,5 @@ def two_cards(config: Config) -> str:
         return f"does not fit: about {least:.1f} GiB a card with a micro-batch of 1"
     size = max(fits)
     gib = memory.estimate_bytes(config, size) / 2**30
-    return f"micro-batch {size} x {share // size} accumulation steps, about {gib:.1f} GiB a card"
+    steps = config.windows_per_step() // 2 // size
+    return f"micro-batch {size} x {steps} accumulation steps, about {gib:.1f} GiB a card"

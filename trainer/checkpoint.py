@@ -40,7 +40,7 @@ FIX = "use an older one: --checkpoint STEP; for training, remove this folder"
 
 @dataclass(frozen=True)
 class State:
-    """Where training stands. The position in the data is step * windows_per_step."""
+    """Where training stands. The position in the data follows from the step."""
 
     step: int
     tokens: int

@@ -12,6 +12,7 @@ import math
 import tomllib
 import types
 import typing
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -81,6 +82,10 @@ class ModelConfig:
 class BatchConfig:
     tokens_per_step: int
     micro_batch_size: Literal["auto"] | int = "auto"  # windows a rank takes through one forward
+    # Batch warm-up: the first steps have 2**doublings times fewer tokens, and after each
+    # doubling_steps twice as many, up to tokens_per_step.
+    doublings: int = 0
+    doubling_steps: int = 100
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,35 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class StepSizes:
+    """How many windows each step takes, over all ranks; steps count from 0."""
+
+    windows: int  # in the end
+    doublings: int = 0
+    doubling_steps: int = 1
+
+    def of(self, step: int) -> int:
+        """Windows of one step."""
+        return self.windows >> max(0, self.doublings - step // self.doubling_steps)
+
+    def before(self, step: int) -> int:
+        """Windows of all the steps before it: where in the endless order it begins."""
+        total, left = 0, step
+        for halvings in range(self.doublings, 0, -1):
+            steps = min(left, self.doubling_steps)
+            total += steps * (self.windows >> halvings)
+            left -= steps
+        return total + left * self.windows
+
+    def spared(self, step: int) -> float:
+        """How many full steps less the steps from this one on take than if all were full."""
+        end = self.doublings * self.doubling_steps
+        if step >= end:
+            return 0.0
+        return end - step - (self.before(end) - self.before(step)) / self.windows
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Sections are the TOML file's tables."""
 
@@ -150,18 +184,28 @@ class Config:
     def windows_per_step(self) -> int:
         return self.batch.tokens_per_step // self.model.context_length
 
+    def step_sizes(self) -> StepSizes:
+        batch = self.batch
+        return StepSizes(self.windows_per_step(), batch.doublings, batch.doubling_steps)
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens that so many steps have trained on."""
+        return self.step_sizes().before(steps) * self.model.context_length
+
     def num_steps(self) -> int | None:
         """Steps after which the run ends at the latest; None where the clock alone decides."""
         limits = []
         if self.schedule.max_steps is not None:
             limits.append(self.schedule.max_steps)
         if self.schedule.max_tokens is not None:
-            limits.append(math.ceil(self.schedule.max_tokens / self.batch.tokens_per_step))
+            small = self.batch.doublings * self.batch.doubling_steps
+            most = small + math.ceil(self.schedule.max_tokens / self.batch.tokens_per_step)
+            limits.append(bisect_left(range(most), self.schedule.max_tokens, key=self.tokens_after))
         return min(limits) if limits else None
 
     def num_tokens(self) -> int | None:
         steps = self.num_steps()
-        return None if steps is None else steps * self.batch.tokens_per_step
+        return None if steps is None else self.tokens_after(steps)
 
     def shape(self) -> Literal["cosine", "wsd"]:
         """How the learning rate goes after the warm-up: a cosine, or stable and then down."""
@@ -345,6 +389,7 @@ def _check(config: Config) -> list[str]:
         "model.mlp_size": model.mlp_size,
         "model.rope_theta": model.rope_theta,
         "batch.tokens_per_step": batch.tokens_per_step,
+        "batch.doubling_steps": batch.doubling_steps,
         "optimizer.peak_lr": config.optimizer.peak_lr,
         "optimizer.muon_lr": config.optimizer.muon_lr,
         "optimizer.max_norm": config.optimizer.max_norm,
@@ -375,6 +420,13 @@ def _check(config: Config) -> list[str]:
         )
     if not 0 < model.vocab_size <= 2**16:
         problems.append(f"model.vocab_size must fit 16 bits, not {model.vocab_size}")
+    if not 0 <= batch.doublings < 16:
+        return [*problems, f"batch.doublings must be from 0 to 15, not {batch.doublings}"]
+    if config.windows_per_step() % 2**batch.doublings:
+        problems.append(
+            f"batch.tokens_per_step ({batch.tokens_per_step}) must be a multiple of "
+            f"{2**batch.doublings} windows, to be halved batch.doublings times"
+        )
     for name, tokens in (
         ("batch.tokens_per_step", batch.tokens_per_step),
         ("evaluate.num_tokens", config.evaluate.num_tokens),

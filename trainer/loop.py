@@ -205,7 +205,7 @@ class Trainer:
 
     @property
     def tokens(self) -> int:
-        return self.step * self.config.batch.tokens_per_step
+        return self.config.tokens_after(self.step)
 
     @property
     def seconds(self) -> float:
@@ -271,7 +271,7 @@ class Trainer:
                         self.data.train,
                         self.config.seed,
                         self.step,
-                        self.config.windows_per_step(),
+                        self.config.step_sizes(),
                         self.plan.micro_batch_size,
                         self.ranks.rank,
                         self.ranks.world_size,
@@ -298,7 +298,7 @@ class Trainer:
 
     def loop(self, batches: MicroBatches, wishes: Wishes) -> None:
         """Steps until the end, a signal, or a change of the micro-batch."""
-        plan = self.plan
+        plan, sizes = self.plan, self.config.step_sizes()
         pending: StepResult | None = None
         self.step_began = Moment(self.device)
         while not self.ends and self.plan is plan:
@@ -313,12 +313,12 @@ class Trainer:
                 self.model,
                 self.optimizer,
                 batches,
-                plan.accumulation_steps,
-                self.config.batch.tokens_per_step,
+                sizes.of(self.step) // self.ranks.world_size // plan.micro_batch_size,
+                sizes.of(self.step) * self.config.model.context_length,
                 lr,
                 self.ranks,
                 wishes,
-                self.clock.steps_left(self.budget_used) - (pending is not None),
+                self.clock.steps_left(self.budget_used, self.step) - (pending is not None),
                 limit,
             )
             self.settle(pending, batches)
@@ -359,7 +359,7 @@ class Trainer:
                 self.lower_micro_batch(result)
             return
         if result.step > self.first_step:  # the first one compiles
-            self.clock.step_seconds.append(elapsed)
+            self.clock.note_step(result.step, elapsed)
         row: dict[str, Any] = {"loss": shared.loss, "lr": result.lr, "norm": shared.norm}
         if self.config.shape() == "wsd":
             row["decayed"] = result.decayed
@@ -368,13 +368,14 @@ class Trainer:
             return
         self.skipped = 0
         self.guard.note(result.step, shared.loss)
-        step_tokens = self.config.batch.tokens_per_step
+        tokens = self.config.tokens_after(result.step)
+        step_tokens = tokens - self.config.tokens_after(result.step - 1)
         speed = row["tokens_per_second"] = step_tokens / elapsed
         flops = speed * self.config.model.flops_per_token() / self.ranks.world_size
         row["mfu"] = flops / self.peak if self.peak else None
         row["matmul_utilization"] = flops / self.card.matmul_flops if self.card else None
         row["data_wait"] = result.seconds_waited / elapsed
-        self.metrics.log("step", result.step, result.step * step_tokens, self.seconds, **row)
+        self.metrics.log("step", result.step, tokens, self.seconds, **row)
         over = self.schedule.is_over(result.step)
         now = time.perf_counter()
         if now - self.printed_at >= PRINT_SECONDS or result.step == self.first_step or over:
@@ -385,7 +386,8 @@ class Trainer:
         """Seconds until the end, as far as they are known; `elapsed` are the last step's."""
         times = self.clock.step_seconds or (elapsed,)
         fixed, budget = self.config.num_steps(), self.config.schedule.budget_hours
-        left = [(fixed - self.step) * statistics.median(times)] if fixed else []
+        spared = self.config.step_sizes().spared(self.step)
+        left = [(fixed - self.step - spared) * statistics.median(times)] if fixed else []
         if budget is not None:
             left.append(budget * 3600 - self.budget_used)
         return max(0.0, min(left))
@@ -397,7 +399,7 @@ class Trainer:
         self.skipped += 1
         step = result.step
         micro_batches = [
-            divmod(n, result.plan.accumulation_steps)
+            divmod(n, len(shared.suspects) // self.ranks.world_size)
             for n, is_suspect in enumerate(shared.suspects)
             if is_suspect or not any(shared.suspects)
         ]
@@ -410,7 +412,7 @@ class Trainer:
         spikes = math.isfinite(shared.loss) and math.isfinite(shared.norm)
         reason = f"above {result.limit:.4f}, a spike" if spikes else "not finite"
         row |= {"loss": str(shared.loss), "norm": str(shared.norm)}
-        tokens = step * self.config.batch.tokens_per_step
+        tokens = self.config.tokens_after(step)
         self.metrics.log("skip", step, tokens, self.seconds, **row, reason=reason, windows=windows)
         self.say(
             f"step {step}: loss {shared.loss}, norm {shared.norm}: {reason}, update skipped; "
@@ -439,7 +441,7 @@ class Trainer:
                 fix="train a smaller model, or free the GPU of other programs; --resume goes on",
             )
         self.plan = plan
-        tokens = step * self.config.batch.tokens_per_step
+        tokens = self.config.tokens_after(step)
         row = asdict(plan) | ({"decayed": result.decayed} if self.config.shape() == "wsd" else {})
         self.metrics.log("out_of_memory", step, tokens, self.seconds, **row)
         self.say(
@@ -491,7 +493,7 @@ class Trainer:
     def begin_decay(self) -> None:
         """The rate falls from the next step on: keep what was before, to extend the run from."""
         step, left = self.step + 1, int(self.room[1])
-        tokens = step * self.config.batch.tokens_per_step
+        tokens = self.config.tokens_after(step)
         self.metrics.log("decay", step, tokens, self.seconds, steps_left=left)
         self.say(f"step {step}: the learning rate falls to zero from here on")
         if self.step and self.step != self.saved_step:
@@ -551,7 +553,7 @@ class Trainer:
         """Log the saves that have ended."""
         for saved in self.saver.finished():
             self.unsaved = saved.error
-            tokens = saved.step * self.config.batch.tokens_per_step
+            tokens = self.config.tokens_after(saved.step)
             if saved.error:
                 self.say(f"WARNING: step {saved.step}: checkpoint not saved: {saved.error}")
                 continue
@@ -600,11 +602,15 @@ class Trainer:
             )
         if budget is not None:
             ends.append(f"{budget:g} hours, {duration(self.budget_used)} of them used")
+        warm_up = ""
+        if config.batch.doublings:
+            small = config.tokens_after(1)
+            warm_up = f"; {small:,} at first, doubled each {config.batch.doubling_steps} steps"
         self.say(
             f"{self.name}: {config.model.num_parameters():,} parameters on {self.hardware}\n"
             f"{config.batch.tokens_per_step:,} tokens a step = {plan.micro_batch_size} windows of "
             f"{config.model.context_length} x {plan.accumulation_steps} accumulation steps x "
-            f"{self.ranks.world_size} ranks\n"
+            f"{self.ranks.world_size} ranks{warm_up}\n"
             f"{' or '.join(ends)}, from {index.folder}\n"
             f"Save now: kill -USR1 {os.getpid()}"
         )

@@ -36,7 +36,7 @@ CPU_TOKENS = 1024  # a CPU is fastest when a micro-batch's logits stay near its 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is cut: micro_batch_size * accumulation_steps * world_size windows."""
+    """How a full step is cut: micro_batch_size * accumulation_steps * world_size windows."""
 
     micro_batch_size: int
     accumulation_steps: int
@@ -75,14 +75,15 @@ def plan_step(config: Config, ranks: Ranks, device: torch.device) -> Plan:
     not divide a rank's share, or when not even one window fits.
     """
     windows, world = config.windows_per_step(), ranks.world_size
-    if windows % world:
-        fits = ", ".join(str(n) for n in range(1, 65) if windows % n == 0)
+    least = config.step_sizes().of(0)  # all others are multiples of it
+    if least % world:
+        fits = ", ".join(str(n) for n in range(1, 65) if least % n == 0)
         raise ForgeError(
-            f"{windows} windows a step cannot be shared out evenly among {world} ranks",
+            f"{least} windows a step cannot be shared out evenly among {world} ranks",
             where="batch.tokens_per_step",
             fix=f"use one of {fits} ranks, or --set batch.tokens_per_step=...",
         )
-    share = windows // world
+    share = least // world
     wanted = config.batch.micro_batch_size
     if wanted == "auto":
         wanted = _largest(config, share, device, ranks)
@@ -92,7 +93,7 @@ def plan_step(config: Config, ranks: Ranks, device: torch.device) -> Plan:
             where="batch.micro_batch_size",
             fix=f"use one of {', '.join(map(str, divisors(share)))}",
         )
-    return Plan(wanted, share // wanted, estimate_bytes(config, wanted))
+    return Plan(wanted, windows // world // wanted, estimate_bytes(config, wanted))
 
 
 def _largest(config: Config, share: int, device: torch.device, ranks: Ranks) -> int:
@@ -116,7 +117,8 @@ def _largest(config: Config, share: int, device: torch.device, ranks: Ranks) -> 
 def smaller(plan: Plan, config: Config) -> Plan | None:
     """The next smaller cut of the same step, None if there is none."""
     share = plan.micro_batch_size * plan.accumulation_steps
-    fits = [size for size in divisors(share) if size < plan.micro_batch_size]
+    least = share >> config.batch.doublings
+    fits = [size for size in divisors(least) if size < plan.micro_batch_size]
     if not fits:
         return None
     return Plan(fits[-1], share // fits[-1], estimate_bytes(config, fits[-1]))

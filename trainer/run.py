@@ -144,8 +144,9 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     before = load(str(run / CONFIG_FILE))
     fixed = ("model", "seed")
     changed = [key for key in fixed if getattr(before, key) != getattr(config, key)]
-    if before.batch.tokens_per_step != config.batch.tokens_per_step:
-        changed.append("batch.tokens_per_step")
+    for key in ("tokens_per_step", "doublings", "doubling_steps"):
+        if getattr(before.batch, key) != getattr(config.batch, key):
+            changed.append(f"batch.{key}")
     if changed:
         raise ForgeError(
             f"the run was made with another {' and '.join(changed)}",

@@ -80,8 +80,16 @@ class Clock:
         self.save_seconds = 0.0  # until the last checkpoint was on the disk
         self.stall_seconds = 0.0  # that it held up training
 
-    def steps_left(self, used_seconds: float) -> float:
-        """Steps that fit after `used_seconds` of the budget; UNKNOWN_STEPS without a budget."""
+    def note_step(self, step: int, seconds: float) -> None:
+        """What a step (from 1) took; a smaller one counts as what a full one would have taken."""
+        sizes = self.config.step_sizes()
+        self.step_seconds.append(seconds * sizes.windows / sizes.of(step - 1))
+
+    def steps_left(self, used_seconds: float, step: int = 0) -> float:
+        """Steps that fit after `used_seconds` of the budget, `step` of them done since the start.
+
+        UNKNOWN_STEPS without a budget.
+        """
         budget = self.config.schedule.budget_hours
         if budget is None or not self.step_seconds:
             return UNKNOWN_STEPS
@@ -94,4 +102,4 @@ class Clock:
         left -= evaluation + self.save_seconds  # the last ones
         each += evaluation / self.config.evaluate.every_steps
         each += self.stall_seconds / self.config.checkpoint.every_steps
-        return min(UNKNOWN_STEPS, max(0.0, left / each))
+        return min(UNKNOWN_STEPS, max(0.0, left / each + self.config.step_sizes().spared(step)))

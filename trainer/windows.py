@@ -4,9 +4,9 @@ Before: pipeline/shards.py, the folder on the disk. After: model.py, by way of l
 
 A window is context_length + 1 tokens; windows start every context_length tokens of a shard, so that
 each token is predicted once an epoch. Their order is a pure function of (seed, position): a keyed
-permutation computed for the positions at hand, with no table in memory. Step s takes positions
-s*W to (s+1)*W - 1, where W is the number of windows a step, and the ranks share them out. So the
-position is the only state, and the same step holds the same windows on 1, 2 or 8 ranks.
+permutation computed for the positions at hand, with no table in memory. Each step takes the next W
+positions, where W is its number of windows, and the ranks share them out. So the step is the only
+state, and the same step holds the same windows on 1, 2 or 8 ranks.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from pipeline.shards import (
     check_header,
     head_checksum,
 )
+from trainer.config import StepSizes
 
 Ids = npt.NDArray[np.int64]
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (B, T) int64
@@ -150,11 +151,11 @@ def windows_at(positions: Ids, num_windows: int, seed: int) -> Ids:
 
 
 def step_positions(
-    step: int, windows_per_step: int, micro_batch_size: int, rank: int, world_size: int
+    step: int, sizes: StepSizes, micro_batch_size: int, rank: int, world_size: int
 ) -> Ids:
     """This rank's positions in one step: (accumulation_steps, micro_batch_size)."""
-    share = windows_per_step // world_size
-    first = step * windows_per_step + rank * share
+    share = sizes.of(step) // world_size
+    first = sizes.before(step) + rank * share
     return np.arange(first, first + share, dtype=np.int64).reshape(-1, micro_batch_size)
 
 
@@ -179,19 +180,19 @@ class MicroBatches:
         windows: Windows,
         seed: int,
         first_step: int,
-        windows_per_step: int,
+        sizes: StepSizes,
         micro_batch_size: int,
         rank: int,
         world_size: int,
         device: torch.device,
     ) -> None:
         self.windows, self.seed, self.first_step = windows, seed, first_step
-        self.cut = (windows_per_step, micro_batch_size, rank, world_size)
+        self.cut = (sizes, micro_batch_size, rank, world_size)
         self.device = device
         self.error: ForgeError | None = None
         self._seconds_waited = 0.0
         # A whole step ahead: the thread gets Python's lock when the trainer waits for the GPU.
-        a_step = windows_per_step // world_size // micro_batch_size
+        a_step = sizes.windows // world_size // micro_batch_size
         self.ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(a_step + 1)
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._read_ahead, daemon=True)
@@ -235,8 +236,8 @@ class MicroBatches:
 
     def windows_of(self, step: int, rank: int, micro_step: int) -> Ids:
         """The windows of any rank's micro-batch: `step` counts from 0."""
-        windows_per_step, micro_batch_size, _, world_size = self.cut
-        positions = step_positions(step, windows_per_step, micro_batch_size, rank, world_size)
+        sizes, micro_batch_size, _, world_size = self.cut
+        positions = step_positions(step, sizes, micro_batch_size, rank, world_size)
         return windows_at(positions[micro_step], self.windows.num_windows, self.seed)
 
     def _put(self, item: MicroBatch | BaseException) -> None:

@@ -50,7 +50,7 @@ def main(
             windows,
             chosen.seed,
             0,
-            per_step,
+            chosen.step_sizes(),
             micro_batch_size,
             0,
             ranks,

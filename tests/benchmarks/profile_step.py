@@ -69,7 +69,7 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
         plan = memory.plan_step(chosen, ranks, device)
         place = (opened, Path(folder), ranks, device, plan)
         trainer = loop.Trainer(chosen, config, *place, Past(), time.perf_counter())
-        windows = (chosen.windows_per_step(), plan.micro_batch_size)
+        windows = (chosen.step_sizes(), plan.micro_batch_size)
         reader = MicroBatches(opened.train, 0, 0, *windows, ranks.rank, ranks.world_size, device)
         with reader as batches:
 

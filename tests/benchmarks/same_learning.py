@@ -73,7 +73,9 @@ def plain(config: Config, data: Data, micro_batch: int) -> dict[int, float]:
 
     found = {0: validation_loss()}
     count, schedule = config.windows_per_step(), Schedule(config)
-    with MicroBatches(data.train, config.seed, 0, count, micro_batch, 0, 1, device) as batches:
+    with MicroBatches(
+        data.train, config.seed, 0, config.step_sizes(), micro_batch, 0, 1, device
+    ) as batches:
         for step in range(1, (config.num_steps() or 0) + 1):
             for _ in range(count // micro_batch):
                 with torch.autocast(device.type, torch.bfloat16):

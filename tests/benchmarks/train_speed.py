@@ -119,7 +119,7 @@ def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float,
     accumulation_steps = count // micro_batch
     times = []
     device = torch.device("cuda", 0)
-    with MicroBatches(windows, 0, 0, count, micro_batch, 0, 1, device) as batches:
+    with MicroBatches(windows, 0, 0, chosen.step_sizes(), micro_batch, 0, 1, device) as batches:
         for _ in range(steps):
             for _ in range(accumulation_steps):
                 with torch.autocast("cuda", torch.bfloat16):
