@@ -17,7 +17,7 @@ from conftest import ROOT, metrics_of
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer import checkpoint, loop
+from trainer import checkpoint, loop, validation
 from trainer import config as configs
 from trainer.config import StepSizes
 from trainer.model import GPT2
@@ -566,7 +566,7 @@ def test_an_evaluation_computes_no_gradients(
     monkeypatch.setattr(torch, "mm", lambda *a, **k: (products.append(1), multiply(*a, **k))[1])
     model = GPT2(config.model)
     data = open_data(config, small_shards)
-    loop.evaluate(model, data, config, 4, Ranks())
+    validation.validation_loss(model, data, config, 4, Ranks())
     assert not products
     inputs = torch.zeros(1, 64, dtype=torch.int64)
     model(inputs, inputs).backward()

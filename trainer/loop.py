@@ -1,6 +1,6 @@
-"""train, evaluate: the loop that turns windows into a model.
+"""train: the loop that turns windows into a model.
 
-Before: windows.py and step.py. After: checkpoint.py and metrics.py.
+Before: windows.py and step.py. After: validation.py, checkpoint.py and metrics.py.
 
 Every rank runs the same code and takes the same branches: what decides (a non-finite step, a wish
 to stop) travels with the loss through one all-reduce a step. Nothing waits for the GPU only to
@@ -16,15 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline import shards
 from pipeline.errors import ForgeError
 from trainer import card, checkpoint, float8, memory
 from trainer.config import Config
-from trainer.cross_entropy import IGNORED
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
 from trainer.model import LanguageModel, build_model
@@ -39,7 +36,6 @@ from trainer.ranks import (
     launch,
     on_all,
     process_group,
-    sum_over_ranks,
 )
 from trainer.run import (
     Data,
@@ -55,67 +51,10 @@ from trainer.run import (
 from trainer.schedule import UNKNOWN_STEPS, Clock, Schedule
 from trainer.signals import Wishes
 from trainer.step import Moment, Shared, StepResult, train_step
-from trainer.windows import MicroBatches, to_device, windows_at
+from trainer.validation import sample_text, validation_loss
+from trainer.windows import MicroBatches
 
-VALIDATION_SEED = 0  # one choice of validation windows for every run
 PRINT_SECONDS = 1.0  # at most one step line in so long
-
-
-@torch.no_grad()
-def evaluate(
-    model: LanguageModel, data: Data, config: Config, micro_batch_size: int, ranks: Ranks
-) -> tuple[float, float]:
-    """Validation loss over the config's fixed tokens: (nats a token, bits a byte of text).
-
-    The same windows whatever the batch and the number of ranks; draws nothing from any generator.
-    """
-    device = next(model.parameters()).device
-    length = config.model.context_length
-    count = config.evaluate.num_tokens // length
-    chosen = windows_at(np.arange(count), data.val.num_windows, VALIDATION_SEED)
-    mine = chosen[ranks.rank :: ranks.world_size]
-    token_bytes = torch.tensor([len(token) for token in data.vocabulary], device=device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add_mine() -> None:
-        for first in range(0, len(mine), micro_batch_size):
-            batch = data.val.read(mine[first : first + micro_batch_size])
-            # The last one is filled up: another shape would be compiled anew.
-            full = np.resize(batch, (micro_batch_size, length + 1))
-            inputs, targets = to_device(full, device)
-            sums[1] += token_bytes[targets[: len(batch)]].sum()
-            if len(batch) < micro_batch_size:
-                targets = targets.clone()
-                targets[len(batch) :] = IGNORED
-            with torch.enable_grad():  # as in training: without, it would be compiled once more
-                x = model.trunk(inputs).detach()  # at once, or two graphs would be kept
-            sums[0] += model.loss(x, targets)
-
-    on_all(ranks, add_mine)
-    nats, num_bytes = sum_over_ranks(sums, ranks).tolist()
-    return nats / (count * length), nats / math.log(2) / num_bytes
-
-
-@torch.no_grad()
-def sample_text(model: LanguageModel, vocabulary: list[bytes], num_tokens: int, step: int) -> str:
-    """A short text from <|endoftext|> on, to look at; its own generator, at temperature 0.8."""
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(step)
-    length = min(num_tokens, model.config.context_length - 1)
-    tokens = torch.full((1, length + 1), shards.EOT_TOKEN, device=device)
-    # Always the full length, which is causal all the same: new shapes cost a GPU more.
-    for n in range(length):
-        logits = model.logits(model.hidden(tokens)[:, n]).float().cpu() / 0.8
-        logits[:, shards.VOCAB_SIZE :] = -math.inf  # rows that a config may have added
-        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        tokens[0, n + 1] = drawn.item()
-        if drawn.item() == shards.EOT_TOKEN:
-            break
-    text = b"".join(vocabulary[t] for t in tokens[0, 1 : n + 2].tolist())
-    return text.decode("utf-8", "replace")
-
-
-# ---------------------------------------------------------------------------------------------
 
 
 def train(
@@ -463,7 +402,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         started = time.perf_counter()
-        loss, bits = evaluate(
+        loss, bits = validation_loss(
             self.model, self.data, self.config, self.plan.micro_batch_size, self.ranks
         )
         self.validation = (self.step, loss)

@@ -23,12 +23,12 @@ from torch import Tensor
 from trainer import config as configs
 from trainer import memory
 from trainer.config import Config
-from trainer.loop import VALIDATION_SEED
 from trainer.metrics import read_metrics
 from trainer.model import build_model
 from trainer.ranks import Ranks
 from trainer.run import Data, open_data
 from trainer.schedule import UNKNOWN_STEPS, Schedule
+from trainer.validation import VALIDATION_SEED
 from trainer.windows import MicroBatches, to_device, windows_at
 
 ARMS = {
