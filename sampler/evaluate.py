@@ -174,7 +174,7 @@ def read_questions(path: Path) -> list[Question]:
     """
     questions = []
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise ForgeError(f"cannot read the questions: {error}", where=path) from error
     for number, line in enumerate(lines, 1):

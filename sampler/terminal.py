@@ -34,7 +34,8 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a file: a line each, or of a .jsonl file an object with "prompt" each."""
     try:
-        lines = path.read_text("utf-8").split("\n")  # no other character ends a line here
+        # No other character ends a line here; Windows programs put a mark before the first.
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise ForgeError(f"cannot read the prompts: {error}", where=path) from error
     prompts = []
@@ -46,10 +47,12 @@ def read_prompts(path: Path) -> list[Prompt]:
             continue
         try:
             row = json.loads(line)
-            prompts.append(Prompt(str(row["prompt"]), row))
+            if not isinstance(row["prompt"], str):
+                raise TypeError("the prompt is no text")
+            prompts.append(Prompt(row["prompt"], row))
         except (ValueError, KeyError, TypeError) as error:
             raise ForgeError(
-                'not a JSON object with a "prompt"', where=f"{path}, line {number}"
+                'not a JSON object with a text as its "prompt"', where=f"{path}, line {number}"
             ) from error
     if not prompts:
         raise ForgeError("the file has no prompt", where=path)
@@ -65,9 +68,13 @@ class Session:
         self.loaded, self.limits, self.as_json = loaded, limits, as_json
         try:
             self.decoder = Decoder(loaded.model, num_rows, sampling, log=as_json)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # a CPU has no OutOfMemoryError
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
+                error
+            ):
+                raise
             raise ForgeError(
-                f"out of GPU memory with {num_rows} texts at a time", fix="a smaller --parallel"
+                f"out of memory with {num_rows:,} texts at a time", fix="a smaller --parallel"
             ) from error
 
     def samples(self, prompts: list[Prompt], num_samples: int, seed: int) -> Iterator[Sample]:

@@ -201,3 +201,9 @@ def test_the_harness_counts_the_same_answers_right(
     for name in ("acc", "acc_norm"):
         assert row[name] == pytest.approx(theirs[name])
         assert row[f"{name}_error"] == pytest.approx(theirs[f"{name}_error"])
+
+
+def test_the_mark_that_windows_puts_before_a_file_is_no_part_of_a_question(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"ctx": "It is", "endings": ["a", "b"], "label": 1}\n', "utf-8-sig")
+    assert evaluate.read_questions(path)[0].context == "It is"

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 
 from pipeline import shards, tokenizer
+from sampler import terminal
 from sampler.decode import Decoder, Sampling, draw, penalize
 from sampler.generate import Limits, Sample, generate
 from sampler.load import open_model
@@ -285,10 +286,19 @@ def test_a_file_of_prompts_comes_out_in_order_with_what_came_in(
     text = forge("sample", run, "--prompts-file", plain, "--max-tokens", 5).output
     assert "\r" not in text
     assert "sample 2 of 2" in text
-    path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    result = forge("sample", run, "--prompts-file", path)
-    assert result.exit_code == 1
-    assert "line 2" in result.output
+    for bad in ('{"text": "b"}', '{"prompt": null}', '{"prompt": ["b"]}'):
+        path.write_text(f'{{"prompt": "a"}}\n{bad}\n')
+        result = forge("sample", run, "--prompts-file", path)
+        assert result.exit_code == 1
+        assert "line 2" in result.output
+
+
+def test_the_mark_that_windows_puts_before_a_file_is_not_part_of_the_prompt(
+    tmp_path: Path,
+) -> None:
+    for name, content in (("a.txt", "One\nTwo\n"), ("a.jsonl", '{"prompt": "One"}\n')):
+        (tmp_path / name).write_text(content, "utf-8-sig")
+        assert terminal.read_prompts(tmp_path / name)[0].text == "One"
 
 
 def test_an_older_checkpoint_can_be_sampled_and_a_missing_one_is_named(run: Path, forge) -> None:
@@ -326,6 +336,13 @@ def test_settings_that_are_no_numbers_are_refused(run: Path, forge) -> None:
         result = forge("sample", run, option, "-1")
         assert result.exit_code == 2
         assert isinstance(result.exception, SystemExit)
+
+
+def test_more_texts_at_a_time_than_the_memory_holds_is_one_clear_error(run: Path, forge) -> None:
+    rows = ["--num-samples", 10**11, "--parallel", 10**11]
+    result = forge("sample", run, *rows)
+    assert result.exit_code == 1
+    assert "a smaller --parallel" in result.output
 
 
 def test_a_prompt_beyond_the_context_is_cut_or_refused_never_silently(run: Path, forge) -> None:
