@@ -35,6 +35,7 @@ FIXED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
         "tie_word_embeddings": (False, (True,)),
     },
 }
+NO_SIZES = ("family", "bias", "rope_theta")  # of ModelConfig
 QWEN3_NAMES = (
     (r"^wte\.", "model.embed_tokens."),
     (r"^ln_f\.", "model.norm."),
@@ -184,25 +185,48 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
         )
     try:
         if family == "gpt2":
-            return ModelConfig(
+            found = ModelConfig(
                 num_layers=config["n_layer"],
                 num_heads=config["n_head"],
                 embedding_size=config["n_embd"],
                 context_length=config.get("n_positions", 1024),
                 vocab_size=config.get("vocab_size", 50257),
             )
-        return ModelConfig(
-            family="qwen3",
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config["num_key_value_heads"],
-            embedding_size=config["hidden_size"],
-            head_size=config["head_dim"],
-            mlp_size=config["intermediate_size"],
-            rope_theta=float(config.get("rope_theta") or rope["rope_theta"]),
-            context_length=config["max_position_embeddings"],
-            vocab_size=config["vocab_size"],
-            bias=False,
-        )
+        else:
+            found = ModelConfig(
+                family="qwen3",
+                num_layers=config["num_hidden_layers"],
+                num_heads=config["num_attention_heads"],
+                num_kv_heads=config["num_key_value_heads"],
+                embedding_size=config["hidden_size"],
+                head_size=config["head_dim"],
+                mlp_size=config["intermediate_size"],
+                rope_theta=float(config.get("rope_theta") or rope["rope_theta"]),
+                context_length=config["max_position_embeddings"],
+                vocab_size=config["vocab_size"],
+                bias=False,
+            )
     except KeyError as error:
         raise ForgeError(f"the config lacks {error}", where=where) from error
+    except (TypeError, ValueError) as error:
+        raise ForgeError(f"the config's rope_theta is no number: {error}", where=where) from error
+    _check_sizes(found, where)
+    return found
+
+
+def _check_sizes(config: ModelConfig, where: Path) -> None:
+    """ForgeError where building or running the model would fail with something unreadable."""
+    sizes = {name: size for name, size in vars(config).items() if name not in NO_SIZES}
+    wrong = [
+        f"{name} is {size!r}"
+        for name, size in sizes.items()
+        if size is not None and not (type(size) is int and size > 0)
+    ]
+    if not wrong and config.vocab_size < shards.VOCAB_SIZE:
+        wrong.append(f"{config.vocab_size} tokens, and GPT-2's tokenizer has {shards.VOCAB_SIZE}")
+    if not wrong and config.head_size is None and config.embedding_size % config.num_heads:
+        wrong.append(f"{config.embedding_size} channels for {config.num_heads} heads")
+    if not wrong and config.num_heads % config.kv_heads():
+        wrong.append(f"{config.num_heads} heads over {config.kv_heads()} of keys")
+    if wrong:
+        raise ForgeError(f"the config describes no model: {', '.join(wrong)}", where=where)

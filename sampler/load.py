@@ -105,7 +105,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 where=folder,
                 fix="convert them with transformers: save_pretrained(FOLDER) writes safetensors",
             )
-        files = sorted({*_read_json(folder / HF_INDEX).get("weight_map", {}).values()})
+        places = _read_json(folder / HF_INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise ForgeError("no weight_map", where=folder / HF_INDEX)
+        files = sorted({*map(str, places.values())})
     tensors: dict[str, Tensor] = {}
     for name in files:
         try:

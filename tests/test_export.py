@@ -155,6 +155,10 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
         ("n_inner", 99, "n_inner"),
         ("n_layer", 3, "weights that differ"),
         ("n_positions", 128, "wpe.weight"),
+        ("n_layer", "four", "num_layers is 'four'"),
+        ("n_head", 5, "32 channels for 5 heads"),
+        ("n_embd", 0, "embedding_size is 0"),
+        ("vocab_size", 40_000, "GPT-2's tokenizer has 50257"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
         refused(forge, folder, reason)
@@ -171,6 +175,8 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
     refused(forge, folder, "not tied")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused(forge, folder, "pickled")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    refused(forge, folder, "no weight_map")
 
 
 def test_an_export_does_not_mind_half_a_metrics_line(run: Path, tmp_path: Path, forge) -> None:
