@@ -25,12 +25,12 @@ from sampler.generate import Limits, Sample, generate
 from sampler.layouts import model_config, transformers_weights
 from sampler.load import best_device
 from trainer import config as configs
-from trainer.model import GPT2
+from trainer.model import LanguageModel, build_model
 
 SAMPLING = Sampling(temperature=0.8, top_k=50)
 VOCABULARY = list(tokenizer.token_bytes())
 Run = Callable[[float], tuple[int, float]]  # most seconds -> new tokens, seconds
-Make = Callable[[GPT2, Tensor, int], Run]
+Make = Callable[[LanguageModel, Tensor, int], Run]
 
 
 def wait(device: torch.device) -> None:
@@ -53,15 +53,15 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / best
 
 
-def bytes_per_step(model: GPT2, batch: int, length: float) -> float:
+def bytes_per_step(model: LanguageModel, batch: int, length: float) -> float:
     """Weights once (of the embeddings only the head), and the cache of `length` tokens a row."""
     item = model.wte.weight.element_size()
     weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")
-    cache = 2 * model.config.num_layers * model.config.embedding_size * length
+    cache = 2 * model.config.num_layers * model.config.kv_heads() * model.config.head_dim() * length
     return item * (weights + batch * cache)
 
 
-def ours(model: GPT2, prompts: Tensor, count: int) -> Run:
+def ours(model: LanguageModel, prompts: Tensor, count: int) -> Run:
     """forge-sample's own loop."""
     decoder = Decoder(model, len(prompts), SAMPLING)
 
@@ -76,7 +76,7 @@ def ours(model: GPT2, prompts: Tensor, count: int) -> Run:
     return run
 
 
-def without_cache(model: GPT2, prompts: Tensor, count: int) -> Run:
+def without_cache(model: LanguageModel, prompts: Tensor, count: int) -> Run:
     """Everything read again for each token, as nanoGPT's sample.py does."""
 
     @torch.inference_mode()
@@ -98,17 +98,18 @@ def without_cache(model: GPT2, prompts: Tensor, count: int) -> Run:
     return run
 
 
-def theirs(model: GPT2, prompts: Tensor, count: int, static: bool = False) -> Run:
+def theirs(model: LanguageModel, prompts: Tensor, count: int, static: bool = False) -> Run:
     """transformers' generate on what forge-export would write."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    settings = transformers.GPT2Config(**model_config(model.config, "bfloat16"))
+    settings = transformers.AutoConfig.for_model(**model_config(model.config, "bfloat16"))
     with prompts.device:
-        other = transformers.GPT2LMHeadModel(settings).to(model.wte.weight.dtype).eval()
+        other = transformers.AutoModelForCausalLM.from_config(settings)
+    other = other.to(model.wte.weight.dtype).eval()
     # The head may have grown for forge-sample.
     weights = {
-        n: w[: settings.vocab_size] if "wte" in n else w
+        n: w[: settings.vocab_size] if "wte" in n or "embed_tokens" in n else w
         for n, w in transformers_weights(model).items()
     }
     other.load_state_dict(weights, strict=False)
@@ -134,11 +135,11 @@ def theirs(model: GPT2, prompts: Tensor, count: int, static: bool = False) -> Ru
     return run
 
 
-def theirs_compiled(model: GPT2, prompts: Tensor, count: int) -> Run:
+def theirs_compiled(model: LanguageModel, prompts: Tensor, count: int) -> Run:
     return theirs(model, prompts, count, static=True)
 
 
-def profile_step(model: GPT2, prompts: Tensor) -> None:
+def profile_step(model: LanguageModel, prompts: Tensor) -> None:
     """Kernels of one step, by time; the sum leaves out the gaps between them."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -188,7 +189,7 @@ def main(
         f"{'':46}{'tokens/s':>10}{'of limit':>10}{'ours is':>9}{'seconds':>9}{'prepared':>10}"
     )
     for config in models.split(","):
-        model = GPT2(configs.load(config).model)
+        model = build_model(configs.load(config).model)
         model.init_weights(0)
         model.to(device, torch.bfloat16 if is_gpu else torch.float32).requires_grad_(False)
         model.wte.weight[-1] = 0  # <|endoftext|> is never among the likeliest
@@ -224,7 +225,12 @@ class Table:
         self.limit, self.first = limit, 0.0
 
     def show(
-        self, label: str, make: Make, work: tuple[GPT2, Tensor, int], warm: float, most: float
+        self,
+        label: str,
+        make: Make,
+        work: tuple[LanguageModel, Tensor, int],
+        warm: float,
+        most: float,
     ) -> None:
         """Measure and print a row: once for at most `warm` seconds, then for at most `most`."""
         started = time.perf_counter()
