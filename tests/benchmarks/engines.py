@@ -86,7 +86,8 @@ def llama_cpp(checkout: Path | None) -> Engine:
                 capture_output=True,
                 text=True,
             )
-            model = llama_cpp.Llama(str(file), n_ctx=0, verbose=False, logits_all=True)
+            exact = dict.fromkeys(("type_k", "type_v"), llama_cpp.GGML_TYPE_F32)  # not float16
+            model = llama_cpp.Llama(str(file), n_ctx=0, verbose=False, logits_all=True, **exact)
             for hard in export.CHECK_TEXTS:  # its own tokenizer, from the export's files
                 if model.tokenize(hard.encode(), add_bos=False) != tokenizer.encode(hard):
                     click.echo(f"llama.cpp gives other tokens for {hard[:50]!r}")
