@@ -182,23 +182,13 @@ class Trainer:
             if self.schedule.is_over(self.step):
                 self.say(f"The run is complete: {self.run}")
                 return
-        from_first(self.ranks, lambda: make_folder(self.run, self.config, self.data.index, hold))
-        self.metrics = Metrics(self.run, self.ranks.is_first, last)
+        self.metrics = Metrics(self.run, self.ranks.is_first)
+        more = (self.data.index, hold, self.start_metrics)
+        from_first(self.ranks, lambda: make_folder(self.run, self.config, *more))
         self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
         if self.ranks.is_first:
             self.saver.prepare(self.optimizer.views(self.optimizer.masters), self.optimizer.state())
         self.introduce()
-        self.log(
-            "start",
-            world_size=self.ranks.world_size,
-            hardware=self.hardware,
-            **asdict(self.plan),
-            **(asdict(self.card) if self.card else {}),
-            process=os.getpid(),
-            launch=launch(),
-            started_at=self.past.started_at,
-            **({"replay": list(self.past.replay)} if self.past.replay else {}),
-        )
         if last is None:
             self.evaluate()
         self.first_step = self.step + 1
@@ -230,6 +220,21 @@ class Trainer:
         else:
             self.log("stop", signal=wishes.stop)
             self.say(f"Stopped at step {self.step}; the same command with --resume goes on.")
+
+    def start_metrics(self) -> None:
+        self.metrics.start(
+            self.past.checkpoint,
+            self.tokens,
+            self.seconds,
+            world_size=self.ranks.world_size,
+            hardware=self.hardware,
+            **asdict(self.plan),
+            **(asdict(self.card) if self.card else {}),
+            process=os.getpid(),
+            launch=launch(),
+            started_at=self.past.started_at,
+            **({"replay": list(self.past.replay)} if self.past.replay else {}),
+        )
 
     @property
     def ends(self) -> bool:

@@ -20,6 +20,7 @@ import torch
 from pipeline.shards import write_whole
 
 METRICS_FILE = "metrics.jsonl"
+ALWAYS = {"kind": str, "step": int, "tokens": int, "seconds": int | float}
 
 # Dense bfloat16 tensor-core peak with float32 accumulation, in FLOP/s, by a part of the card's
 # name; the first match counts. NVIDIA's datasheets (H200, H100, A100, L40S, L4) and the appendices
@@ -60,27 +61,29 @@ def hardware(device: torch.device, world_size: int) -> str:
 class Metrics:
     """Appends to metrics.jsonl and keeps what the README needs. Does nothing on other ranks."""
 
-    def __init__(self, run: Path, enabled: bool, resume_step: int | None) -> None:
+    def __init__(self, run: Path, enabled: bool) -> None:
         self.path = run / METRICS_FILE
         self.enabled = enabled
         self.last: dict[str, dict[str, Any]] = {}
         self.first: dict[str, dict[str, Any]] = {}
-        if not enabled:
+
+    def start(self, resume_step: int | None, tokens: int, seconds: float, **values: Any) -> None:
+        """The row of a start, behind the rows up to the checkpoint: the others happen again.
+
+        Raises OSError. Both at once, or a kill in between would lose what is to be replayed.
+        """
+        if not self.enabled:
             return
-        kept: list[str] = []
-        if resume_step is not None and self.path.exists():
-            for row in read_metrics(run):
-                if row["step"] <= resume_step:  # what came after the checkpoint happens again
-                    kept.append(json.dumps(row))
-                    self._note(row)
-        write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+        rows = rows_until(self.path.parent, resume_step)
+        rows.append(_row("start", resume_step or 0, tokens, seconds, values))
+        write_rows(self.path.parent, rows)
+        for row in rows:
+            self._note(row)
 
     def log(self, kind: str, step: int, tokens: int, seconds: float, **values: Any) -> None:
         if not self.enabled:
             return
-        row = {"kind": kind, "step": step, "tokens": tokens, "seconds": round(seconds, 3)} | {
-            k: _brief(v) for k, v in values.items()
-        }
+        row = _row(kind, step, tokens, seconds, values)
         self._note(row)
         try:
             with self.path.open("a") as file:
@@ -94,12 +97,33 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, without a last line that a kill cut in half."""
+    """The rows of a run's metrics.jsonl, without damaged ones: a kill cuts the last in half."""
     rows = []
-    for line in (run / METRICS_FILE).read_text().splitlines():
+    for line in (run / METRICS_FILE).read_bytes().splitlines():
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict) and all(isinstance(row.get(k), ALWAYS[k]) for k in ALWAYS):
+                rows.append(row)
     return rows
+
+
+def rows_until(run: Path, step: int | None) -> list[dict[str, Any]]:
+    """The rows up to a step; none before the first checkpoint or where there is no file."""
+    if step is None or not (run / METRICS_FILE).exists():
+        return []
+    return [row for row in read_metrics(run) if row["step"] <= step]
+
+
+def write_rows(run: Path, rows: list[dict[str, Any]]) -> None:
+    """Put `rows` in the place of metrics.jsonl, whole or not at all."""
+    write_whole(run / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _row(
+    kind: str, step: int, tokens: int, seconds: float, values: dict[str, Any]
+) -> dict[str, Any]:
+    row = {"kind": kind, "step": step, "tokens": tokens, "seconds": round(seconds, 3)}
+    return row | {k: _brief(v) for k, v in values.items()}
 
 
 def _brief(value: Any) -> Any:

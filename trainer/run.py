@@ -15,6 +15,8 @@ import fcntl
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,23 @@ from pipeline.errors import ForgeError
 from pipeline.shards import Index, write_whole
 from trainer import checkpoint
 from trainer.config import Config, load
-from trainer.metrics import METRICS_FILE, Metrics, amount, duration, read_metrics
+from trainer.metrics import (
+    METRICS_FILE,
+    Metrics,
+    amount,
+    duration,
+    read_metrics,
+    rows_until,
+    write_rows,
+)
 from trainer.ranks import Ranks, gather, launch
 from trainer.windows import Windows
 
 CONFIG_FILE = "config.toml"
 DATA_FILE = "data_index.json"
 ENDING_SECONDS = 5.0  # that a killed process may take to let go of its run
-MAX_LOSSES = 4096  # of earlier steps that the guard may look at
+# What a start that was killed at once may leave: the config, which makes it a run, comes last.
+BEFORE_CONFIG = {shards.VOCABULARY_FILE, DATA_FILE, METRICS_FILE}
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,9 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     if not run.exists() or not any(run.iterdir()):
         return Past()
     if not (run / CONFIG_FILE).is_file():
-        raise ForgeError("--out is a folder with other things", where=run, fix="name another")
+        if any(p.name not in BEFORE_CONFIG and p.suffix != ".partial" for p in run.iterdir()):
+            raise ForgeError("--out is a folder with other things", where=run, fix="name another")
+        return Past()
     if not (resume or is_ours(run)):
         raise ForgeError(
             "--out holds a run already",
@@ -165,8 +178,7 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     last = checkpoint.read_state(run, found[-1]) if found else None
     if last and last.decayed < 1 and _is_longer(config, before):
         last = set_aside_decay(run)
-        return read_past(run, last, replay=False, lost_seconds=False)
-    return read_past(run, last, replay=config.schedule == before.schedule, lost_seconds=True)
+    return read_past(run, config, last, replay=config.schedule == before.schedule)
 
 
 def is_ours(run: Path) -> bool:
@@ -205,12 +217,14 @@ def same_folder(run: Path, ranks: Ranks) -> None:
         )
 
 
-def read_past(run: Path, last: checkpoint.State | None, replay: bool, lost_seconds: bool) -> Past:
+def read_past(run: Path, config: Config, last: checkpoint.State | None, replay: bool) -> Past:
     """From metrics.jsonl: what happened up to the checkpoint `last`, and after it."""
     rows = _rows(run)
     step, seconds = (last.step, last.seconds) if last else (0, 0.0)
     decayed: dict[int, float] = {}
     for row in rows:
+        if row["kind"] == "start":  # with another schedule it has not repeated what was known
+            decayed = {at: value for at, value in decayed.items() if at <= row["step"]}
         for number, value in enumerate(row.get("replay", ()), row["step"] + 1):
             decayed[number] = value
         if row.get("decayed") is not None:
@@ -220,7 +234,7 @@ def read_past(run: Path, last: checkpoint.State | None, replay: bool, lost_secon
         following.append(decayed[step + 1 + len(following)])
     return Past(
         checkpoint=last.step if last else None,
-        seconds=max([seconds, *(row["seconds"] for row in rows)]) if lost_seconds else seconds,
+        seconds=max(seconds, rows[-1]["seconds"]) if rows else seconds,
         started_at=next((r["started_at"] for r in rows if "started_at" in r), int(time.time())),
         replay=tuple(following),
         evaluate_seconds=next(
@@ -233,7 +247,7 @@ def read_past(run: Path, last: checkpoint.State | None, replay: bool, lost_secon
         ),
         losses=tuple(
             (r["step"], r["loss"]) for r in rows if r["kind"] == "step" and r["step"] <= step
-        )[-MAX_LOSSES:],
+        )[-1 - config.guard.spike_window_steps :],
     )
 
 
@@ -258,38 +272,54 @@ def set_aside_decay(run: Path) -> checkpoint.State:
             fix="start a new run with the longer schedule",
         )
     aside = run / f"ended_at_step_{states[-1].step:08d}"
-    (aside / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     names = (CONFIG_FILE, DATA_FILE, shards.VOCABULARY_FILE, METRICS_FILE, "README.md")
-    for name in names:
-        if (run / name).exists():
-            write_whole(aside / name, (run / name).read_bytes())
-    for state in reversed(states):  # the last one first: a kill in between leaves a decayed one
-        if state.step > flat[-1].step:
-            path = checkpoint.checkpoint_path(run, state.step)
-            path.rename(aside / checkpoint.FOLDER / path.name)
+    with writing():
+        (aside / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if (run / name).exists() and not (aside / name).exists():
+                write_whole(aside / name, (run / name).read_bytes())
+        write_rows(run, rows_until(run, flat[-1].step))  # its seconds are not those of the decay
+        # The last one last: killed before that, the next start finds the same end and goes on.
+        for state in states:
+            if state.step > flat[-1].step:
+                path = checkpoint.checkpoint_path(run, state.step)
+                path.rename(aside / checkpoint.FOLDER / path.name)
     return flat[-1]
 
 
-def make_folder(run: Path, config: Config, index: Index, hold: Hold) -> None:
-    """Make RUN/ with everything that is known before the first step, and hold it.
-
-    Raises ForgeError when that cannot be done.
-    """
+@contextmanager
+def writing() -> Iterator[None]:
+    """ForgeError when the run folder cannot be written."""
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        hold.take()
-        write_whole(run / CONFIG_FILE, config.to_toml().encode())
-        for name, copy in (
-            (shards.VOCABULARY_FILE, shards.VOCABULARY_FILE),
-            (shards.INDEX_FILE, DATA_FILE),
-        ):
-            write_whole(run / copy, (index.folder / name).read_bytes())
+        yield
     except OSError as error:
         raise ForgeError(
             f"cannot write the run folder: {error.strerror}",
             where=error.filename,
             fix="name another --out, or make it writable",
         ) from error
+
+
+def make_folder(
+    run: Path, config: Config, index: Index, hold: Hold, start_metrics: Callable[[], None]
+) -> None:
+    """Make RUN/ with everything that is known before the first step, and hold it.
+
+    Raises ForgeError when that cannot be done. The config comes last: where it is, the row of this
+    start is, too.
+    """
+    with writing():
+        run.mkdir(parents=True, exist_ok=True)
+        hold.take()
+        for left in run.glob("*.partial"):  # of a start that was killed
+            left.unlink(missing_ok=True)
+        for name, copy in (
+            (shards.VOCABULARY_FILE, shards.VOCABULARY_FILE),
+            (shards.INDEX_FILE, DATA_FILE),
+        ):
+            write_whole(run / copy, (index.folder / name).read_bytes())
+        start_metrics()
+        write_whole(run / CONFIG_FILE, config.to_toml().encode())
 
 
 def write_readme(

@@ -45,7 +45,7 @@ def main(
     print(f"{num_steps:,} steps of {per_step} windows, this rank's {per_step // ranks} of each")
     started, guard = time.monotonic(), Guard(chosen.guard)
     with tempfile.TemporaryDirectory() as folder:
-        metrics = Metrics(Path(folder), True, None)
+        metrics = Metrics(Path(folder), True)
         batches = MicroBatches(
             windows,
             chosen.seed,
