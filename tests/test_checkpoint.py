@@ -1,9 +1,11 @@
 """Laws of checkpoints: whole or absent, kept by a rule, and harmless whoever made them."""
 
 import json
+import math
 import os
 import pickle
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,39 @@ def test_what_a_kill_left_half_written_is_swept_away(tmp_path: Path) -> None:
     assert not half.exists()
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.find(b"30,")] ^= 1  # of state.json's tokens; else the last
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+@pytest.mark.parametrize(
+    "file", [checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE]
+)
+def test_damage_to_any_file_is_found_and_the_older_good_checkpoint_named(
+    tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, WEIGHTS, MOMENTS, state(step))
+    (checkpoint.checkpoint_path(tmp_path, 2) / checkpoint.MODEL_FILE).unlink()
+    damage(checkpoint.checkpoint_path(tmp_path, 3) / file)
+    with pytest.raises(ForgeError) as caught:
+        checkpoint.load_state(tmp_path, 3)
+    assert file in caught.value.what
+    assert str(caught.value.where).endswith("step_00000003")
+    assert "--resume goes on from step 1 then" in str(caught.value.fix)
+
+
+def test_a_validation_loss_that_is_no_number_is_not_the_best() -> None:
+    states = [state(1, loss=math.nan), state(2, loss=3.0), state(3, loss=4.0), state(4)]
+    assert kept(states, CheckpointConfig(keep_last=1, keep_every_hours=None)) == {2, 4}
+
+
 class Evil:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -99,7 +134,9 @@ def test_a_checkpoint_from_a_stranger_cannot_run_code(tmp_path: Path, file: str)
     data = pickle.dumps(Evil(tmp_path / "owned"))
     (path / file).write_bytes(data)
     raw = json.loads((path / checkpoint.STATE_FILE).read_text())
-    raw["checksums"][file] = xxhash.xxh3_64(data).hexdigest()
+    raw["checksums"] = {file: xxhash.xxh3_64(data).hexdigest()}
+    other = ({checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE} - {file}).pop()
+    raw["checksums"][other] = xxhash.xxh3_64((path / other).read_bytes()).hexdigest()
     (path / checkpoint.STATE_FILE).write_text(json.dumps(raw))
     checkpoint.load_state(tmp_path, 1)  # the checksums are the stranger's
     with pytest.raises(ForgeError, match="cannot read tensors"):

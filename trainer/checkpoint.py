@@ -5,13 +5,15 @@ Before: loop.py. After: a later loop.py (--resume) and sampler/.
     RUN/checkpoints/step_00001000/
         model.safetensors       weights, float32, by transformers' GPT-2 names
         optimizer.safetensors   optimizer.py's state: AdamW's moments, `exp_avg.NAME` and so on
-        state.json              step, tokens, seconds, and a checksum (xxh3_64) of both files
+        state.json              step, tokens, seconds, and checksums (xxh3_64): of both files and
+                                of all else in this one
 
 A checkpoint is written as NAME.partial and renamed, so one that is there is whole; it is checked on
 load all the same. Nothing is ever unpickled.
 """
 
 import json
+import math
 import os
 import queue
 import shutil
@@ -20,6 +22,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -35,7 +38,6 @@ FOLDER = "checkpoints"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-FIX = "use an older one: --checkpoint STEP; for training, remove this folder"
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ def save(run: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], st
         save_tensors(weights, partial / MODEL_FILE)
         save_tensors(optimizer, partial / OPTIMIZER_FILE)
         sums = {name: _checksum(partial / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        raw = asdict(state) | {"checksums": sums}
+        sums[STATE_FILE] = _own_checksum(raw)
         with (partial / STATE_FILE).open("w") as file:
-            json.dump(asdict(state) | {"checksums": sums}, file, indent=2)
+            json.dump(raw, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(partial)
@@ -105,9 +109,9 @@ def kept(states: list[State], options: CheckpointConfig) -> set[int]:
     """
     chosen = {state.step for state in states[-options.keep_last :]}
     chosen |= {state.step for state in [s for s in states if s.decayed == 1][-1:]}
-    evaluated = [s for s in states if s.validation_loss is not None]
-    if evaluated:
-        chosen.add(min(evaluated, key=lambda s: s.validation_loss or 0.0).step)
+    losses = {s.step: s.validation_loss for s in states if s.validation_loss is not None}
+    if finite := {step: loss for step, loss in losses.items() if math.isfinite(loss)}:
+        chosen.add(min(finite, key=lambda step: finite[step]))
     if options.keep_every_hours is not None:
         periods: dict[int, int] = {}
         for state in states:
@@ -232,26 +236,55 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def read_state(run: Path, step: int) -> State:
     """state.json of a checkpoint; ForgeError when it cannot be read."""
-    path = checkpoint_path(run, step)
     try:
-        return State(**json.loads((path / STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ForgeError(f"cannot read a checkpoint: {error}", where=path, fix=FIX) from error
+        return _state(checkpoint_path(run, step))
+    except (OSError, ValueError) as error:
+        raise _unusable(run, step, error) from error
 
 
 def load_state(
     run: Path, step: int, files: tuple[str, ...] = (MODEL_FILE, OPTIMIZER_FILE)
 ) -> State:
-    """state.json of a checkpoint, after checking `files` against it."""
-    state, path = read_state(run, step), checkpoint_path(run, step)
-    for name in files:
-        try:
-            damaged = _checksum(path / name) != state.checksums.get(name)
-        except OSError as error:
-            raise ForgeError(f"cannot read a checkpoint: {error}", where=path, fix=FIX) from error
-        if damaged:
-            raise ForgeError("damaged checkpoint: checksum differs", where=path / name, fix=FIX)
+    """state.json of a checkpoint, after checking `files` against it; ForgeError if it is damaged,
+    which names the next older one that is good."""
+    try:
+        return _whole_state(checkpoint_path(run, step), files)
+    except (OSError, ValueError) as error:
+        raise _unusable(run, step, error) from error
+
+
+def _state(path: Path) -> State:
+    try:
+        raw = json.loads((path / STATE_FILE).read_text())
+        state = State(**raw)
+        if state.checksums.get(STATE_FILE) not in (None, _own_checksum(raw)):  # older ones: None
+            raise ValueError("checksum differs")
+    except (ValueError, TypeError, AttributeError) as error:  # whatever it may hold
+        raise ValueError(f"{STATE_FILE}: {error}") from error
     return state
+
+
+def _whole_state(path: Path, files: tuple[str, ...]) -> State:
+    state = _state(path)
+    for name in files:
+        if _checksum(path / name) != state.checksums.get(name):
+            raise ValueError(f"{name}: checksum differs")
+    return state
+
+
+def _unusable(run: Path, step: int, error: Exception) -> ForgeError:
+    """Says what to do about a damaged checkpoint: which older one is good."""
+    good = None
+    for older in reversed([found for found in steps(run) if found < step]):
+        with suppress(OSError, ValueError):
+            good = _whole_state(checkpoint_path(run, older), (MODEL_FILE, OPTIMIZER_FILE)).step
+            break
+    return ForgeError(
+        f"damaged checkpoint: {error}",
+        where=checkpoint_path(run, step),
+        fix="for training, remove this folder: --resume goes on from "
+        + (f"step {good} then; elsewhere, --checkpoint {good}" if good else "an older one, if any"),
+    )
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -277,6 +310,14 @@ def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
             fix="use the config that the run was made with",
         )
     return tensors
+
+
+def _own_checksum(raw: dict[str, Any]) -> str:
+    """Of what state.json says, but for this checksum. Of the file's own fields, not of this
+    version's."""
+    others = {name: value for name, value in raw.get("checksums", {}).items() if name != STATE_FILE}
+    text = json.dumps(raw | {"checksums": others}, sort_keys=True)
+    return xxhash.xxh3_64(text.encode()).hexdigest()
 
 
 def _checksum(path: Path) -> str:
