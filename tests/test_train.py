@@ -23,8 +23,8 @@ from trainer.config import StepSizes
 from trainer.model import GPT2
 from trainer.optimizer import Optimizer
 from trainer.ranks import Ranks
-from trainer.run import open_data
-from trainer.schedule import Clock
+from trainer.run import Past, open_data
+from trainer.schedule import UNKNOWN_STEPS, Clock
 from trainer.signals import Wishes
 from trainer.step import train_step
 from trainer.windows import MicroBatches
@@ -261,6 +261,22 @@ def test_sigusr1_saves_and_a_second_sigint_leaves_at_once(
     assert checkpoint.load_state(long, saved)
 
 
+def test_a_wish_to_save_before_the_first_step_is_kept(small_shards: Path, tmp_path: Path) -> None:
+    """From the line on that names the process; the first evaluation takes some seconds."""
+    command = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards), *QUICK]
+    command += ["--out", str(tmp_path / "run"), "--set=evaluate.num_tokens=65536"]
+    command += ["--set=checkpoint.every_steps=100", "--set=batch.micro_batch_size=1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("Save now: kill -USR1"):
+            process.send_signal(signal.SIGUSR1)
+            break
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert [row["step"] for row in metrics_of(tmp_path / "run", "checkpoint")] == [1, 8]
+
+
 CLOCKED = [setting for setting in QUICK if "max_steps" not in setting and "every" not in setting]
 
 
@@ -329,6 +345,25 @@ def test_a_resumed_run_repeats_the_rates_that_the_clock_has_set(
     for key in ("lr", "decayed", "loss"):
         assert [row[key] for row in second[: len(kept)]] == [row[key] for row in kept]
     assert second[-1]["decayed"] == 0
+
+
+def test_a_clock_that_was_set_back_gives_no_more_time(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forge
+) -> None:
+    used: list[float] = []
+
+    def note(self: Clock, used_seconds: float, step: int) -> float:
+        used.append(used_seconds)
+        return UNKNOWN_STEPS
+
+    monkeypatch.setattr(Clock, "steps_left", note)
+    monkeypatch.setattr(loop, "open_run", lambda *_: Past(started_at=2**40))  # in the future
+    arguments = ["--data", small_shards, "--out", tmp_path / "run", *CLOCKED]
+    arguments += ["--set=schedule.budget_hours=1", "--set=schedule.count_downtime=true"]
+    result = forge("train", "tiny", *arguments, "--set=schedule.max_steps=3")
+    assert result.exit_code == 0, result.output
+    assert len(used) == 3
+    assert min(used) > 0
 
 
 def test_a_run_that_cannot_become_finite_stops_with_advice(
@@ -455,6 +490,25 @@ def test_out_is_needed_to_train(small_shards: Path, forge) -> None:
     result = forge("train", "tiny", "--data", small_shards)
     assert result.exit_code == 2
     assert "--out is missing" in result.output
+
+
+def test_a_val_shard_that_goes_away_costs_no_steps(
+    small_shards: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, run = shutil.copytree(small_shards, tmp_path / "shards"), tmp_path / "run"
+    begin = loop.Trainer.loop
+
+    def gone(self: loop.Trainer, *arguments: object) -> None:
+        for path in data.glob("val_*.bin"):
+            path.unlink()
+        begin(self, *arguments)
+
+    monkeypatch.setattr(loop.Trainer, "loop", gone)
+    more = ["--set=checkpoint.every_steps=100"]
+    result = forge("train", "tiny", "--data", data, "--out", run, *QUICK, *more)
+    assert result.exit_code == 1
+    assert "cannot read a shard" in result.output
+    assert checkpoint.steps(run) == [4]  # where it was to be evaluated
 
 
 def test_every_line_of_metrics_is_one_json_object(finished: Path) -> None:

@@ -155,7 +155,8 @@ class Trainer:
     def budget_used(self) -> float:
         """Seconds of schedule.budget_hours that are gone."""
         if self.config.schedule.count_downtime:
-            return time.time() - self.past.started_at
+            # At least the training itself, if a clock was set back meanwhile.
+            return max(self.seconds, time.time() - self.past.started_at)
         return self.seconds
 
     @property
@@ -188,13 +189,13 @@ class Trainer:
         self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
         if self.ranks.is_first:
             self.saver.prepare(self.optimizer.views(self.optimizer.masters), self.optimizer.state())
-        self.introduce()
-        if last is None:
-            self.evaluate()
-        self.first_step = self.step + 1
         wishes = Wishes()
         try:
             with wishes.caught():
+                self.introduce()
+                if last is None:
+                    self.evaluate()
+                self.first_step = self.step + 1
                 while not self.ends:
                     with MicroBatches(
                         self.data.train,
@@ -407,9 +408,14 @@ class Trainer:
 
     def evaluate(self) -> None:
         started = time.perf_counter()
-        loss, bits = validation_loss(
-            self.model, self.data, self.config, self.plan.micro_batch_size, self.ranks
-        )
+        try:
+            loss, bits = validation_loss(
+                self.model, self.data, self.config, self.plan.micro_batch_size, self.ranks
+            )
+        except ForgeError:  # on all ranks: a shard of the val split is gone
+            if self.step and self.step != self.saved_step:
+                self.save()
+            raise
         self.validation = (self.step, loss)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         text = ""
