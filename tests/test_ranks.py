@@ -14,7 +14,7 @@ import pytest
 import torch
 from benchmarks import kill_train
 from conftest import ROOT, metrics_of
-from test_train import QUICK, weights
+from test_train import MODERN, QUICK, weights
 
 from pipeline import shards
 from trainer import checkpoint
@@ -133,17 +133,20 @@ def test_the_missing_rank_is_named(small_shards: Path, tmp_path: Path) -> None:
 
 
 WARM = ["--set=schedule.warmup_steps=100", "--set=batch.micro_batch_size=1"]
+GROWING = ["--set=batch.tokens_per_step=512", "--set=batch.doublings=1"]
+GROWING += ["--set=batch.doubling_steps=6"]
 
 
+@pytest.mark.parametrize("family", [[], [*MODERN, *GROWING]], ids=["gpt2", "modern"])
 def test_a_run_that_moves_between_1_2_and_4_ranks_learns_the_same(
-    small_shards: Path, tmp_path: Path
+    family: list[str], small_shards: Path, tmp_path: Path
 ) -> None:
     """In the warm-up, where the rate does not depend on the last step."""
     losses = []
     for moves in ([(1, 12)], [(2, 4), (1, 8), (4, 12)]):
         run = tmp_path / f"run{len(moves)}"
         for ranks, steps in moves:
-            arguments = ["--data", small_shards, "--out", run, "--resume", *QUICK, *WARM]
+            arguments = ["--data", small_shards, "--out", run, "--resume", *QUICK, *WARM, *family]
             process = start(*arguments, f"--set=schedule.max_steps={steps}", ranks=ranks)
             output, _ = process.communicate(timeout=300)
             assert process.returncode == 0, output
@@ -208,9 +211,13 @@ def test_sigterm_to_torchrun_saves_on_the_way_out(small_shards: Path, tmp_path: 
     assert checkpoint.steps(run)[-1] == stopped["step"]
 
 
-def test_a_nan_on_one_rank_skips_the_step_on_all(small_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_nan_on_one_rank_skips_the_step_on_all(
+    optimizer: str, small_shards: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    process = start("--data", small_shards, "--out", run, *TWO, planted="nan")
+    arguments = ["--data", small_shards, "--out", run, *TWO, f"--set=optimizer.name={optimizer}"]
+    process = start(*arguments, "--set=optimizer.muon_warmup_steps=5", planted="nan")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     (skipped,) = metrics_of(run, "skip")

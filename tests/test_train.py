@@ -44,6 +44,15 @@ QUICK = [
 ]
 
 
+# What a step may depend on besides the weights and its windows: all of it at once.
+MODERN = [
+    "--set=model.family=qwen3",
+    "--set=model.bias=false",
+    "--set=optimizer.name=muon",
+    "--set=optimizer.muon_warmup_steps=6",
+]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     last = checkpoint.checkpoint_path(run, checkpoint.steps(run)[-1])
     return load_file(last / checkpoint.MODEL_FILE)
@@ -150,10 +159,11 @@ def test_resume_gives_the_same_bits(finished: Path, small_shards: Path, tmp_path
     assert [row["step"] for row in metrics_of(run, "evaluate")] == [0, 4, 8]
 
 
-def test_a_run_cut_off_in_its_batch_warm_up_goes_on_to_the_same_bits(
-    small_shards: Path, tmp_path: Path
+@pytest.mark.parametrize("family", [[], MODERN], ids=["gpt2", "modern"])
+def test_a_run_cut_off_in_its_warm_ups_goes_on_to_the_same_bits(
+    family: list[str], small_shards: Path, tmp_path: Path
 ) -> None:
-    settings = ("--set=batch.doublings=2", "--set=batch.doubling_steps=3")
+    settings = ("--set=batch.doublings=2", "--set=batch.doubling_steps=3", *family)
     whole, run = tmp_path / "whole", tmp_path / "run"
     train_alone(small_shards, whole, *settings)
     tokens = [row["tokens"] // 64 for row in metrics_of(whole, "step")]
@@ -262,10 +272,10 @@ def test_sigusr1_saves_and_a_second_sigint_leaves_at_once(
 
 
 def test_a_wish_to_save_before_the_first_step_is_kept(small_shards: Path, tmp_path: Path) -> None:
-    """From the line on that names the process; the first evaluation takes some seconds."""
+    """From the line on that names the process; the first evaluation takes a second."""
     command = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards), *QUICK]
-    command += ["--out", str(tmp_path / "run"), "--set=evaluate.num_tokens=65536"]
-    command += ["--set=checkpoint.every_steps=100", "--set=batch.micro_batch_size=1"]
+    command += ["--out", str(tmp_path / "run"), "--set=evaluate.num_tokens=16384"]
+    command += ["--set=schedule.max_steps=2", "--set=batch.micro_batch_size=1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     for line in process.stdout:
@@ -274,7 +284,7 @@ def test_a_wish_to_save_before_the_first_step_is_kept(small_shards: Path, tmp_pa
             break
     process.communicate(timeout=120)
     assert process.returncode == 0
-    assert [row["step"] for row in metrics_of(tmp_path / "run", "checkpoint")] == [1, 8]
+    assert [row["step"] for row in metrics_of(tmp_path / "run", "checkpoint")] == [1, 2]
 
 
 CLOCKED = [setting for setting in QUICK if "max_steps" not in setting and "every" not in setting]
@@ -323,12 +333,15 @@ def test_a_budget_ends_a_run_at_zero_and_can_be_extended(
     assert checkpoint.load_state(aside, last).decayed == 0
 
 
+@pytest.mark.parametrize("family", [[], MODERN], ids=["gpt2", "modern"])
 def test_a_resumed_run_repeats_the_rates_that_the_clock_has_set(
-    small_shards: Path, tmp_path: Path, forge, steady
+    family: list[str], small_shards: Path, tmp_path: Path, forge, steady
 ) -> None:
     """Killed in the decay, with steps done after the last checkpoint: those happen again."""
     run = tmp_path / "run"
-    arguments = ["--data", small_shards, "--out", run, "--resume", *CLOCKED]
+    arguments = ["--data", small_shards, "--out", run, "--resume", *CLOCKED, *family]
+    if family:
+        arguments += ["--set=batch.doublings=2", "--set=batch.doubling_steps=3"]
     arguments.append("--set=schedule.budget_hours=0.001")
     assert forge("train", "tiny", *arguments).exit_code == 0
     first = metrics_of(run, "step")
