@@ -357,7 +357,9 @@ class _Run:
             else:
                 record_path(folder, each.number).unlink(missing_ok=True)
         self.kept_bytes = sum(each.bytes for each in slices if each.number in self.records)
-        self.kept_tokens = self._num_tokens()
+        self.kept_tokens = sum(
+            record.num_tokens(split) for record in self.records.values() for split in shards.SPLITS
+        )
         self.num_settled = self.settled_tokens = 0  # slices from the first on, and train tokens
 
     def run(self, workers: int) -> list[Record]:
@@ -416,26 +418,30 @@ class _Run:
             if record is None:
                 return False
             left = (self.options.max_tokens or math.inf) - self.settled_tokens
-            if record.num_tokens("train") >= left:
+            num_tokens = record.num_tokens("train")
+            if is_last := num_tokens >= left:
                 self.slices = self.slices[: self.num_settled + 1]
-                if record.limit != left:
-                    self.last_limit = int(left)
-                    del self.records[each.number]
-                    record_path(self.folder, each.number).unlink()
-                    return False
+            # A slice that is not the last may be cut: it was the last one before files changed.
+            if num_tokens >= min(left, record.limit or math.inf) and record.limit != left:
+                self.last_limit = int(left) if is_last else None
+                del self.records[each.number]
+                record_path(self.folder, each.number).unlink()
+                return False
             self.num_settled += 1
-            self.settled_tokens += record.num_tokens("train")
+            self.settled_tokens += num_tokens
             if self.downloads:
                 self.downloads.release(each)
         return True
 
     def _next_jobs(self, busy: set[int], free: int) -> Iterator[Job]:
         """At most `free` jobs to start now, and no more than max_tokens is likely to need."""
-        needed, expected = [], self._num_tokens("train")
+        needed, expected = [], 0
         for each in self.slices:
-            if each.number not in self.records:
-                if expected >= (self.options.max_tokens or math.inf):
-                    break
+            if expected >= (self.options.max_tokens or math.inf):
+                break  # what lies behind may have records already, and does not count
+            if record := self.records.get(each.number):
+                expected += record.num_tokens("train")
+            else:
                 expected += int(each.bytes / sources.BYTES_PER_TOKEN)
                 needed.append(each)
         for position, each in enumerate(needed):
@@ -459,13 +465,6 @@ class _Run:
             options=self.options,
             limit=limit,
             skip_errors=self.skip_errors,
-        )
-
-    def _num_tokens(self, *splits: str) -> int:
-        return sum(
-            record.num_tokens(split)
-            for record in self.records.values()
-            for split in splits or shards.SPLITS
         )
 
     def _paths(self, each: Slice, later: list[Slice]) -> tuple[Path, ...] | None:

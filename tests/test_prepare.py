@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
@@ -130,13 +132,16 @@ def test_an_error_keeps_finished_slices_and_the_next_run_goes_on(
     assert contents(out) == contents(tmp_path / "straight")
 
 
-def all_but_the_index(source: Path, out: Path, append: bool = False) -> dict[str, int]:
+def all_but_the_index(
+    source: Path, out: Path, append: bool = False, max_tokens: int | None = None
+) -> dict[str, int]:
     """Make `out` as if the last moment had been missing; when each train shard was made."""
     found = sources.resolve(str(source), None, "train", None)
+    options = Options(val_fraction=0.2, max_tokens=max_tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_commit", None)
         with pytest.raises(TypeError, match="not callable"):
-            prepare.tokenize(found, out, Options(val_fraction=0.2), workers=1, append=append)
+            prepare.tokenize(found, out, options, workers=1, append=append)
     return {p.name: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
 
 
@@ -177,6 +182,51 @@ def pieces(source: Path) -> dict[int, tuple[tuple[str, int, int], ...]]:
         each.number: tuple((found.files[p.file].name[0], p.start, p.stop) for p in each.parts)
         for each in sources.plan(found, "text", 10**9, None)
     }
+
+
+@pytest.fixture
+def shuffled(tmp_path: Path) -> list[Path]:
+    """Files to be made, in the order in which a run with max_tokens takes them."""
+    paths = [tmp_path / "in" / f"{n}.parquet" for n in range(4)]
+    random.Random(prepare.SHUFFLE_SEED).shuffle(paths)
+    return paths
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_max_tokens_counts_no_finished_slice_behind_a_missing_one(
+    shuffled: list[Path], tmp_path: Path, make_parquet, make_shards
+) -> None:
+    """Those behind may hold enough alone; still the slices are taken in their order."""
+    out = tmp_path / "out"
+    for path, texts in zip(shuffled, (["a few"], [" 9" * 25_000], ["b"], ["c"]), strict=True):
+        make_parquet(path, texts)
+    all_but_the_index(tmp_path / "in", out, max_tokens=10_000)
+    (out / ".work" / "000000.json").unlink()
+    source = sources.resolve(str(tmp_path / "in"), None, "train", None)
+    reports = itertools.count()
+
+    def be_quick(progress: prepare.Progress) -> None:
+        assert next(reports) < 200
+
+    options = Options(val_fraction=0.2, max_tokens=10_000)
+    prepare.tokenize(source, out, options, workers=1, on_progress=be_quick)
+    make_shards(tmp_path / "in", tmp_path / "straight", max_tokens=10_000)
+    assert contents(out) == contents(tmp_path / "straight")
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_the_slice_that_max_tokens_cut_is_made_whole_when_files_before_it_shrink(
+    shuffled: list[Path], tmp_path: Path, make_parquet, make_shards
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    for n, path in enumerate(shuffled):
+        make_parquet(path, [f"{n}{row}" + " 7" * 300 for row in range(40)], 20)
+    sources.MIN_SLICE_BYTES = 1000  # a slice a row group; the fixture restores it
+    all_but_the_index(source, out, max_tokens=15_000)
+    make_parquet(shuffled[0], [f"{row}" + " 7" * 30 for row in range(40)], 20)
+    make_shards(source, out, max_tokens=15_000)
+    make_shards(source, tmp_path / "straight", max_tokens=15_000)
+    assert contents(out) == contents(tmp_path / "straight")
 
 
 @pytest.mark.usefixtures("small_slices")
