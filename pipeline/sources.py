@@ -13,6 +13,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -197,8 +198,9 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
             where=name,
             fix="download them and give their folder",
         )
-    infos = {path: hub.info(path) for path in paths}
-    parsed: list[Any] = [hub.resolve_path(path) for path in paths]
+    with on_the_hub(name):
+        infos = {path: hub.info(path) for path in paths}
+        parsed: list[Any] = [hub.resolve_path(path) for path in paths]
     files = tuple(
         SourceFile(p.path_in_repo, int(infos[path]["size"]), hub_checksum(infos[path]))
         for p, path in zip(parsed, paths, strict=True)
@@ -213,6 +215,23 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
     commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
     commit |= {"config": config} if config else {}
     return Source(name, str(kinds.pop()), "", files, commit)
+
+
+@contextmanager
+def on_the_hub(where: str) -> Iterator[None]:
+    """Makes trouble with the network a ForgeError; Arrow's errors are the file's, and pass."""
+    try:
+        yield
+    except pa.ArrowException:
+        raise
+    except Exception as error:  # a dozen unrelated types
+        if type(error) is OSError:  # Arrow's as well; the network's are subclasses, or none
+            raise
+        raise ForgeError(
+            f"cannot read from the hub: {type(error).__name__}: {error}",
+            where=where,
+            fix="check the network and HF_TOKEN and run the same command again",
+        ) from error
 
 
 def hub_checksum(info: dict[str, Any]) -> str:
@@ -283,7 +302,10 @@ def row_groups(
             from huggingface_hub import HfFileSystem
 
             where = f"datasets/{source.hub['dataset']}@{source.hub['revision']}/{name}"
-            with HfFileSystem().open(where, "rb", block_size=2**20) as remote:
+            with (
+                on_the_hub(where),
+                HfFileSystem().open(where, "rb", block_size=2**20) as remote,
+            ):
                 metadata = pq.read_metadata(remote)
         else:
             where = str(source.local_path(file))

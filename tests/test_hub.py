@@ -190,6 +190,21 @@ def test_a_file_that_stays_wrong_is_an_error_and_the_next_run_goes_on(
     assert shard_bytes(tmp_path / "out") == local
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [(401, 1, "cannot read from the hub"), ("change", 0, "Left out, damaged: " + NAMES[0])],
+)
+def test_skipping_what_is_damaged_skips_nothing_that_the_network_kept_back(
+    tokenize: Tokenize, hub: Hub, tmp_path: Path, fault: int | str, code: int, says: str
+) -> None:
+    hub.faults[f"footer of {NAMES[0]}"] = [fault] * 9
+    ran = tokenize("--on-error", "skip")
+    assert ran.returncode == code, ran.stderr
+    assert says in ran.stdout + ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert (tmp_path / "out" / shards.INDEX_FILE).exists() == (code == 0)
+
+
 def test_ctrl_c_does_not_wait_for_a_download(start: Start, hub: Hub) -> None:
     hub.faults[NAMES[0]] = ["stall"]
     process = start(HF_HUB_DOWNLOAD_TIMEOUT="100")
