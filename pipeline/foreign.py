@@ -28,6 +28,8 @@ def index_folder(folder: Path, raw: bool) -> Index:
     if (folder / shards.INDEX_FILE).exists():
         raise ForgeError("the folder has an index already", where=folder, fix="forge-prep info DIR")
     files = sorted(folder.glob("*.bin"))
+    if raw:
+        files = [folder / f"{split}.bin" for split in shards.SPLITS]
     try:
         made = list(convert(folder) if raw else map(describe, files))
         shards.write_whole(folder / shards.VOCABULARY_FILE, tokenizer.vocabulary())
@@ -69,7 +71,17 @@ def convert(folder: Path) -> Iterator[tuple[Shard, DocumentLengths]]:
     for split in shards.SPLITS:
         path = folder / f"{split}.bin"
         if not path.exists() or path.stat().st_size == 0:
-            raise ForgeError("no such headerless token file", where=path, fix="leave out --raw")
+            raise ForgeError(
+                "no such headerless token file",
+                where=path,
+                fix="--raw needs train.bin and val.bin; shards with a header need no --raw",
+            )
+        if path.stat().st_size % shards.TOKEN_BYTES:
+            raise ForgeError(
+                "half a token at the end of a headerless token file: it was cut off",
+                where=path,
+                fix="copy the file again",
+            )
         tokens = np.memmap(path, "<u2", "r")
         start = number = 0
         while start < len(tokens):
@@ -99,7 +111,11 @@ def end_of_document(tokens: Tokens, near: int) -> int:
 
 def describe(path: Path) -> tuple[Shard, DocumentLengths]:
     """A shard as the index lists it, from its tokens alone."""
-    num_tokens = shards.check_header(path)
+    try:
+        num_tokens = shards.check_header(path)
+    except ForgeError as error:
+        fix = "restore the file; nanoGPT's train.bin and val.bin, which have no header, need --raw"
+        raise ForgeError(error.what, where=path, fix=fix) from error
     tokens = shards.map_shard(path, num_tokens)
     byte_counts = np.array([len(token) for token in tokenizer.token_bytes()], np.int64)
     digest, text_bytes, starts = xxhash.xxh3_64(), 0, []

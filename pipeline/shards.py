@@ -298,15 +298,15 @@ def read_vocabulary(path: Path) -> list[bytes]:
 def load_index(folder: Path) -> Index:
     """Read and check index.json of a folder of shards."""
     path = folder / INDEX_FILE
-    if not folder.is_dir():
-        raise ForgeError(
-            "no such folder of shards",
-            where=folder,
-            fix="make one: forge-prep tokenize SOURCE --out DIR",
-        )
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_dir():
+            raise ForgeError(
+                "no such folder of shards",
+                where=folder,
+                fix="make one: forge-prep tokenize SOURCE --out DIR",
+            ) from None
         raise ForgeError(
             f"the folder has no {INDEX_FILE}, so it is not finished (or is no folder of shards)",
             where=folder,
@@ -431,12 +431,12 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
     for path in sorted(index.folder.glob("*.bin")):
         if path.name not in known:
             problems.append(f"{path.name}: a stranger, not in the index")
-    vocabulary = index.folder / VOCABULARY_FILE
-    if (
-        not vocabulary.is_file()
-        or hashlib.sha256(vocabulary.read_bytes()).hexdigest() != index.tokenizer["sha256"]
-    ):
-        problems.append(f"{VOCABULARY_FILE}: missing or changed")
+    try:
+        vocabulary = (index.folder / VOCABULARY_FILE).read_bytes()
+        if hashlib.sha256(vocabulary).hexdigest() != index.tokenizer["sha256"]:
+            problems.append(f"{VOCABULARY_FILE}: changed")
+    except OSError as error:
+        problems.append(f"{VOCABULARY_FILE}: cannot be read: {error.strerror}")
     whole = index.source.get("kind") != "token files"  # other people's may cut documents
     with ThreadPoolExecutor(workers) as pool:
         found: Iterable[list[str]] = pool.map(

@@ -10,13 +10,14 @@ import glob
 import io
 import itertools
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -113,8 +114,18 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
     path = Path(name)
     if not name:
         raise ForgeError("SOURCE is empty", fix="name a file, a folder or a hub dataset")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # a glob, or of the hub
+    except OSError as error:
+        raise ForgeError(
+            f"cannot read the source: {error.strerror}",
+            where=name,
+            fix="give read permission, or name another source",
+        ) from error
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p.name))
+        paths = sorted(p for p in files_in(path) if kind_of(p.name))
         root = path
         if not paths:
             raise ForgeError(
@@ -147,6 +158,20 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
         )
     files = tuple(describe_file(p, str(p.relative_to(root))) for p in paths)
     return Source(Path(name).name or name, str(kinds.pop()), str(root.resolve()), files)
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """All files below `folder`. A folder in it that cannot be read is an error, not empty."""
+
+    def fail(error: OSError) -> None:
+        raise ForgeError(
+            f"cannot read a folder of the source: {error.strerror}",
+            where=error.filename,
+            fix="give read permission",
+        ) from error
+
+    for root, _, names in os.walk(folder, onerror=fail):
+        yield from (path for name in names if (path := Path(root, name)).is_file())
 
 
 def kind_of(name: str) -> str | None:
@@ -341,6 +366,12 @@ def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
             where=where,
             fix="name the column of the text with --text-column",
         )
+    if schema.names.count(text_column) > 1:
+        raise ForgeError(
+            f"{schema.names.count(text_column)} columns are called {text_column!r}",
+            where=where,
+            fix="rename one of them, or name another column with --text-column",
+        )
     kind = schema.field(text_column).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if plain not in (pa.string(), pa.large_string(), pa.string_view()):
@@ -462,11 +493,13 @@ def read_jsonl(
             yield Batch(large_strings(texts, path), raw.tell() - read_before, num_low_scores)
 
 
-def _decompressed(raw: IO[bytes], path: Path) -> Any:
+def _decompressed(raw: io.BufferedReader, path: Path) -> Any:
     """Lines of a plain, .gz or .zst file; Arrow's streams notice a truncated one."""
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     if compression is None:
         return raw
+    if not raw.peek(1):  # even an archive of nothing has a header
+        raise OSError("the archive is empty: it was cut off")
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), compression), 2**20)
 
 

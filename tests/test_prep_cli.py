@@ -249,7 +249,9 @@ def test_index_refuses_what_is_no_token_file(forge, tmp_path: Path) -> None:
     assert forge("prep", "index", tmp_path).exit_code == 1
     (tmp_path / "train.bin").write_bytes(b"\1\0" * 600)
     result = forge("prep", "index", tmp_path)
-    assert_error(result, "not a shard")
+    assert_error(result, "not a shard", "need --raw")
+    (tmp_path / "train.bin").write_bytes(b"\1\0" * 600 + b"\1")
+    assert_error(forge("prep", "index", tmp_path, "--raw"), "half a token")
     assert not (tmp_path / shards.INDEX_FILE).exists()
 
 

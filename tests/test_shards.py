@@ -117,6 +117,15 @@ def test_verify_finds_tokens_outside_the_vocabulary_and_wrong_counts(copy: Path)
     assert "does not start with <|endoftext|>" in found
 
 
+def test_verify_finds_a_vocabulary_that_is_changed_or_cannot_be_read(copy: Path) -> None:
+    path = copy / shards.VOCABULARY_FILE
+    path.write_bytes(path.read_bytes()[:-1])
+    assert problems(copy) == "r50k_base.tiktoken: changed"
+    path.unlink()
+    path.mkdir()
+    assert problems(copy) == "r50k_base.tiktoken: cannot be read: Is a directory"
+
+
 def test_verify_finds_totals_that_do_not_add_up(copy: Path) -> None:
     raw = json.loads((copy / "index.json").read_text())
     raw["splits"]["val"]["num_documents"] += 1

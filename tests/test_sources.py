@@ -1,7 +1,9 @@
 """Every kind of source gives the same documents; every broken one is named with its place."""
 
+import errno
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +121,30 @@ def test_a_source_that_is_not_there_is_an_error_with_a_cure(
     assert error.fix
 
 
+def test_a_name_that_no_file_can_have_is_an_error(tmp_path: Path) -> None:
+    error = failure(sources.resolve, str(tmp_path / ("x" * 300)), None, "train", None)
+    assert error.what == "cannot read the source: File name too long"
+
+
+def test_a_folder_in_the_source_that_cannot_be_read_is_an_error_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_bytes(lines_of([name]))
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # root may read everything, so chmod would not do
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    error = failure(sources.resolve, str(tmp_path), None, "train", None)
+    assert error.what == "cannot read a folder of the source: Permission denied"
+    assert str(error.where) == str(tmp_path / "b")
+
+
 def test_kinds_are_not_mixed(tmp_path: Path, make_parquet) -> None:
     make_parquet(tmp_path / "a.parquet", ["a"])
     (tmp_path / "b.jsonl").write_bytes(lines_of(["b"]))
@@ -203,6 +229,22 @@ def test_a_corrupt_row_group_is_named(tmp_path: Path, damage: bytes) -> None:
     error = failure(read, path)
     assert "damaged row group" in error.what
     assert str(error.where) == f"{path}, row group 2"
+
+
+def test_two_columns_of_the_text_are_an_error(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert failure(read, tmp_path / "a.parquet").what == "2 columns are called 'text'"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_archive_cut_off_at_any_byte_is_an_error(tmp_path: Path, suffix: str) -> None:
+    packers = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+    path = tmp_path / f"a.jsonl{suffix}"
+    data = packers[suffix](lines_of([f"text {n}" for n in range(20)]))
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        assert "cannot read a source file" in failure(read, path).what, size
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
