@@ -412,6 +412,8 @@ def check_shard(
         )
     if first not in (EOT_TOKEN, None) and whole_documents:
         problems.append(f"{shard.file}: does not start with <|endoftext|>")
+    if not problems and shard.head_checksum not in ("", head_checksum(path)):
+        problems.append(f"{shard.file}: the index has another checksum of its head")
     return problems
 
 

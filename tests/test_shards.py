@@ -126,6 +126,14 @@ def test_verify_finds_a_vocabulary_that_is_changed_or_cannot_be_read(copy: Path)
     assert problems(copy) == "r50k_base.tiktoken: cannot be read: Is a directory"
 
 
+def test_verify_finds_all_that_training_would_stop_at(copy: Path) -> None:
+    """Training looks at the checksums of the heads alone."""
+    raw = json.loads((copy / "index.json").read_text())
+    raw["shards"][0]["head_checksum"] = "0" * 16
+    (copy / "index.json").write_text(json.dumps(raw))
+    assert problems(copy) == "train_000000.bin: the index has another checksum of its head"
+
+
 def test_verify_finds_totals_that_do_not_add_up(copy: Path) -> None:
     raw = json.loads((copy / "index.json").read_text())
     raw["splits"]["val"]["num_documents"] += 1
