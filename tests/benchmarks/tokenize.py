@@ -1,4 +1,4 @@
-"""How fast text becomes shards: python -m tests.benchmarks.tokenize [--workers 1,2] [--repeat 5]
+"""How fast text becomes shards: python -m tests.benchmarks.tokenize [--workers 1,2] [--repeat 25]
 
 Prints MB/s of text, best of --tries, of
 
@@ -180,7 +180,7 @@ def main() -> None:
     default = ROOT.parent / "shared" / "data" / "fineweb-edu-dedup"
     parser.add_argument("--source", type=Path, default=default)
     parser.add_argument("--workers", default="1,2", help="numbers of workers, as in 1,2,4")
-    parser.add_argument("--repeat", type=int, default=5, help="copies of the source to read")
+    parser.add_argument("--repeat", type=int, default=25, help="copies of the source to read")
     parser.add_argument("--tries", type=int, default=3)
     parser.add_argument("--shard-tokens", type=int, default=100_000_000)
     parser.add_argument("--out", type=Path, help="where shards go [default: a temporary folder]")
