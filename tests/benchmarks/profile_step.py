@@ -3,10 +3,12 @@
     python -m tests.benchmarks.profile_step gpt2 --data DIR [--set KEY=VALUE]...
     torchrun --standalone --nproc_per_node=2 -m tests.benchmarks.profile_step gpt2 --data DIR
 
-It runs forge-train's own step under torch.profiler and prints milliseconds a step (rank 0).
+It runs forge-train's own step under torch.profiler and prints milliseconds a step (rank 0). With
+Muon it also times the update alone, with the matrices shared out among the ranks and without.
 """
 
 import math
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -18,11 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from trainer import config as configs
 from trainer import loop, memory
+from trainer.optimizer import Optimizer
 from trainer.ranks import Ranks, process_group
 from trainer.run import Past, open_data
 from trainer.schedule import UNKNOWN_STEPS
 from trainer.signals import Wishes
-from trainer.step import train_step
+from trainer.step import Moment, train_step
 from trainer.windows import MicroBatches
 
 KINDS = {
@@ -48,6 +51,19 @@ def union(intervals: Intervals) -> Intervals:
 
 def length(intervals: Intervals) -> float:
     return sum(end - start for start, end in union(intervals))
+
+
+def muon_milliseconds(optimizer: Optimizer, ranks: Ranks) -> float:
+    """Of Muon's part of an update, as `ranks` share it."""
+    optimizer.ranks = ranks
+    one, times = torch.ones((), device=optimizer.device), []
+    for _ in range(8):
+        began = Moment(optimizer.device)
+        optimizer.muon(0.0, one, one)  # at a rate of 0: the weights stay
+        ended = Moment(optimizer.device)
+        ended.wait()
+        times.append(1e3 * ended.seconds_since(began))
+    return statistics.median(times[2:])
 
 
 @click.command()
@@ -94,6 +110,9 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
                 for _ in range(steps):
                     step()
                 torch.cuda.synchronize()
+        muon = []
+        if chosen.optimizer.name == "muon":
+            muon = [muon_milliseconds(trainer.optimizer, by) for by in (ranks, Ranks())]
     if not ranks.is_first:
         return
     by_kind: dict[str, Intervals] = {}
@@ -121,6 +140,8 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
     click.echo(f"  {'exposed communication':24}{exposed / steps / 1e3:>10.2f} ms a step")
     click.echo(f"  {'idle':24}{(total - length(everything)) / steps / 1e3:>10.2f} ms a step")
     click.echo(f"  {'a step':24}{total / steps / 1e3:>10.2f} ms")
+    for what, took in zip(("shared out", "not shared"), muon, strict=False):
+        click.echo(f"  {'Muon, ' + what:24}{took:>10.2f} ms")
     peak = torch.cuda.max_memory_allocated() / 2**30
     click.echo(f"  peak {peak:.2f} GiB, estimated {plan.estimated_bytes / 2**30:.2f} GiB")
 
