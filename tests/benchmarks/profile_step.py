@@ -56,10 +56,10 @@ def length(intervals: Intervals) -> float:
 def muon_milliseconds(optimizer: Optimizer, ranks: Ranks) -> float:
     """Of Muon's part of an update, as `ranks` share it."""
     optimizer.ranks = ranks
-    one, times = torch.ones((), device=optimizer.device), []
+    divisor, times = torch.ones((), device=optimizer.device), []
     for _ in range(8):
         began = Moment(optimizer.device)
-        optimizer.muon(0.0, one, one)  # at a rate of 0: the weights stay
+        optimizer.muon(0.0, divisor, divisor > 0)  # at a rate of 0: the weights stay
         ended = Moment(optimizer.device)
         ended.wait()
         times.append(1e3 * ended.seconds_since(began))

@@ -20,6 +20,7 @@ import click
 ROOT = Path(__file__).parent.parent.parent
 # What --check gives for a card of 24 GB.
 MICRO_BATCHES = {"gpt2": 60, "gpt2_medium": 16, "forge_124m": 48, "forge_350m": 16}
+ROW_SECONDS = 120
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 NO_SHM = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
 ROWS = {
@@ -59,6 +60,7 @@ def train(
         env=os.environ | environment,
         capture_output=True,
         text=True,
+        timeout=ROW_SECONDS,
         check=False,
     )
     if done.returncode:
@@ -71,7 +73,8 @@ def train(
 @click.option("--configs", default="gpt2,gpt2_medium", show_default=True)
 @click.option("--rows", default="", help="Only rows whose name matches this pattern.")
 @click.option("--steps", default=14, show_default=True)
-def main(data: str, configs: str, rows: str, steps: int) -> None:
+@click.option("--set", "settings", multiple=True)
+def main(data: str, configs: str, rows: str, steps: int, settings: tuple[str, ...]) -> None:
     click.echo(f"{'config':14}{'row':30}{'tokens/s':>12}{'ratio':>8}{'loss differs by':>18}")
     for config in configs.split(","):
         single: float | None = None
@@ -79,8 +82,14 @@ def main(data: str, configs: str, rows: str, steps: int) -> None:
         for name, (ranks, environment, more) in ROWS.items():
             if rows and not re.search(rows, name):
                 continue
+            more = (*more, *(f"--set={setting}" for setting in settings))
             with tempfile.TemporaryDirectory() as folder:
-                found = train(config, data, Path(folder) / "run", ranks, steps, environment, more)
+                try:
+                    out = Path(folder) / "run"
+                    found = train(config, data, out, ranks, steps, environment, more)
+                except subprocess.TimeoutExpired:
+                    click.echo(f"{config:14}{name:30} not done after {ROW_SECONDS} s")
+                    continue
             taken = [row for row in found if row["kind"] == "step"]
             speed = statistics.median(row["tokens_per_second"] for row in taken[3:])
             losses = [row["loss"] for row in taken]
