@@ -5,14 +5,18 @@ TRITON_INTERPRET=1 is set. Otherwise these tests skip.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from types import MethodType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sampler import decode
 from sampler.decode import Decoder, Sampling
+from trainer import fused
 from trainer.config import ModelConfig
 from trainer.model import GPT2
 
@@ -114,3 +118,122 @@ def test_a_step_with_kernels_draws_what_the_plain_step_draws(
         drawn[with_kernels], logs[with_kernels] = decoder.run(noise)
     assert drawn[True] == drawn[False]
     assert torch.allclose(torch.tensor(logs[True]), torch.tensor(logs[False]), atol=1e-4)
+
+
+def differences(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    pairs = zip(found, exact, strict=True)
+    return [float((a.detach().cpu() - b.detach()).norm() / b.detach().norm()) for a, b in pairs]
+
+
+def values_and_gradients(
+    function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], gradients: list[Tensor]
+) -> list[Tensor]:
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    torch.autograd.backward(outputs, gradients)
+    return [*outputs, *(x.grad for x in inputs if x.grad is not None)]
+
+
+def differ(
+    ours: Callable[..., tuple[Tensor, ...]],
+    plain: Callable[..., tuple[Tensor, ...]],
+    inputs: list[Tensor],
+    gradients: list[Tensor],
+) -> float:
+    """The largest difference from the plain computation in float64."""
+    exact = [[x.double() for x in given] for given in (inputs, gradients)]
+    there = [[x.to(DEVICE) for x in given] for given in (inputs, gradients)]
+    found, wanted = values_and_gradients(ours, *there), values_and_gradients(plain, *exact)
+    return max(differences(found, wanted))
+
+
+@pytest.mark.parametrize("shape", [(3, 41, 72), (1, 1, 288), (2, 100, 600)])
+def test_gelu_gives_the_bias_before_it_its_gradient(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dy = 3 * torch.randn(2, *shape, generator=generator)
+    bias = torch.randn(shape[-1], generator=generator)
+    assert (
+        differ(
+            lambda x, bias: (fused.Gelu.apply(x + bias.detach(), bias),),
+            lambda x, bias: (F.gelu(x + bias, approximate="tanh"),),
+            [x, bias],
+            [dy],
+        )
+        < 1e-6
+    )
+
+
+@pytest.mark.parametrize("size", [24, 16])
+def test_gradients_of_queries_keys_and_values_are_packed_from_any_order(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    B, H, T = 3, 5, 41  # noqa: N806
+    x = torch.randn(B, T, 3 * H * size, generator=generator)
+    bias = torch.randn(3 * H * size, generator=generator)
+    dq = torch.randn(B, T, H, size, generator=generator).transpose(1, 2)
+    dk = torch.randn(B, H, T, size, generator=generator)
+    dv = torch.randn(size, T, B, H, generator=generator).permute(2, 3, 1, 0)
+
+    def plain(x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        parts = (x + bias).chunk(3, -1)
+        return tuple(part.view(B, T, H, size).transpose(1, 2) for part in parts)
+
+    def ours(x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return fused.Split.apply(x + bias.detach(), bias, H)
+
+    assert differ(ours, plain, [x, bias], [dq, dk, dv]) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 41, 72), (1, 1, 256), (2, 100, 600)])
+def test_a_layer_norm_gives_the_bias_before_it_its_gradient(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y, dx, dn = torch.randn(4, *shape, generator=generator)
+    y_bias, gain, bias = 1 + torch.randn(3, shape[-1], generator=generator)
+
+    def plain(x: Tensor, y: Tensor, y_bias: Tensor, *gain_and_bias: Tensor) -> tuple[Tensor, ...]:
+        x = x + (y + y_bias)
+        return x, F.layer_norm(x, gain.shape, *gain_and_bias)
+
+    def ours(x: Tensor, y: Tensor, y_bias: Tensor, *gain_and_bias: Tensor) -> tuple[Tensor, ...]:
+        return fused.AddNorm.apply(x, y + y_bias.detach(), y_bias, *gain_and_bias)
+
+    assert differ(ours, plain, [x, y, y_bias, gain, bias], [dx, dn]) < 2e-6
+
+
+def compiled(trunk: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """As training has it on a GPU; elsewhere what is cut the same way, but runs by itself."""
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager_decomp_partition"
+    torch.compiler.reset()
+    return torch.compile(trunk, fullgraph=True, dynamic=False, backend=backend)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients(compiles: bool) -> None:
+    exact, ours = (made(SMALL).requires_grad_() for _ in range(2))
+    exact = exact.cpu().double()
+    trunk = MethodType(fused.hidden, ours)
+    ours.trunk = compiled(trunk) if compiles else trunk
+    tokens = torch.randint(777, (3, 42), generator=torch.Generator().manual_seed(0))
+    for model in (exact, ours):
+        given = tokens.to(model.wte.weight.device)
+        loss = model(given[:, :-1], given[:, 1:])
+        loss.backward()
+        model.found = [loss, *(p.grad for p in model.parameters())]
+    assert max(differences(ours.found, exact.found)) < (2e-6 if DEVICE == "cpu" else 2e-3)
+
+
+def test_the_fused_trunk_keeps_no_more_for_the_way_back() -> None:
+    model = made(SMALL).bfloat16().requires_grad_()
+    tokens = torch.zeros(3, 40, dtype=torch.long, device=DEVICE)
+    kept = []
+    for trunk in (model.hidden, MethodType(fused.hidden, model)):
+        sizes: dict[int, int] = {}
+
+        def note(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            x = compiled(trunk)(tokens)
+        kept.append(sum(sizes.values()))
+        del x
+    assert kept[1] < 1.01 * kept[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from sampler.decode import KVCache
 from sampler.layouts import model_config, pieces, transformers_weights
 from trainer import config as configs
-from trainer import float8
+from trainer import float8, fused
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
 from trainer.model import LanguageModel, build_model, rotary_table, rotate
@@ -433,3 +433,20 @@ def test_float8_layers_follow_the_masters_and_keep_their_names() -> None:
         back = layer.weight8.float() * layer.undo_weight
         assert torch.allclose(back, layer.weight.float(), rtol=0.07, atol=1e-4)
         assert torch.equal(layer.transposed8.T, layer.weight8)
+
+
+def test_the_fused_trunk_is_for_gpt2_as_published_in_half_precision_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused.cross_entropy, "gpu_kernel", lambda: "a kernel")
+    config = replace(configs.load("gpt2"), precision="bfloat16")
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert fused.available(config, gpu)
+    assert fused.available(replace(config, precision="float16"), gpu)
+    assert not fused.available(config, cpu)
+    assert not fused.available(replace(config, precision="float32"), gpu)
+    assert not fused.available(replace(config, precision="float8"), gpu)
+    assert not fused.available(replace(config, model=replace(config.model, bias=False)), gpu)
+    assert not fused.available(replace(config, model=MODERN), gpu)
+    monkeypatch.setattr(fused.cross_entropy, "gpu_kernel", lambda: None)
+    assert not fused.available(config, gpu)

@@ -1,7 +1,10 @@
-"""The one kernel that is written by hand, in Triton.
+"""The kernels that are written by hand, in Triton.
 
-Before: the logits of cross_entropy.py, on a GPU. After: their losses, and their gradient.
+Before: the logits of cross_entropy.py, and the gradients of fused.py, on a GPU. After: the losses
+and gradients that they ask for.
 """
+
+# ruff: noqa: N803  (Triton writes constants in capitals)
 
 import triton
 import triton.language as tl
@@ -10,7 +13,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # GPUs have exp2
 
 
 @triton.jit
-def softmax_gradient(logits, targets, losses, stride, size, BLOCK: tl.constexpr):  # noqa: N803
+def softmax_gradient(logits, targets, losses, stride, size, BLOCK: tl.constexpr):
     """One row of logits: its loss, and the gradient in its place; zeros from `size` to `stride`.
 
     Each lane takes its sum online (Milakov and Gimelshein 2018), and the lanes meet at the end.
@@ -41,3 +44,91 @@ def softmax_gradient(logits, targets, losses, stride, size, BLOCK: tl.constexpr)
         gradient = tl.where(counts & (start + columns < size), gradient, 0.0)
         gradient = gradient.to(logits.dtype.element_ty)
         tl.store(logits + start + columns, gradient, mask=start + columns < stride)
+
+
+# Below, a program takes `rows_each` rows, one after the other, and leaves the sums of their columns
+# in float32, in row `chunk` of `sums`: nothing is read a second time for them, and the order of
+# additions is fixed. Loads are wide: 16 bytes a thread.
+
+
+@triton.jit
+def gelu_and_sum(
+    dy, h, dh, sums, num_rows, size, rows_each, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """dh = dy * gelu'(h), all (num_rows, size); rows_each is a multiple of ROWS.
+
+    gelu(x) = x * s with s = sigmoid(2u), u = sqrt(2/pi) * (x + 0.044715 x^3), as in model.py.
+    """
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    chunk = tl.program_id(1)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rows_each, ROWS):
+        rows = chunk * rows_each + start + tl.arange(0, ROWS)
+        mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
+        at = rows.to(tl.int64)[:, None] * size + columns[None, :]
+        x = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+        cubic = 0.07135481282553423 * x * x  # sqrt(8/pi) * 0.044715 x^2
+        s = 1.0 / (1.0 + tl.exp2(-x * (1.5957691216057308 + cubic) * LOG2_E))
+        gradient *= s + x * s * (1.0 - s) * (1.5957691216057308 + 3.0 * cubic)
+        tl.store(dh + at, gradient.to(dh.dtype.element_ty), mask=mask)
+        total += gradient
+    tl.store(sums + chunk * size + columns, tl.sum(total, 0), mask=columns < size)
+
+
+@triton.jit
+def pack_and_sum(
+    source, packed, sums, batch_stride, head_stride, time_stride, channel_stride, time, num_rows,
+    size, width, rows_each, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """source (B, H, T, D) in any order -> `size` = H * D columns of packed (B * T, width)."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    chunk = tl.program_id(1)
+    across = columns // D * head_stride + columns % D * channel_stride
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rows_each, ROWS):
+        rows = chunk * rows_each + start + tl.arange(0, ROWS)
+        mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
+        down = (rows // time).to(tl.int64) * batch_stride + (rows % time).to(tl.int64) * time_stride
+        x = tl.load(source + down[:, None] + across[None, :], mask=mask, other=0.0)
+        tl.store(packed + rows.to(tl.int64)[:, None] * width + columns[None, :], x, mask=mask)
+        total += x.to(tl.float32)
+    tl.store(sums + chunk * width + columns, tl.sum(total, 0), mask=columns < size)
+
+
+@triton.jit
+def norm_and_sum(
+    dx, dn, x, means, scales, gain, d, sums, num_rows, size, rows_each, BLOCK: tl.constexpr
+):  # fmt: skip
+    """d = dx + what dn gives back through n = (x - mean) * scale * gain + bias: (num_rows, size).
+
+    sums (chunks, 3 * size): for the gain's gradient, for the bias's, and of d itself.
+    """
+    chunk = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    fits = columns < size
+    weight = tl.load(gain + columns, mask=fits, other=0.0).to(tl.float32)
+    gain_total = tl.zeros([BLOCK], tl.float32)
+    bias_total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    first = chunk * rows_each
+    for start in range(0, tl.minimum(rows_each, num_rows - first)):
+        row = first + start
+        at = row.to(tl.int64) * size + columns
+        below = tl.load(dn + at, mask=fits, other=0.0).to(tl.float32)
+        value = tl.load(x + at, mask=fits, other=0.0).to(tl.float32)
+        beside = tl.load(dx + at, mask=fits, other=0.0).to(tl.float32)
+        scale = tl.load(scales + row).to(tl.float32)
+        normal = (value - tl.load(means + row).to(tl.float32)) * scale
+        weighted = below * weight
+        mean = tl.sum(weighted) / size
+        slope = tl.sum(weighted * normal) / size
+        gradient = beside + (weighted - mean - normal * slope) * scale
+        tl.store(d + at, gradient.to(d.dtype.element_ty), mask=fits)
+        gain_total += below * normal
+        bias_total += below
+        total += gradient
+    sums += chunk * 3 * size + columns
+    tl.store(sums, gain_total, mask=fits)
+    tl.store(sums + size, bias_total, mask=fits)
+    tl.store(sums + 2 * size, total, mask=fits)

@@ -14,13 +14,14 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import ForgeError
-from trainer import card, checkpoint, float8, memory
+from trainer import card, checkpoint, float8, fused, memory
 from trainer.config import Config
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
@@ -580,7 +581,9 @@ def compile_model(model: LanguageModel, config: Config, device: torch.device) ->
     if how == "auto":
         how = "full" if device.type == "cuda" else "off"
     if how == "full":
-        model.trunk = torch.compile(model.hidden, dynamic=False)
+        fuses = fused.available(config, device)
+        trunk = MethodType(fused.hidden, model) if fuses else model.hidden
+        model.trunk = torch.compile(trunk, dynamic=False)
     elif how == "block":
         for block in model.h:
             block.compile(dynamic=False)

@@ -34,6 +34,7 @@ KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
     "optimizer": ("adam", "multi_tensor"),
     "cross-entropy": ("softmax_gradient",),
+    "fused.py": ("_and_sum",),
     "copies": ("memcpy", "memset"),
 }
 Intervals = list[tuple[float, float]]

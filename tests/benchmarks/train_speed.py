@@ -5,8 +5,8 @@
 "forge" is forge-train itself with all that it does (real windows, evaluation, metrics); "plain" is
 the recipe that most trainers use: autocast over float32 weights, fused AdamW, F.cross_entropy over
 a vocabulary padded to 50304, torch.compile, the same windows. Without --data the tokens are random.
-Other arms: "forge by block" (compile=block), "forge float8", and a second "forge" to see what the
-compile cache saves.
+Other arms: "forge by block" (compile=block), "forge float8", "forge unfused" (without
+trainer/fused.py), and a second "forge" to see what the compile cache saves.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from trainer.windows import MicroBatches
 ROOT = Path(__file__).parent.parent.parent
 MICRO_BATCHES = {"gpt2": 96, "gpt2_medium": 40, "gpt2_large": 24}  # fast for both on a large card
 NO_BIAS = "--set=model.bias=false"
+UNFUSED = "from trainer import cli, fused; fused.available = lambda *_: False; cli.main()"
 
 
 def random_shards(folder: Path) -> Path:
@@ -61,7 +62,12 @@ def sustained_matmul(seconds: float = 1.0) -> float:
 
 
 def forge(
-    config: str, data: Path, micro_batch: int, steps: int, settings: tuple[str, ...]
+    config: str,
+    data: Path,
+    micro_batch: int,
+    steps: int,
+    settings: tuple[str, ...],
+    fuses: bool,
 ) -> tuple[float, float, float]:
     """(tokens/s, peak GiB, seconds to the end of the first step) of forge-train."""
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +79,8 @@ def forge(
             "--set=checkpoint.every_steps=100000",
             *settings,
         ]
-        command = [sys.executable, "-m", "trainer.cli", config, "--data", str(data)]
+        program = ["-m", "trainer.cli"] if fuses else ["-c", UNFUSED]
+        command = [sys.executable, *program, config, "--data", str(data)]
         started = time.perf_counter()
         process = subprocess.Popen(
             [*command, "--out", f"{folder}/run", *options],
@@ -169,7 +176,9 @@ def main(data: Path | None, names: str, steps: int, arms: str, plain_arm: str | 
                     settings = (NO_BIAS,) if "without" in arm else ()
                     settings += ("--set=compile=block",) if "block" in arm else ()
                     settings += ("--set=precision=float8",) if "float8" in arm else ()
-                    speed, peak, first = forge(name, data, micro_batch, steps, settings)
+                    speed, peak, first = forge(
+                        name, data, micro_batch, steps, settings, fuses="unfused" not in arm
+                    )
                 against = against or speed
                 share = speed * model.flops_per_token() / sustained_matmul()
                 click.echo(

@@ -1,0 +1,213 @@
+"""GPT-2's trunk for training on a GPU: the numbers of model.py's, with fewer walks through memory.
+
+Before: model.py, whose modules and weights these are. After: loop.py, which compiles hidden().
+
+Forward is plain torch. Backward is memory-bound between its products, and every bias wants the sum
+of its output's gradient over all tokens. Here whoever makes such a gradient sums it on the way, in
+one of three kernels: behind GELU, behind attention (where dq, dk and dv become one array, too), and
+behind LayerNorm with the addition before it. So a bias is added inside its product, as a constant,
+and has its gradient from the function that comes next, which takes it only for that.
+"""
+
+# torch has no types for Function.apply.
+# mypy: disable-error-code="no-untyped-call"
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer import cross_entropy
+from trainer.config import Config
+from trainer.model import GPT2, attend, gelu
+from trainer.optimizer import compute_dtype
+
+NORM_EPS = 1e-5  # nn.LayerNorm's own
+ROWS, COLUMNS = 16, 256  # of a tile, with four warps
+WARP_COLUMNS = 256  # of a row that a program takes as a whole: 16 bytes a thread
+
+
+def available(config: Config, device: torch.device) -> bool:
+    """Whether hidden() can train this model here, and is worth it."""
+    is_ours = config.model.family == "gpt2" and config.model.bias and config.precision != "float8"
+    is_half = compute_dtype(config, device) in (torch.bfloat16, torch.float16)
+    on_gpu = device.type == "cuda" and cross_entropy.gpu_kernel() is not None
+    return is_ours and is_half and on_gpu
+
+
+def hidden(model: GPT2, tokens: Tensor) -> Tensor:
+    """model.hidden(tokens): tokens (B, T) -> (B, T, C)."""
+    blocks: list[Any] = list(model.h)
+    x = model.wte(tokens) + model.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+    n = blocks[0].ln_1(x)
+    after = [*(block.ln_1 for block in blocks[1:]), model.ln_f]  # the norms behind each block
+    for block, norm in zip(blocks, after, strict=True):
+        attn, mlp = block.attn, block.mlp
+        q, k, v = Split.apply(product(n, attn.c_attn), attn.c_attn.bias, attn.num_heads)
+        y = product(attend(attn.layer, None, q, k, v), attn.c_proj)
+        x, n = AddNorm.apply(x, y, attn.c_proj.bias, block.ln_2.weight, block.ln_2.bias)
+        y = product(Gelu.apply(product(n, mlp.c_fc), mlp.c_fc.bias), mlp.c_proj)
+        x, n = AddNorm.apply(x, y, mlp.c_proj.bias, norm.weight, norm.bias)
+    out: Tensor = n
+    return out
+
+
+def product(x: Tensor, linear: nn.Linear) -> Tensor:
+    """linear(x), whose bias has its gradient from elsewhere."""
+    return F.linear(x, linear.weight, linear.bias.detach())
+
+
+class Gelu(torch.autograd.Function):
+    """gelu(h), h (B, T, F) with the bias (F) in it."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return gelu(h)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        (h,) = ctx.saved_tensors
+        dh, partial = gelu_backward(dy.contiguous(), h)
+        return dh, partial.sum(0).to(h.dtype)
+
+
+class Split(torch.autograd.Function):
+    """x (B, T, 3C) with the bias (3C) in it -> queries, keys, values: three of (B, H, T, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+        B, T, _ = x.shape  # noqa: N806
+        q, k, v = x.view(B, T, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, partial = pack(dq, dk, dv)
+        return dx, partial.sum(0).to(dq.dtype), None
+
+
+class AddNorm(torch.autograd.Function):
+    """x + y, and its LayerNorm; x and y (B, T, C), y with y_bias (C) in it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, y_bias: Tensor, gain: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = x + y
+        n, means, scales = torch.native_layer_norm(x, gain.shape, gain, bias, NORM_EPS)
+        ctx.save_for_backward(x, means, scales, gain)
+        return x, n
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dn: Tensor) -> tuple[Tensor, ...]:
+        x, means, scales, gain = ctx.saved_tensors
+        d, partial = norm_backward(dx.contiguous(), dn.contiguous(), x, means, scales, gain)
+        dgain, dbias, dy_bias = partial.sum(0).to(gain.dtype).chunk(3)
+        return d, d, dy_bias, dgain, dbias
+
+
+# ------------------------------- the kernels as operators, which torch.compile does not look into
+#
+# Programs share the tokens out; each leaves a row of `partial`, float32 sums over its tokens.
+
+
+def gelu_outputs(dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    size = h.shape[-1]
+    chunks = programs(h.device, 4) * COLUMNS // size
+    return torch.empty_like(h), empty_sums(h, h.numel() // size, chunks, ROWS, size)
+
+
+@torch.library.custom_op("forge::gelu_backward", mutates_args=())
+def gelu_backward(dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """dy and h (..., F) -> dh (..., F), and its partial sums (chunks, F)."""
+    from trainer import kernels
+
+    dh, partial = gelu_outputs(dy, h)
+    size, chunks = h.shape[-1], len(partial)
+    num_rows = h.numel() // size
+    kernels.gelu_and_sum[(-(-size // COLUMNS), chunks)](
+        dy, h, dh, partial, num_rows, size, share(num_rows, chunks, ROWS), ROWS, COLUMNS,
+        num_warps=4,
+    )  # fmt: skip
+    return dh, partial
+
+
+def pack_outputs(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+    B, H, T, D = dq.shape  # noqa: N806
+    chunks = programs(dq.device, 6) * COLUMNS // (H * D)
+    partial = empty_sums(dq, B * T, chunks, ROWS, 3 * H * D)
+    return dq.new_empty(B, T, 3 * H * D), partial
+
+
+@torch.library.custom_op("forge::pack", mutates_args=())
+def pack(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+    """Three of (B, H, T, D) -> (B, T, 3 * H * D), and its partial sums (chunks, 3 * H * D)."""
+    from trainer import kernels
+
+    packed, partial = pack_outputs(dq, dk, dv)
+    B, H, T, D = dq.shape  # noqa: N806
+    size, chunks = H * D, len(partial)
+    for number, part in enumerate((dq, dk, dv)):
+        kernels.pack_and_sum[(-(-size // COLUMNS), chunks)](
+            part, packed[..., number * size :], partial[:, number * size :], *part.stride(), T,
+            B * T, size, 3 * size, share(B * T, chunks, ROWS), D, ROWS, COLUMNS, num_warps=4,
+        )  # fmt: skip
+    return packed, partial
+
+
+def norm_outputs(
+    dx: Tensor, dn: Tensor, x: Tensor, means: Tensor, scales: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    size = x.shape[-1]
+    chunks = programs(x.device, max(1, 24 // norm_warps(size)))
+    return torch.empty_like(x), empty_sums(x, x.numel() // size, chunks, 1, 3 * size)
+
+
+@torch.library.custom_op("forge::norm_backward", mutates_args=())
+def norm_backward(
+    dx: Tensor, dn: Tensor, x: Tensor, means: Tensor, scales: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx, dn, x (..., C), means and 1 / deviations (..., 1) -> d (..., C) and partial sums
+    (chunks, 3 * C): for the gradients of gain and bias, and of d itself."""
+    from trainer import kernels
+
+    d, partial = norm_outputs(dx, dn, x, means, scales, gain)
+    size, chunks = x.shape[-1], len(partial)
+    num_rows, warps = x.numel() // size, norm_warps(size)
+    kernels.norm_and_sum[(chunks,)](
+        dx, dn, x, means, scales, gain, d, partial, num_rows, size, share(num_rows, chunks, 1),
+        WARP_COLUMNS * warps, num_warps=warps,
+    )  # fmt: skip
+    return d, partial
+
+
+gelu_backward.register_fake(gelu_outputs)
+pack.register_fake(pack_outputs)
+norm_backward.register_fake(norm_outputs)
+
+
+def norm_warps(size: int) -> int:
+    """Warps for a row, which a program takes at once: a power of two."""
+    return 1 << (-(-size // WARP_COLUMNS) - 1).bit_length()
+
+
+@functools.cache
+def programs(device: torch.device, each: int) -> int:
+    """As many as fill a GPU: `each` on every multiprocessor, as their registers allow."""
+    is_gpu = device.type == "cuda"
+    count = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 1
+    return int(count) * each
+
+
+def empty_sums(like: Tensor, num_rows: int, chunks: int, multiple: int, size: int) -> Tensor:
+    """(chunks, size), or fewer chunks where there are not `multiple` rows for each."""
+    chunks = max(1, min(chunks, -(-num_rows // multiple)))
+    return like.new_empty(chunks, size, dtype=torch.float32)
+
+
+def share(num_rows: int, chunks: int, multiple: int) -> int:
+    """Rows of a chunk: a multiple of `multiple`."""
+    return -(-num_rows // (chunks * multiple)) * multiple
