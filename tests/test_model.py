@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from sampler.decode import KVCache
 from sampler.layouts import model_config, pieces, transformers_weights
@@ -217,6 +218,18 @@ def test_the_future_does_not_change_the_past(config: ModelConfig) -> None:
     other[:, 40:] = 7
     with torch.no_grad():
         assert torch.equal(model.hidden(inputs)[:, :40], model.hidden(other)[:, :40])
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+def test_compiling_by_block_compiles_one_for_all(config: ModelConfig) -> None:
+    """Each anew would take as long as the whole, and from the ninth on torch gives up."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = made(replace(config, num_layers=3))
+    for block in model.h:
+        block.compile(backend=counter, dynamic=False)
+    model(*draw(config)).backward()
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("config", FAMILIES)

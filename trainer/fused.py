@@ -46,7 +46,7 @@ def hidden(model: GPT2, tokens: Tensor) -> Tensor:
     for block, norm in zip(blocks, after, strict=True):
         attn, mlp = block.attn, block.mlp
         q, k, v = Split.apply(product(n, attn.c_attn), attn.c_attn.bias, attn.num_heads)
-        y = product(attend(attn.layer, None, q, k, v), attn.c_proj)
+        y = product(attend(attn, None, q, k, v), attn.c_proj)
         x, n = AddNorm.apply(x, y, attn.c_proj.bias, block.ln_2.weight, block.ln_2.bias)
         y = product(Gelu.apply(product(n, mlp.c_fc), mlp.c_fc.bias), mlp.c_proj)
         x, n = AddNorm.apply(x, y, mlp.c_proj.bias, norm.weight, norm.bias)

@@ -65,13 +65,18 @@ class Block(nn.Module):
         return out
 
 
-def attend(layer: int, cache: Cache | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention: q (B, H, T, D), k and v (B, K, T, D) -> (B, T, H * D)."""
+def attend(
+    attention: "Attention | GroupedAttention", cache: Cache | None, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Causal attention: q (B, H, T, D), k and v (B, K, T, D) -> (B, T, H * D).
+
+    Only a cache asks for attention.layer: to look at it in training would compile each block anew.
+    """
     if cache is None:
         shared = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
     else:
-        y = cache.attend(layer, q, k, v)
+        y = cache.attend(attention.layer, q, k, v)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -146,7 +151,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape  # noqa: N806
         # (B, T, 3C) -> three of (B, H, T, D)
         q, k, v = self.c_attn(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out: Tensor = self.c_proj(attend(self.layer, cache, q, k, v))
+        out: Tensor = self.c_proj(attend(self, cache, q, k, v))
         return out
 
 
@@ -251,7 +256,7 @@ class GroupedAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)  # (B, T, heads, D)
         q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out: Tensor = self.o_proj(attend(self.layer, cache, q, k, v))
+        out: Tensor = self.o_proj(attend(self, cache, q, k, v))
         return out
 
 
