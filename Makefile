@@ -44,7 +44,9 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The GPU's kernels first, in Triton's interpreter.
 test: check
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels.py
 	$(BIN)/python -m pytest
 
 bench: .venv/ready
