@@ -40,6 +40,7 @@ VERSION = 1
 HEADER = Struct("<3i1012x")
 TOKEN_BYTES = 2
 HEAD_BYTES = 4096  # of a file: its header and first tokens
+FLUSH_TOKENS = 2**21  # 4 MiB; each call costs, too
 MAX_SHARD_TOKENS = 2**31 - 1
 VOCAB_SIZE = 50257
 EOT_TOKEN = 50256
@@ -189,10 +190,11 @@ class ShardWriter:
                 fix="a text file makes one shard: split it (split --line-bytes=1G, for .jsonl)",
             )
         self._file.write(data)
-        # Starts writing to the disk now, so that commit() finds next to nothing left to wait for.
-        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._hash.update(data)
-        self.num_tokens += len(tokens)
+        before, self.num_tokens = self.num_tokens, self.num_tokens + len(tokens)
+        if before // FLUSH_TOKENS < self.num_tokens // FLUSH_TOKENS:
+            # Starts writing to the disk now, so that commit() finds little left to wait for.
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def commit(self) -> str:
         """Put the shard under its name, on the disk, and return its checksum."""

@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import threading
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.shards import DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Slice, SourceFile
 
 WORK_FOLDER = ".work"
+BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -127,41 +129,50 @@ def _die_with_parent() -> None:
 
 
 class _Side:
-    """One split's share of a slice: its shard, opened at the first document, and its figures."""
+    """One split's share of a slice: its shard, opened at the first tokens, and its figures."""
 
     def __init__(self, folder: Path, split: str, number: int) -> None:
         self.split, self.number = split, number
         self.path = shard_path(folder, split, number)
         self.writer: ShardWriter | None = None
         self.num_tokens = self.text_bytes = 0
-        self.lengths: list[np.ndarray] = []
+        self.lengths = array("q")
+        self._buffer, self._filled = np.empty(BUFFER_TOKENS, np.uint16), 0
 
-    def write(self, documents: list[npt.NDArray[np.uint32]], text_bytes: int) -> None:
-        if not documents:
-            return
+    def add(self, document: bytes, tokens: npt.NDArray[np.uint32]) -> None:
+        size = 1 + len(tokens)
+        if self._filled + size > len(self._buffer):
+            self._flush()
+            capacity = max(size, BUFFER_TOKENS)
+            if len(self._buffer) != capacity:  # a long document comes, or went
+                self._buffer = np.empty(capacity, np.uint16)
+        start, self._filled = self._filled, self._filled + size
+        self._buffer[start] = shards.EOT_TOKEN
+        self._buffer[start + 1 : self._filled] = tokens
+        self.num_tokens += size
+        self.text_bytes += len(document)
+        self.lengths.append(len(tokens))
+
+    def _flush(self) -> ShardWriter:
         self.writer = self.writer or ShardWriter(self.path)
-        eot = np.array([shards.EOT_TOKEN], np.uint32)
-        pieces = [x for document in documents for x in (eot, document)]
-        self.writer.write(np.concatenate(pieces, dtype=np.uint16, casting="unsafe"))
-        self.num_tokens = self.writer.num_tokens
-        self.text_bytes += text_bytes
-        self.lengths.append(np.array([len(document) for document in documents], np.int64))
+        self.writer.write(self._buffer[: self._filled])
+        self._filled = 0
+        return self.writer
 
     def commit(self) -> tuple[list[Shard], DocumentLengths]:
-        if self.writer is None:  # no document fell on this side
+        if not self.lengths:  # no document fell on this side
             self.path.unlink(missing_ok=True)
             return [], DocumentLengths()
-        lengths = np.concatenate(self.lengths)
         shard = Shard(
             self.path.name,
             self.split,
             self.num_tokens,
-            len(lengths),
+            len(self.lengths),
             self.text_bytes,
-            self.writer.commit(),
+            self._flush().commit(),
             self.number,
         )
-        return [shard], DocumentLengths.of(lengths)
+        return [shard], DocumentLengths.of(np.array(self.lengths))
 
 
 def tokenize_slice(job: Job) -> Record:
@@ -226,22 +237,15 @@ def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
 
 def _write_documents(documents: list[bytes], sides: dict[str, _Side], job: Job) -> bool:
     """Encode documents and write each to its side; True once train has job.limit tokens."""
+    # One at a time: what was just made is still in the cache when the next step takes it up.
     threshold = int(job.options.val_fraction * 2**64)
-    chosen: dict[str, list[npt.NDArray[np.uint32]]] = {split: [] for split in shards.SPLITS}
-    text_bytes = dict.fromkeys(shards.SPLITS, 0)
-    train_tokens, full = sides["train"].num_tokens, False
+    train, val = sides["train"], sides["val"]
     for document, tokens in zip(documents, _encoder.encode(documents), strict=True):
-        split = "val" if xxhash.xxh3_64_intdigest(document) < threshold else "train"
-        chosen[split].append(tokens)
-        text_bytes[split] += len(document)
-        if split == "train":
-            train_tokens += len(tokens) + 1
-            full = job.limit is not None and train_tokens >= job.limit
-            if full:
-                break
-    for split, side in sides.items():
-        side.write(chosen[split], text_bytes[split])
-    return full
+        side = val if xxhash.xxh3_64_intdigest(document) < threshold else train
+        side.add(document, tokens)
+        if job.limit is not None and train.num_tokens >= job.limit:
+            return True
+    return False
 
 
 def finished(job: Job) -> Record | None:

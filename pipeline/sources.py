@@ -8,7 +8,6 @@ read_texts() streams the text of one part of a slice.
 
 import glob
 import io
-import itertools
 import json
 import os
 import random
@@ -19,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -572,10 +570,5 @@ def read_txt(path: Path, part: Part, text_column: str, min_score: float | None) 
 
 def documents(texts: pa.LargeStringArray) -> tuple[list[bytes], int, int]:
     """Texts in UTF-8 without nulls and empty ones: (texts, number of nulls, number of empties)."""
-    num_nulls = texts.null_count
-    texts = texts.drop_null() if num_nulls else texts
-    _, offsets, data = texts.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-    text = memoryview(data or b"")
-    filled = [bytes(text[a:b]) for a, b in itertools.pairwise(bounds.tolist()) if a < b]
-    return filled, num_nulls, len(texts) - len(filled)
+    filled = [text for text in texts.cast(pa.large_binary()).to_pylist() if text]
+    return filled, texts.null_count, len(texts) - texts.null_count - len(filled)

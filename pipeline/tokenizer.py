@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import resource
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,8 @@ class BulkEncoder:
         self.vocabulary_file = vocabulary_file
         self._first_bytes = -CACHE_LIMIT_BYTES  # of memory, when the encoder was made
 
-    def encode(self, documents: list[bytes]) -> list[npt.NDArray[np.uint32]]:
-        """Token ids of each document, which is UTF-8."""
+    def encode(self, documents: list[bytes]) -> Iterator[npt.NDArray[np.uint32]]:
+        """Token ids of each document, which is UTF-8, made when it is asked for."""
         import gigatoken
 
         if memory_bytes() - self._first_bytes >= CACHE_LIMIT_BYTES:
@@ -142,4 +143,4 @@ class BulkEncoder:
             self._first_bytes = memory_bytes()
         # One document a call keeps up with batches of 1,024, needs no awkward arrays (0.3 s and
         # more of import) and never touches gigatoken's threads, which workers must not use.
-        return list(map(self._encoder.backend.encode, documents))
+        return map(self._encoder.backend.encode, documents)
