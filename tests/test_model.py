@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from sampler.decode import KVCache
 from sampler.layouts import model_config, pieces, transformers_weights
 from trainer import config as configs
-from trainer import float8, fused
+from trainer import fused
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
 from trainer.model import LanguageModel, build_model, rotary_table, rotate
@@ -394,60 +394,6 @@ def test_float16_lowers_the_loss_scale_until_gradients_fit() -> None:
     assert losses[-1] < losses[0] - 3
 
 
-def test_float8_products_are_those_of_the_rounded_factors() -> None:
-    torch.manual_seed(0)
-    multiplies = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-    device = "cuda" if multiplies else "cpu"
-    plain = torch.nn.Linear(64, 48, device=device, dtype=torch.bfloat16)
-    layer = float8.Float8Linear(plain)
-    x = torch.randn(4, 32, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    dy = (torch.randn(4, 32, 48, device=device) * 0.01).bfloat16()
-    y = layer(x)
-    y.backward(dy)
-    wide = plain.weight.detach().double()
-    x2, dy2 = x.detach().double().flatten(0, 1), dy.double().flatten(0, 1)
-
-    def near(found: Tensor | None, wanted: Tensor, tolerance: float) -> bool:
-        assert found is not None
-        off = (found.detach().double().flatten() - wanted.flatten()).norm() / wanted.norm()
-        return bool(0 < off < tolerance)
-
-    assert plain.bias is not None
-    assert near(y, x2 @ wide.T + plain.bias.double(), 0.04)  # e4m3 rounds by up to 6 %
-    assert near(x.grad, dy2 @ wide, 0.08)  # e5m2 by up to 13 %
-    assert near(plain.weight.grad, dy2.T @ x2, 0.004)  # bfloat16
-    assert near(plain.bias.grad, dy2.sum(0), 0.01)
-    # Exactly: the factors are rounded, and nothing else but the result.
-    x8 = float8.to_float8(x2.bfloat16(), float8.INPUT_SCALE, torch.float8_e4m3fn).double()
-    exact = (x8 / float8.INPUT_SCALE) @ (layer.weight8.double() * layer.undo_weight.double()).T
-    assert torch.allclose(
-        y.double().flatten(0, 1), exact + plain.bias.double(), rtol=0.01, atol=0.02
-    )
-
-
-def test_float8_keeps_what_is_out_of_range_finite() -> None:
-    far = torch.tensor([1e30, -1e30, 113.0, 112.0, 0.0, 1e-9])
-    near = float8.to_float8(far, float8.INPUT_SCALE, torch.float8_e4m3fn).float()
-    assert (near / float8.INPUT_SCALE).tolist() == [112.0, -112.0, 112.0, 112.0, 0.0, 0.0]
-
-
-def test_float8_layers_follow_the_masters_and_keep_their_names() -> None:
-    config = replace(configs.load("tiny"), model=SMALL, precision="float8")
-    model = made(SMALL)
-    names = dict(model.named_parameters()).keys()
-    float8.convert(model)
-    optimizer = Optimizer(model, config)
-    assert dict(model.named_parameters()).keys() == names
-    assert len(optimizer.quantized) == 4 * SMALL.num_layers
-    optimizer.masters.mul_(3.0)
-    optimizer.hand_over()
-    for layer in optimizer.quantized:
-        assert layer.weight.dtype == torch.bfloat16
-        back = layer.weight8.float() * layer.undo_weight
-        assert torch.allclose(back, layer.weight.float(), rtol=0.07, atol=1e-4)
-        assert torch.equal(layer.transposed8.T, layer.weight8)
-
-
 def test_the_fused_trunk_is_for_gpt2_as_published_in_half_precision_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -458,7 +404,6 @@ def test_the_fused_trunk_is_for_gpt2_as_published_in_half_precision_on_a_gpu(
     assert fused.available(replace(config, precision="float16"), gpu)
     assert not fused.available(config, cpu)
     assert not fused.available(replace(config, precision="float32"), gpu)
-    assert not fused.available(replace(config, precision="float8"), gpu)
     assert not fused.available(replace(config, model=replace(config.model, bias=False)), gpu)
     assert not fused.available(replace(config, model=MODERN), gpu)
     monkeypatch.setattr(fused.cross_entropy, "gpu_kernel", lambda: None)

@@ -600,16 +600,14 @@ def test_the_step_after_one_without_memory_gets_its_own_windows(small_shards: Pa
     [
         ("off", "bfloat16"),
         ("off", "float16"),
-        ("off", "float8"),
         ("block", "float32"),
         ("full", "bfloat16"),
-        ("full", "float8"),
     ],
 )
 def test_every_fallback_learns_what_float32_learns(
     compiled: str, precision: str, finished: Path, small_shards: Path, tmp_path: Path
 ) -> None:
-    """Cards without bfloat16, without 8-bit products, and no compiler, or only for blocks."""
+    """Cards without bfloat16, and no compiler, or only for blocks."""
     train_alone(
         small_shards,
         tmp_path / "run",

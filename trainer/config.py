@@ -176,9 +176,8 @@ class Config:
     seed: int = 1337
     compile: Literal["auto", "full", "block", "off"] = "auto"  # auto: full on a GPU, off on a CPU
     # Of the weights that the model computes with; auto: bfloat16, or float16 on GPUs before Ampere,
-    # or float32 on a CPU. Masters, moments and sums are float32 whatever it is. float8: bfloat16,
-    # but for two of the blocks' three kinds of products (GPUs from Ada on; see float8.py).
-    precision: Literal["auto", "bfloat16", "float16", "float32", "float8"] = "auto"
+    # or float32 on a CPU. Masters, moments and sums are float32 whatever it is.
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     reduce_precision: Literal["bfloat16", "float32"] = "float32"  # gradients between GPUs
 
     def windows_per_step(self) -> int:
@@ -413,11 +412,6 @@ def _check(config: Config) -> list[str]:
     if problems:
         return problems
     problems += _check_family(model)
-    if config.precision == "float8" and model.embedding_size % 16:
-        problems.append(
-            f'precision = "float8" takes a model.embedding_size that is a multiple of 16, '
-            f"not {model.embedding_size}"
-        )
     if not 0 < model.vocab_size <= 2**16:
         problems.append(f"model.vocab_size must fit 16 bits, not {model.vocab_size}")
     if not 0 <= batch.doublings < 16:

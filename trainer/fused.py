@@ -31,7 +31,7 @@ WARP_COLUMNS = 256  # of a row that a program takes as a whole: 16 bytes a threa
 
 def available(config: Config, device: torch.device) -> bool:
     """Whether hidden() can train this model here, and is worth it."""
-    is_ours = config.model.family == "gpt2" and config.model.bias and config.precision != "float8"
+    is_ours = config.model.family == "gpt2" and config.model.bias
     is_half = compute_dtype(config, device) in (torch.bfloat16, torch.float16)
     on_gpu = device.type == "cuda" and cross_entropy.gpu_kernel() is not None
     return is_ours and is_half and on_gpu

@@ -21,7 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import ForgeError
-from trainer import card, checkpoint, float8, fused, memory
+from trainer import card, checkpoint, fused, memory
 from trainer.config import Config
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
@@ -120,8 +120,6 @@ class Trainer:
         self.model = build_model(config.model)
         self.model.init_weights(config.seed)
         self.model.to(device)
-        if config.precision == "float8":
-            float8.convert(self.model)
         self.optimizer = Optimizer(self.model, config, ranks)
         compile_model(self.model, config, device)
         self.hardware = hardware(device, ranks.world_size)
@@ -583,6 +581,8 @@ def compile_model(model: LanguageModel, config: Config, device: torch.device) ->
     if how == "full":
         fuses = fused.available(config, device)
         trunk = MethodType(fused.hidden, model) if fuses else model.hidden
+        if fuses:  # whose functions torch would compile anew at each start
+            torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         model.trunk = torch.compile(trunk, dynamic=False)
     elif how == "block":
         for block in model.h:

@@ -15,7 +15,6 @@ from trainer.ranks import Ranks
 
 # Bytes a parameter: master, gradient and two AdamW moments in float32, the weight in bfloat16.
 STATE_BYTES = 4 + 4 + 4 + 4 + 2
-FLOAT8_BYTES = 2  # besides: the weight in 8 bits, in both orders
 # Muon has one moment, and at its update, which is not at the time of forward and backward, copies:
 # of all its matrices one, of those of one shape, about 40 % of them, three.
 MUON_BYTES, MUON_UPDATE_BYTES = 4 + 4 + 4 + 2, 8.5
@@ -57,7 +56,6 @@ def estimate_bytes(config: Config, micro_batch_size: int) -> int:
     if config.optimizer.name == "muon":
         by_muon = model.num_layers * model.layer_weights()
     state = STATE_BYTES * (model.num_parameters() - by_muon) + MUON_BYTES * by_muon
-    state += FLOAT8_BYTES * (config.precision == "float8") * model.num_parameters()
     return int(state + max(activations, MUON_UPDATE_BYTES * by_muon))
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import Config
-from trainer.float8 import Float8Linear
+from trainer.model import Fused
 from trainer.ranks import Ranks
 
 MUON_MOMENTUM = (0.85, 0.95)  # at the start and the end of optimizer.muon_warmup_steps
@@ -19,8 +19,6 @@ LOSS_SCALE_STEPS = 2000  # sound steps after which a float16 run doubles its los
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Precision of the weights that the model computes with."""
-    if config.precision == "float8":
-        return torch.bfloat16
     if config.precision != "auto":
         dtype: torch.dtype = getattr(torch, config.precision)
         return dtype
@@ -62,7 +60,7 @@ class Optimizer:
         fused = {
             f"{name}.weight": module.sizes
             for name, module in model.named_modules()
-            if hasattr(module, "sizes") and hasattr(module, "weight")
+            if isinstance(module, Fused)
         }
         starts, end, muon_end, matrices_end = [], 0, 0, 0
         # (rows, columns): where Muon's matrices of that shape start. What is fused are several.
@@ -88,7 +86,6 @@ class Optimizer:
         if is_master:  # backward adds to them by itself
             for name, view in self.views(self.gradients).items():
                 self.parameters[name].grad = view
-        self.quantized = [m for m in model.modules() if isinstance(m, Float8Linear)]
         options = config.optimizer
         self.max_norm, self.muon_warmup_steps = options.max_norm, options.muon_warmup_steps
         self.lr_ratio, self.weight_decay = options.muon_lr / options.peak_lr, options.weight_decay
@@ -247,8 +244,6 @@ class Optimizer:
         """The model takes up the masters as they are now."""
         if self.weights is not self.masters:
             self.weights.copy_(self.masters)
-        for layer in self.quantized:
-            layer.quantize()
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

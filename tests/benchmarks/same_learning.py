@@ -1,10 +1,10 @@
 """Does training in bfloat16 with float32 masters learn what plain mixed precision learns?
 
-    python -m tests.benchmarks.same_learning --data DIR [--config gpt2] [--arms forge,float8,plain]
+    python -m tests.benchmarks.same_learning --data DIR [--config gpt2] [--arms forge,muon,plain]
 
-"forge" is forge-train, "float8" and "muon" the same with that option; "plain" computes with float32
-weights under autocast, with F.cross_entropy, clip_grad_norm_ and fused AdamW. Same seed, same first
-weights, same windows, same schedule; the validation losses are taken over the same tokens.
+"forge" is forge-train, "muon" the same with Muon; "plain" computes with float32 weights under
+autocast, with F.cross_entropy, clip_grad_norm_ and fused AdamW. Same seed, same first weights, same
+windows, same schedule; the validation losses are taken over the same tokens.
 """
 
 import json
@@ -33,7 +33,6 @@ from trainer.windows import MicroBatches, to_device, windows_at
 
 ARMS = {
     "forge": (),
-    "float8": ("precision=float8",),
     "muon": ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3"),
 }
 ROOT = Path(__file__).parent.parent.parent

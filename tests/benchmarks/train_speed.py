@@ -5,8 +5,8 @@
 "forge" is forge-train itself with all that it does (real windows, evaluation, metrics); "plain" is
 the recipe that most trainers use: autocast over float32 weights, fused AdamW, F.cross_entropy over
 a vocabulary padded to 50304, torch.compile, the same windows. Without --data the tokens are random.
-Other arms: "forge by block" (compile=block), "forge float8", "forge unfused" (without
-trainer/fused.py), and a second "forge" to see what the compile cache saves.
+Other arms: "forge by block" (compile=block), "forge unfused" (without trainer/fused.py), and a
+second "forge" to see what the compile cache saves.
 """
 
 import dataclasses
@@ -175,7 +175,6 @@ def main(data: Path | None, names: str, steps: int, arms: str, plain_arm: str | 
                 else:
                     settings = (NO_BIAS,) if "without" in arm else ()
                     settings += ("--set=compile=block",) if "block" in arm else ()
-                    settings += ("--set=precision=float8",) if "float8" in arm else ()
                     speed, peak, first = forge(
                         name, data, micro_batch, steps, settings, fuses="unfused" not in arm
                     )
