@@ -12,6 +12,9 @@ import click
 
 from pipeline.errors import ForgeError
 
+# Before numpy: its BLAS, which nothing here calls, would spin with a thread a core in each process.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
