@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from test_train import MODERN, QUICK, weights
 from pipeline import shards
 from trainer import checkpoint
 from trainer.config import StepSizes
+from trainer.ranks import Beats, Ranks
 from trainer.windows import Windows, step_positions, windows_at
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks on one GPU")
@@ -135,6 +137,22 @@ def test_the_missing_rank_is_named(small_shards: Path, tmp_path: Path) -> None:
 WARM = ["--set=schedule.warmup_steps=100", "--set=batch.micro_batch_size=1"]
 GROWING = ["--set=batch.tokens_per_step=512", "--set=batch.doublings=1"]
 GROWING += ["--set=batch.doubling_steps=6"]
+
+
+def test_no_thread_is_left_in_torch_when_python_ends() -> None:
+    """Python would end it there, and C++ then ends the process with SIGABRT."""
+    entered = threading.Event()
+
+    class SlowStore(torch.distributed.HashStore):
+        def set(self, key: str, value: str) -> None:
+            entered.set()
+            time.sleep(0.5)
+            super().set(key, value)
+
+    beats = Beats(SlowStore(), Ranks(0, 0, 2), 60)
+    assert entered.wait(10)
+    beats.end()
+    assert not beats.thread.is_alive()
 
 
 @pytest.mark.parametrize("family", [[], [*MODERN, *GROWING]], ids=["gpt2", "modern"])

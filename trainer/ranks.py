@@ -112,6 +112,11 @@ class Beats:
     def progress(self, step: int) -> None:
         self.step, self.progress_at = step, time.monotonic()
 
+    def end(self) -> None:
+        """Wait for the thread: Python, at its own end, would kill it inside torch and abort."""
+        self.ending.set()
+        self.thread.join(timeout=5)  # unless the store does not answer
+
     def missing(self) -> str:
         """The other ranks that are silent; if none is, those that are behind."""
         now = time.monotonic()
@@ -251,7 +256,7 @@ def process_group(
             fix="look at that rank's own output; then the same command with --resume",
         ) from error
     finally:
-        beats.ending.set()
+        beats.end()
         with suppress(RuntimeError):
             dist.destroy_process_group()
 

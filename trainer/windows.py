@@ -251,6 +251,8 @@ class MicroBatches:
             step = self.first_step
             while not self.stopping.is_set():
                 for positions in step_positions(step, *self.cut):
+                    if self.stopping.is_set():
+                        return
                     chosen = windows_at(positions, self.windows.num_windows, self.seed)
                     self._put(to_device(self.windows.read(chosen), self.device))
                 step += 1
