@@ -34,6 +34,18 @@ class Count(click.ParamType[int]):
         return number
 
 
+def next_commands(folder: Path, tokens: dict[str, int]) -> str:
+    """What to type next, with a config that the shards are enough for."""
+    least = min(tokens.values())
+    config = (
+        "gpt2" if least > 2**20 else "tiny"
+    )  # gpt2 validates on a million tokens, tiny on 8,192
+    train = f"Train: forge-train {config} --data {folder} --check"
+    if least < 2**14:
+        train = f"Train: too few tokens for configs/tiny.toml; each split should have {2**14:,}"
+    return f"Look:  forge-prep info {folder}\n{train}"
+
+
 class ForgeGroup(click.Group):
     """Turns a ForgeError of any command into one message and exit code 1."""
 
@@ -96,7 +108,9 @@ def main() -> None:
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
 @click.option(
-    "--append", is_flag=True, help="Add the files that a finished folder does not have yet."
+    "--append",
+    is_flag=True,
+    help="Add the files that a finished folder lacks; not with --max-tokens.",
 )
 @click.option("--overwrite", is_flag=True, help="Remove the shards in the folder first.")
 @click.option(
@@ -193,10 +207,7 @@ def tokenize(
         click.echo(f"{low:,} documents below --min-score, or without a score, dropped.")
     for place in index.skipped.get("damaged", []):
         click.echo(f"Left out, damaged: {place}")
-    config = "gpt2" if tokens["val"] > 2**20 else "tiny"  # gpt2 validates on a million tokens
-    click.echo(
-        f"Look:  forge-prep info {folder}\nTrain: forge-train {config} --data {folder} --check"
-    )
+    click.echo(next_commands(folder, tokens))
 
 
 @main.command()
@@ -280,15 +291,15 @@ def index(folder: Path, raw: bool) -> None:
     made = foreign.index_folder(folder, raw)
     tokens = {name: made.total("num_tokens", name) for name in ("train", "val")}
     click.echo(
-        f"{tokens['train']:,} train + {tokens['val']:,} val tokens in {len(made.shards):,} "
-        f"shards.\nLook:  forge-prep info {folder}\nTrain: forge-train gpt2 --data {folder} --check"
+        f"{tokens['train']:,} train + {tokens['val']:,} val tokens in {len(made.shards):,} shards."
     )
+    click.echo(next_commands(folder, tokens))
 
 
 @main.command("python-docs")
 @click.argument("file", type=click.Path(path_type=Path))
 def python_docs(file: Path) -> None:
-    """Write Python's own documentation as JSON Lines to FILE: 2 MB of text with no download."""
+    """Write Python's own documentation as JSON Lines to FILE: 1.4 MB and more, no download."""
     from pipeline import pydocs
 
     click.echo(f"{pydocs.write(file):,} documents, {file.stat().st_size / 1e6:.1f} MB: {file}")

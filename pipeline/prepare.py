@@ -89,13 +89,17 @@ def tokenize(
         "options": options.record(),
         "tokenizer": tokenizer.describe(),
     }
+    if append and options.max_tokens is not None:
+        raise ForgeError(
+            "--append and --max-tokens do not go together", fix="take all of the new files, or none"
+        )
     started = time.perf_counter()
     with _hold(folder):
         old: Index | None = None
         if (folder / shards.INDEX_FILE).exists() and not overwrite:
             old = shards.load_index(folder)
             if append:
-                source = _new_files(source, old, options)
+                source = _new_files(source, old)
                 plan["source"]["files"] = old.source["files"] + source.record()["files"]
                 plan["source"] |= {"name": old.source["name"]}
             made = {"source": old.source, "options": old.options, "tokenizer": old.tokenizer}
@@ -190,12 +194,8 @@ def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> None:
         shards.write_whole(vocabulary, tokenizer.vocabulary())
 
 
-def _new_files(source: Source, old: Index, options: Options) -> Source:
+def _new_files(source: Source, old: Index) -> Source:
     """The source without the files that `old` has; all of those must still be there, unchanged."""
-    if options.max_tokens is not None:
-        raise ForgeError(
-            "--append and --max-tokens do not go together", fix="take all of the new files, or none"
-        )
     files = {file.name: asdict(file) for file in source.files}
     for known in old.source["files"]:
         if files.pop(known["name"], None) != known:
@@ -249,7 +249,8 @@ def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_f
         raise ForgeError(
             f"the folder was made with other options: {'; '.join(differences)}",
             where=folder,
-            fix="choose another --out, or start afresh with --overwrite (new files: --append)",
+            fix="choose another --out, or start afresh with --overwrite"
+            + ("" if any_files else " (new files: --append)"),
         )
 
 

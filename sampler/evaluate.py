@@ -134,7 +134,7 @@ def on_shards(
             "loss": losses.mean(),
             "loss_error": standard_error(losses),
             "bits_per_byte": bits,
-            "bits_per_byte_error": standard_error(rest) / num_bytes.mean(),
+            "bits_per_byte_error": standard_error(rest / num_bytes.mean()),
             "num_tokens": count * context_length,
             "context_length": context_length,
             "split": split,
@@ -148,9 +148,9 @@ def on_shards(
     return rows
 
 
-def standard_error(values: Floats) -> float:
-    """Of the mean of independent values."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+def standard_error(values: Floats) -> float | None:
+    """Of the mean of independent values; None for a single one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -176,7 +176,11 @@ def read_questions(path: Path) -> list[Question]:
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise ForgeError(f"cannot read the questions: {error}", where=path) from error
+        raise ForgeError(
+            f"cannot read the questions: {getattr(error, 'strerror', None) or error}",
+            where=path,
+            fix="give --jsonl a file of text, one question a line",
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -297,7 +301,8 @@ def show(rows: list[Row]) -> str:
         for key in present:
             cell = ""
             if key in row:
-                cell = f"{row[key]:{columns[key][1]}} ± {row[key + '_error']:.4f}"
+                error = row[key + "_error"]
+                cell = f"{row[key]:{columns[key][1]}} ± {'-' if error is None else f'{error:.4f}'}"
             line += f"  {cell:>18}"
         lines.append(line)
     return "\n".join(lines)

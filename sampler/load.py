@@ -76,8 +76,11 @@ def _open_run(run: Path, step: int | None) -> Loaded:
     if not found:
         raise ForgeError("the run has no checkpoint yet", where=run, fix="wait for the first one")
     if step is not None and step not in found:
-        have = ", ".join(map(str, found))
-        raise ForgeError(f"the run has no checkpoint of step {step}; it has {have}", where=run)
+        raise ForgeError(
+            f"the run has no checkpoint of step {step}",
+            where=run,
+            fix=f"--checkpoint {' or '.join(map(str, found))}",
+        )
     chosen = found[-1] if step is None else step
     model = build_model(load(str(run / CONFIG_FILE)).model)
     state = checkpoint.load_state(run, chosen, (checkpoint.MODEL_FILE,))

@@ -37,7 +37,11 @@ def read_prompts(path: Path) -> list[Prompt]:
         # No other character ends a line here; Windows programs put a mark before the first.
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise ForgeError(f"cannot read the prompts: {error}", where=path) from error
+        raise ForgeError(
+            f"cannot read the prompts: {getattr(error, 'strerror', None) or error}",
+            where=path,
+            fix="give --prompts-file a file of text, one prompt a line",
+        ) from error
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -52,10 +56,12 @@ def read_prompts(path: Path) -> list[Prompt]:
             prompts.append(Prompt(row["prompt"], row))
         except (ValueError, KeyError, TypeError) as error:
             raise ForgeError(
-                'not a JSON object with a text as its "prompt"', where=f"{path}, line {number}"
+                'not a JSON object with a text as its "prompt"',
+                where=f"{path}, line {number}",
+                fix='write {"prompt": "..."} on each line',
             ) from error
     if not prompts:
-        raise ForgeError("the file has no prompt", where=path)
+        raise ForgeError("the file has no prompt", where=path, fix="write one a line")
     return prompts
 
 

@@ -203,6 +203,14 @@ def test_the_harness_counts_the_same_answers_right(
         assert row[f"{name}_error"] == pytest.approx(theirs[f"{name}_error"])
 
 
+def test_one_question_has_no_standard_error(run: Path, tmp_path: Path, forge) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"ctx": "It is", "endings": ["a", "b"], "label": 1}\n')
+    (row,) = rows_of(forge("eval", run, "--jsonl", path, "--json"))
+    assert row["acc_error"] is None
+    assert "± -" in forge("eval", run, "--jsonl", path).output
+
+
 def test_the_mark_that_windows_puts_before_a_file_is_no_part_of_a_question(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"ctx": "It is", "endings": ["a", "b"], "label": 1}\n', "utf-8-sig")

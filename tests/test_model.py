@@ -1,18 +1,22 @@
 """Both families as published: their sizes, their numbers, their first loss."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import xxhash
+from conftest import ROOT
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from sampler.decode import KVCache
 from sampler.layouts import model_config, pieces, transformers_weights
 from trainer import config as configs
-from trainer import fused
+from trainer import fused, loop
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
 from trainer.model import LanguageModel, build_model, rotary_table, rotate
@@ -392,6 +396,36 @@ def test_float16_lowers_the_loss_scale_until_gradients_fit() -> None:
         losses.append(loss.item() / targets.numel())
     assert optimizer.loss_scale.item() < 2.0**20
     assert losses[-1] < losses[0] - 3
+
+
+def test_a_compiled_fused_trunk_is_kept_as_long_as_its_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a fresh process: importing torch alone does not load all that this needs."""
+    program = """
+import torch
+from trainer import config, fused, loop, model
+fused.available = lambda *_: True
+chosen = config.load("tiny", ("compile=full",))
+loop.compile_model(model.build_model(chosen.model), chosen, torch.device("cpu"))
+assert torch._functorch.config.autograd_cache_allow_custom_autograd_functions
+print(torch.compiler.config.cache_key_tag)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == xxhash.xxh3_64_hexdigest((ROOT / "trainer/fused.py").read_bytes())
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [(8, "FLASH"), (9, "CUDNN"), (12, "FLASH")])
+def test_the_attention_kernel_is_the_fastest_of_that_kind_of_card(
+    capability: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    monkeypatch.setattr(loop, "sdpa_kernel", lambda order, set_priority: (order, set_priority))
+    order, is_order = loop.attention_backends(torch.device("cuda"))
+    assert is_order
+    assert order[0].name == f"{chosen}_ATTENTION"
 
 
 def test_the_fused_trunk_is_for_gpt2_as_published_in_half_precision_on_a_gpu(

@@ -16,7 +16,7 @@ from click.testing import Result
 from conftest import ROOT
 
 from pipeline import foreign, shards, tokenizer
-from pipeline.cli import default_name
+from pipeline.cli import default_name, next_commands
 
 
 @pytest.fixture
@@ -198,6 +198,22 @@ def test_a_real_process_is_quiet_off_a_terminal_and_needs_no_hub_library(
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""
+
+
+def test_what_it_says_to_do_next_works_with_so_many_tokens(forge, source: Path, tmp_path) -> None:
+    made = forge("prep", "tokenize", source, "--out", tmp_path / "out")
+    assert "too few tokens for configs/tiny.toml" in made.stdout
+    assert "forge-train tiny " in next_commands(tmp_path, {"train": 10**8, "val": 2**15})
+    assert "forge-train gpt2 " in next_commands(tmp_path, {"train": 10**8, "val": 2**21})
+
+
+def test_append_and_max_tokens_exclude_each_other_in_a_new_folder_too(
+    forge, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = forge("prep", "tokenize", source, "--out", out, "--append", "--max-tokens", 100)
+    assert_error(result, "--append and --max-tokens")
+    assert not out.exists()
 
 
 def test_index_takes_other_peoples_shards_as_they_are(

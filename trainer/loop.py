@@ -566,8 +566,11 @@ class Trainer:
 
 
 def attention_backends(device: torch.device) -> Any:
-    """The fastest attention first: cuDNN's on Hopper and on Blackwell's data-center cards, else
-    FlashAttention-2, which is at least as fast on Ampere, Ada and consumer Blackwell."""
+    """The fastest attention first: cuDNN's on Hopper and Blackwell's data-center cards only.
+
+    On six cards, huggingface/transformers pull request 48163 found FlashAttention-2 as fast on Ada,
+    and faster on Ampere and on Blackwell's other cards.
+    """
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
         order.insert(0, SDPBackend.CUDNN_ATTENTION)
@@ -582,8 +585,8 @@ def compile_model(model: LanguageModel, config: Config, device: torch.device) ->
     if how == "full":
         fuses = fused.available(config, device)
         trunk = MethodType(fused.hidden, model) if fuses else model.hidden
-        if fuses:  # whose functions torch would compile anew at each start
-            torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+        if fuses:
+            fused.use_compile_cache()
         model.trunk = torch.compile(trunk, dynamic=False)
     elif how == "block":
         for block in model.h:

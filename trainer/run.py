@@ -84,7 +84,8 @@ def open_data(config: Config, folder: Path) -> Data:
                 where=folder,
                 fix=f"--set {key}={most} at most"
                 if most
-                else "tokenize more text, or with a larger --val-fraction",
+                else "tokenize more text, or with a "
+                f"{'larger' if windows is val else 'smaller'} --val-fraction",
             )
     return Data(index, train, val, vocabulary)
 
