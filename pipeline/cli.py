@@ -36,10 +36,8 @@ class Count(click.ParamType[int]):
 
 def next_commands(folder: Path, tokens: dict[str, int]) -> str:
     """What to type next, with a config that the shards are enough for."""
-    least = min(tokens.values())
-    config = (
-        "gpt2" if least > 2**20 else "tiny"
-    )  # gpt2 validates on a million tokens, tiny on 8,192
+    least = min(tokens.values())  # gpt2 validates on a million tokens, tiny on 8,192
+    config = "gpt2" if least > 2**20 else "tiny"
     train = f"Train: forge-train {config} --data {folder} --check"
     if least < 2**14:
         train = f"Train: too few tokens for configs/tiny.toml; each split should have {2**14:,}"
