@@ -104,7 +104,7 @@ def start_watched_worker(*arguments: Any) -> None:
     slices.tokenize_slice = noted(slices.tokenize_slice)
     sources.read_texts = clocked_batches(sources.read_texts)
     encode = tokenizer.BulkEncoder.encode  # lazy; the clock needs it done
-    tokenizer.BulkEncoder.encode = lambda *arguments: list(encode(*arguments))  # type: ignore
+    tokenizer.BulkEncoder.encode = lambda *arguments: list(encode(*arguments))  # type: ignore[assignment]
     for owner, method, name in (
         (tokenizer.BulkEncoder, "encode", "encode"),
         (shards.ShardWriter, "write", "write"),
