@@ -76,7 +76,7 @@ def test_the_loss_is_the_one_that_training_logged(run: Path, small_shards: Path,
     (row,) = rows_of(forge("eval", run, "--data", small_shards, "--tokens", 640, "--json"))
     logged = metrics_of(run, "evaluate")[-1]
     assert row["num_tokens"] == 640
-    assert row["loss"] == pytest.approx(logged["loss"], abs=2e-5)
+    assert row["loss"] == pytest.approx(logged["loss"], abs=6e-5)  # six digits are logged
     assert row["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], abs=2e-5)
 
 

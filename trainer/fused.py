@@ -1,6 +1,7 @@
 """GPT-2's trunk for training on a GPU: the numbers of model.py's, with fewer walks through memory.
 
-Before: model.py, whose modules and weights these are. After: loop.py, which compiles hidden().
+Before: model.py, whose modules and weights these are. After: loop.py, which compiles hidden(), or
+layer().
 
 Forward is plain torch. Backward is memory-bound between its products, and every bias wants the sum
 of its output's gradient over all tokens. Here whoever makes such a gradient sums it on the way, in
@@ -13,6 +14,7 @@ and has its gradient from the function that comes next, which takes it only for 
 # mypy: disable-error-code="no-untyped-call"
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +43,32 @@ def available(config: Config, device: torch.device) -> bool:
     return is_ours and is_half and on_gpu
 
 
-def hidden(model: GPT2, tokens: Tensor) -> Tensor:
-    """model.hidden(tokens): tokens (B, T) -> (B, T, C)."""
-    blocks: list[Any] = list(model.h)
-    x = model.wte(tokens) + model.wpe(torch.arange(tokens.shape[1], device=tokens.device))
-    n = blocks[0].ln_1(x)
-    after = [*(block.ln_1 for block in blocks[1:]), model.ln_f]  # the norms behind each block
-    for block, norm in zip(blocks, after, strict=True):
-        attn, mlp = block.attn, block.mlp
-        q, k, v = Split.apply(product(n, attn.c_attn), attn.c_attn.bias, attn.num_heads)
-        y = product(attend(attn, None, q, k, v), attn.c_proj)
-        x, n = AddNorm.apply(x, y, attn.c_proj.bias, block.ln_2.weight, block.ln_2.bias)
-        y = product(Gelu.apply(product(n, mlp.c_fc), mlp.c_fc.bias), mlp.c_proj)
-        x, n = AddNorm.apply(x, y, mlp.c_proj.bias, norm.weight, norm.bias)
-    out: Tensor = n
+def layer(block: Any, norm: nn.LayerNorm, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """A block, and `norm` behind it: x and its norm n (B, T, C) -> those of the next block."""
+    attn, mlp = block.attn, block.mlp
+    q, k, v = Split.apply(product(n, attn.c_attn), attn.c_attn.bias, attn.num_heads)
+    y = product(attend(attn, None, q, k, v), attn.c_proj)
+    x, n = AddNorm.apply(x, y, attn.c_proj.bias, block.ln_2.weight, block.ln_2.bias)
+    y = product(Gelu.apply(product(n, mlp.c_fc), mlp.c_fc.bias), mlp.c_proj)
+    out: tuple[Tensor, Tensor] = AddNorm.apply(x, y, mlp.c_proj.bias, norm.weight, norm.bias)
     return out
 
 
-def use_compile_cache() -> None:
-    """Have torch keep hidden()'s graph between runs, too, for as long as this file is the same.
+def hidden(model: GPT2, tokens: Tensor, layer: Callable[..., Any] = layer) -> Tensor:
+    """model.hidden(tokens): tokens (B, T) -> (B, T, C), by layer() or its compiled twin."""
+    blocks: list[Any] = list(model.h)
+    x = model.wte(tokens) + model.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+    n: Tensor = blocks[0].ln_1(x)
+    norms = [*(block.ln_1 for block in blocks[1:]), model.ln_f]
+    for block, norm in zip(blocks, norms, strict=True):
+        x, n = layer(block, norm, x, n)
+    return n
 
-    It passes over custom functions unless it is told; and the graph holds the sizes of what the
+
+def use_compile_cache() -> None:
+    """Have torch keep these graphs between runs, too, for as long as this file is the same.
+
+    It passes over custom functions unless it is told; and a graph holds the sizes of what the
     operators below return, which torch does not see change.
     """
     functorch_config.autograd_cache_allow_custom_autograd_functions = True

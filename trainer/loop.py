@@ -14,7 +14,6 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from trainer import card, checkpoint, fused, memory
 from trainer.config import Config
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
-from trainer.model import LanguageModel, build_model
+from trainer.model import GPT2, LanguageModel, build_model
 from trainer.optimizer import Optimizer
 from trainer.ranks import (
     Beats,
@@ -582,12 +581,17 @@ def compile_model(model: LanguageModel, config: Config, device: torch.device) ->
     how = config.compile
     if how == "auto":
         how = "full" if device.type == "cuda" else "off"
-    if how == "full":
-        fuses = fused.available(config, device)
-        trunk = MethodType(fused.hidden, model) if fuses else model.hidden
-        if fuses:
-            fused.use_compile_cache()
-        model.trunk = torch.compile(trunk, dynamic=False)
-    elif how == "block":
+    if how == "off":
+        return
+    if isinstance(model, GPT2) and fused.available(config, device):
+        fused.use_compile_cache()
+        if how == "full":
+            model.trunk = torch.compile(functools.partial(fused.hidden, model), dynamic=False)
+        else:
+            layer = torch.compile(fused.layer, dynamic=False)
+            model.trunk = functools.partial(fused.hidden, model, layer=layer)
+    elif how == "full":
+        model.trunk = torch.compile(model.hidden, dynamic=False)
+    else:
         for block in model.h:
             block.compile(dynamic=False)

@@ -23,11 +23,13 @@ D head size, V vocabulary.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from xxhash import xxh32_intdigest
 
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
@@ -45,7 +47,17 @@ class Cache(Protocol):
 # ---------------------------------------------------------------------- what both share
 
 
-class Fused(nn.Linear):
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Nothing: torch would fill it in its own way, which takes seconds, and ours come after."""
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing, likewise."""
+
+
+class Fused(Linear):
     """Several matrices of the same input as one product; their outputs stand side by side."""
 
     def __init__(self, size: int, sizes: tuple[int, ...], bias: bool) -> None:
@@ -87,20 +99,22 @@ class LanguageModel(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.wte = Embedding(config.vocab_size, config.embedding_size)
         self.trunk = self.hidden  # what training runs; loop.py may put a compiled one here
 
     def init_weights(self, seed: int) -> None:
-        """Matrices normal, biases 0, gains 1: the same on every rank and device."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.named_parameters():
+        """Matrices normal, biases 0, gains 1: the same on every rank. It is for a CPU's memory."""
+
+        def fill(name: str, weight: Tensor) -> None:
             if weight.ndim == 2:
-                deviation = self.deviation(name, weight)
-                drawn = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
-                with torch.no_grad():
-                    weight.copy_(drawn)
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
+                number = xxh32_intdigest(f"{seed} {name}".encode())
+                generator = torch.Generator().manual_seed(number)  # a stream for each thread's own
+                nn.init.normal_(weight, 0.0, self.deviation(name, weight), generator)
+            else:
+                nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, *zip(*self.named_parameters(), strict=True)))
 
     @abstractmethod
     def deviation(self, name: str, weight: Tensor) -> float:
@@ -133,6 +147,7 @@ class LanguageModel(nn.Module, ABC):
 
 
 def build_model(config: ModelConfig) -> LanguageModel:
+    """Its matrices are not filled yet: init_weights() or a state to load does that."""
     return Qwen3(config) if config.family == "qwen3" else GPT2(config)
 
 
@@ -145,7 +160,7 @@ class Attention(nn.Module):
         self.layer, self.num_heads = layer, config.num_heads
         size = config.embedding_size
         self.c_attn = Fused(size, (size, size, size), config.bias)
-        self.c_proj = nn.Linear(size, size, bias=config.bias)
+        self.c_proj = Linear(size, size, bias=config.bias)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         B, T, _ = x.shape  # noqa: N806
@@ -159,8 +174,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size = config.embedding_size
-        self.c_fc = nn.Linear(size, 4 * size, bias=config.bias)
-        self.c_proj = nn.Linear(4 * size, size, bias=config.bias)
+        self.c_fc = Linear(size, 4 * size, bias=config.bias)
+        self.c_proj = Linear(4 * size, size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.c_proj(gelu(self.c_fc(x)))
@@ -180,7 +195,7 @@ class GPT2(LanguageModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.wpe = nn.Embedding(config.context_length, config.embedding_size)
+        self.wpe = Embedding(config.context_length, config.embedding_size)
 
         def norm() -> nn.LayerNorm:
             return nn.LayerNorm(config.embedding_size, bias=config.bias)
@@ -249,7 +264,7 @@ class GroupedAttention(nn.Module):
         self.qkv_proj = Fused(size, self.sizes, bias=False)
         self.q_norm = nn.RMSNorm(self.head_size, eps=1e-6)  # Dehghani et al. 2023, "ViT-22B"
         self.k_norm = nn.RMSNorm(self.head_size, eps=1e-6)
-        self.o_proj = nn.Linear(queries, size, bias=False)
+        self.o_proj = Linear(queries, size, bias=False)
 
     def forward(self, x: Tensor, cache: Cache | None, turn: Tensor) -> Tensor:
         parts = self.qkv_proj(x).split(self.sizes, -1)
@@ -267,7 +282,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         size, inside = config.embedding_size, config.mlp_dim()
         self.gate_up_proj = Fused(size, (inside, inside), bias=False)
-        self.down_proj = nn.Linear(inside, size, bias=False)
+        self.down_proj = Linear(inside, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
