@@ -8,8 +8,9 @@ the memory behind it; `gpt2_logits` is GPT-2 in five kernels a layer for one row
 more; `draw_top` takes the likeliest tokens and draws one in two. Everything is summed in float32.
 
 From Hopper on, a kernel starts while the one before it ends (NVIDIA's programmatic dependent
-launch): what it does before `gdc_wait` must not read what another kernel writes. So the weights of
-a matrix are on their way while the vector that they are for is still being made.
+launch): what it does before `gdc_wait` must not read what another kernel of the same step writes
+before it. So the weights of a matrix are on their way while the vector that they are for is still
+being made. A step's first kernel waits for all that went before.
 """
 
 # ruff: noqa: N803  (Triton writes constants in capitals)
@@ -23,10 +24,12 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trainer.model import GPT2, Cache, gelu
+from sampler.decode import KVCache
+from trainer.model import GPT2, gelu
 
 FEW_PROGRAMS = 128  # about the multiprocessors of a large card
 MOST_TOP_K = 64  # of the tokens that draw_top sorts
+PARTS, PART_BLOCK = 4, 128  # of a lone row's cache: programs a head, tokens that each reads at once
 VOCABULARY_BLOCK = 1024
 
 
@@ -54,7 +57,7 @@ def _wait(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     q, k, v, keys, values, lengths, out,
-    q_row, q_head, kv_row, kv_head, size, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, size, scale,
     GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -72,9 +75,8 @@ def _attend(  # type: ignore[no-untyped-def]
     length = tl.load(lengths + row)
     at = row * q_row + (shared * GROUP + g)[:, None] * q_head + d[None, :]
     query = tl.load(q + at, mask=is_query, other=0).to(dtype)
-    new = row * kv_row + shared * kv_head + d
-    new_key = tl.load(k + new, mask=is_d, other=0).to(dtype)
-    new_value = tl.load(v + new, mask=is_d, other=0).to(dtype)
+    new_key = tl.load(k + row * k_row + shared * k_head + d, mask=is_d, other=0).to(dtype)
+    new_value = tl.load(v + row * v_row + shared * v_head + d, mask=is_d, other=0).to(dtype)
     fits = d < tl.where(length < size, D, 0)
     tl.store(keys + start + length * D + d, new_key, mask=fits)
     tl.store(values + start + length * D + d, new_value, mask=fits)
@@ -118,13 +120,12 @@ def attend(
     """
     num_rows, heads, _, size = q.shape
     groups = k.shape[1]
-    assert k.stride() == v.stride()
-    assert q.stride(3) == k.stride(3) == 1
+    assert q.stride(3) == k.stride(3) == v.stride(3) == 1
     out = torch.empty(num_rows, heads, 1, size, dtype=q.dtype, device=q.device)
     few = num_rows * groups <= FEW_PROGRAMS
     _attend[(num_rows, groups)](
         q, k, v, keys, values, lengths, out,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), keys.shape[2], size**-0.5,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], keys.shape[2], size**-0.5,
         GROUP=heads // groups, PADDED_GROUP=max(16, triton.next_power_of_2(heads // groups)),
         D=size, PADDED=max(16, triton.next_power_of_2(size)),
         BLOCK=128 if few else 64, num_warps=4, num_stages=3,
@@ -134,40 +135,147 @@ def attend(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _attend_parts(  # type: ignore[no-untyped-def]
+    q, k, v, keys, values, length_at, out, log_weights, size, scale,
+    D: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One head of one row and every few blocks of its cache; the first part has the new token.
+
+    This step's kernels before it write neither what is read of the cache here, nor the length.
+    """
+    head, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    d = tl.arange(0, PADDED)
+    is_d = d < D
+    length = tl.load(length_at)
+    start = head * size * D
+    s = part * BLOCK + tl.arange(0, BLOCK)
+    cached, both = start + s[:, None] * D + d[None, :], (s < length)[:, None] & is_d[None, :]
+    key = tl.load(keys + cached, mask=both, other=0)
+    value = tl.load(values + cached, mask=both, other=0)
+    _wait(EARLY)
+    query = tl.load(q + head * D + d, mask=is_d, other=0)
+    new_key = tl.load(k + head * D + d, mask=is_d, other=0).to(key.dtype)
+    new_value = tl.load(v + head * D + d, mask=is_d, other=0).to(key.dtype)
+    fits = d < tl.where((length < size) & (part == 0), D, 0)
+    tl.store(keys + start + length * D + d, new_key, mask=fits)
+    tl.store(values + start + length * D + d, new_value, mask=fits)
+
+    query = query.to(key.dtype).to(tl.float32) * scale
+    best = tl.where(part == 0, tl.sum(query * new_key.to(tl.float32), 0), -1e30)
+    total = tl.full((), 1.0, tl.float32)
+    mixed = new_value.to(tl.float32)
+    for first in range(part * BLOCK, length, parts * BLOCK):
+        score = tl.sum(key.to(tl.float32) * query[None, :], 1)
+        score = tl.where(first + tl.arange(0, BLOCK) < length, score, -1e30)
+        higher = tl.maximum(best, tl.max(score, 0))
+        decay = tl.exp(best - higher)
+        weight = tl.exp(score - higher)
+        total = total * decay + tl.sum(weight, 0)
+        mixed = mixed * decay + tl.sum(weight[:, None] * value.to(tl.float32), 0)
+        best = higher
+        cached += parts * BLOCK * D
+        both = (first + parts * BLOCK + tl.arange(0, BLOCK) < length)[:, None] & is_d[None, :]
+        key = tl.load(keys + cached, mask=both, other=0)
+        value = tl.load(values + cached, mask=both, other=0)
+
+    place = part * tl.num_programs(0) + head
+    tl.store(out + place * D + d, mixed / total, mask=is_d)
+    tl.store(log_weights + place, best + tl.log(total))
+
+
+def attend_parts(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor]:
+    """attend() for one row, in parts of its cache that linear() joins: faster where B * H is small.
+
+    q, k and v (H, D), keys and values (1, H, S, D), length (1,). Returns what each part attends to
+    alone (P, H, D), and the logarithms of their weights in the mean (P, H). (Flash-decoding, Dao et
+    al. 2023.)
+    """
+    heads, size = q.shape
+    assert q.is_contiguous()
+    assert k.is_contiguous()
+    assert v.is_contiguous()
+    out = torch.empty(PARTS, heads, size, dtype=keys.dtype, device=q.device)
+    log_weights = torch.empty(PARTS, heads, device=q.device)
+    _attend_parts[(heads, PARTS)](
+        q, k, v, keys, values, length, out, log_weights, keys.shape[2], size**-0.5,
+        D=size, PADDED=triton.next_power_of_2(size), BLOCK=PART_BLOCK, num_warps=4, **early_start(),
+    )  # fmt: skip
+    return out, log_weights
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _joined(  # type: ignore[no-untyped-def]
+    parts, log_weights,
+    H: tl.constexpr, PADDED_H: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """The mean of what attend_parts() returned: head by head, each padded."""
+    h, d = tl.arange(0, PADDED_H), tl.arange(0, PADDED)
+    highest = tl.full((PADDED_H,), -1e30, tl.float32)
+    for part in tl.static_range(PARTS):
+        log_weight = tl.load(log_weights + part * H + h, mask=h < H, other=-1e30)
+        highest = tl.maximum(highest, log_weight)
+    total = tl.zeros((PADDED_H,), tl.float32)
+    mixed = tl.zeros((PADDED_H, PADDED), tl.float32)
+    for part in tl.static_range(PARTS):
+        log_weight = tl.load(log_weights + part * H + h, mask=h < H, other=-1e30)
+        weight = tl.exp(log_weight - highest)
+        total += weight
+        at = (part * H + h)[:, None] * D + d[None, :]
+        counts = ((h < H) & (weight > 0))[:, None] & (d < D)[None, :]
+        mixed += weight[:, None] * tl.load(parts + at, mask=counts, other=0).to(tl.float32)
+    return tl.reshape(mixed / total[:, None], (PADDED_H * PADDED,))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _linear(  # type: ignore[no-untyped-def]
-    x, gain, shift, weight, bias, out, num_outputs, epsilon,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    SHIFT: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
-    EARLY: tl.constexpr,
+    x, log_weights, gain, shift, weight, bias, out, num_outputs, epsilon,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    PADDED: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr,
+    BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of a matrix times a vector, with LayerNorm before and GELU or a sum after."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_n = n < num_outputs
+    result = tl.zeros((ROWS,), tl.float32)
+    if BIAS:
+        result += tl.load(bias + n, mask=is_n, other=0).to(tl.float32)
     total = tl.zeros((ROWS, BLOCK_K), tl.float32)
     for first in tl.static_range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         is_k = k < K
+        if PARTS:  # head by head, each padded; BLOCK_K covers all of them
+            k = k // PADDED * D + k % PADDED
+            is_k = (k < K) & (tl.arange(0, BLOCK_K) % PADDED < D)
         at = n.to(tl.int64)[:, None] * K + k[None, :]
         # Asked for first, so that it is under way while x is made and normalized.
         part = tl.load(weight + at, mask=is_n[:, None] & is_k[None, :], other=0).to(tl.float32)
+        if NORM:  # BLOCK_K covers all of K then
+            gains = tl.load(gain + k, mask=is_k, other=0).to(tl.float32)
+            if SHIFT:
+                shifts = tl.load(shift + k, mask=is_k, other=0).to(tl.float32)
         if first == 0:
             _wait(EARLY)
-        value = tl.load(x + k, mask=is_k, other=0).to(tl.float32)
-        if NORM:  # BLOCK_K covers all of K then
+            if ADD:
+                before = tl.load(out + n, mask=is_n, other=0)
+        if PARTS:
+            value = _joined(x, log_weights, K // D, BLOCK_K // PADDED, D, PADDED, PARTS)
+        else:
+            value = tl.load(x + k, mask=is_k, other=0).to(tl.float32)
+        if NORM:
             value = tl.where(is_k, value - tl.sum(value, 0) / K, 0.0)
-            value = value * tl.rsqrt(tl.sum(value * value, 0) / K + epsilon)
-            value = value * tl.load(gain + k, mask=is_k, other=0).to(tl.float32)
+            value = value * tl.rsqrt(tl.sum(value * value, 0) / K + epsilon) * gains
             if SHIFT:
-                value = value + tl.load(shift + k, mask=is_k, other=0).to(tl.float32)
+                value = value + shifts
         total += part * value[None, :]
-    result = tl.sum(total, 1)
-    if BIAS:
-        result += tl.load(bias + n, mask=is_n, other=0).to(tl.float32)
+    result += tl.sum(total, 1)
     if GELU:  # tanh-approximated: x * (1 + tanh(z)) / 2 = x * sigmoid(2z)
         cubed = result * result * result
         result = result * tl.sigmoid(1.5957691216057308 * (result + 0.044715 * cubed))
     if ADD:
-        result += tl.load(out + n, mask=is_n, other=0)
+        result += before
     tl.store(out + n, result, mask=is_n)
 
 
@@ -178,27 +286,36 @@ def linear(
     norm: nn.LayerNorm | None = None,
     gelu: bool = False,
     add_to: Tensor | None = None,
+    log_weights: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """gelu(weight @ norm(x) + bias) for one row: x of K numbers, weight (N, K) -> (1, N).
 
-    With `add_to` (1, N) the result is added to it in place.
+    With `add_to` (1, N) the result is added to it in place. With `log_weights`, x and these are
+    what attend_parts() returned.
     """
     num_outputs, size = weight.shape
-    assert x.numel() == size
+    parts = 0 if log_weights is None else len(log_weights)
+    assert x.numel() == size * max(parts, 1)
     assert x.is_contiguous()
     assert weight.is_contiguous()
     out = add_to
     if out is None:
         out = torch.empty(1, num_outputs, dtype=dtype, device=x.device)
-    rows = min(8, max(1, triton.next_power_of_2(num_outputs) // 512))
-    block = triton.next_power_of_2(size) if norm else min(4096, triton.next_power_of_2(size))
+    rows = min(8, max(1, triton.next_power_of_2(num_outputs) // 256))
+    head = x.shape[-1] if parts else 1
+    padded = triton.next_power_of_2(head)
+    block = triton.next_power_of_2(size // head) * padded
+    if not (norm or parts):
+        block = min(4096, block)
     has_shift = norm is not None and norm.bias is not None
     _linear[(triton.cdiv(num_outputs, rows),)](
-        x, norm.weight if norm else x, norm.bias if norm and has_shift else x, weight,
-        x if bias is None else bias, out, num_outputs, norm.eps if norm else 0.0,
-        K=size, BLOCK_K=block, ROWS=rows, NORM=norm is not None, SHIFT=has_shift,
-        BIAS=bias is not None, GELU=gelu, ADD=add_to is not None, num_warps=4, **early_start(),
+        x, x if log_weights is None else log_weights, norm.weight if norm else x,
+        norm.bias if norm and has_shift else x, weight, x if bias is None else bias, out,
+        num_outputs, norm.eps if norm else 0.0,
+        K=size, BLOCK_K=block, ROWS=rows, D=head, PADDED=padded, PARTS=parts, NORM=norm is not None,
+        SHIFT=has_shift, BIAS=bias is not None, GELU=gelu, ADD=add_to is not None,
+        num_warps=4, **early_start(),
     )  # fmt: skip
     return out
 
@@ -261,19 +378,23 @@ def _add_norm(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     is_k = k < size
+    gains = tl.load(gain + k, mask=is_k, other=0).to(tl.float32)
+    if SHIFT:
+        shifts = tl.load(shift + k, mask=is_k, other=0).to(tl.float32)
+    if BIAS:
+        biases = tl.load(bias + k, mask=is_k, other=0).to(tl.float32)
     _wait(EARLY)
     value = tl.load(x + row * size + k, mask=is_k, other=0)
     for part in tl.static_range(PARTS):
         value += tl.load(parts + (part * num_rows + row) * size + k, mask=is_k, other=0)
     if BIAS:
-        value += tl.load(bias + k, mask=is_k, other=0).to(tl.float32)
+        value += biases
     if PARTS:
         tl.store(x + row * size + k, value, mask=is_k)
     value = tl.where(is_k, value - tl.sum(value, 0) / size, 0.0)
-    value = value * tl.rsqrt(tl.sum(value * value, 0) / size + epsilon)
-    value = value * tl.load(gain + k, mask=is_k, other=0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / size + epsilon) * gains
     if SHIFT:
-        value = value + tl.load(shift + k, mask=is_k, other=0).to(tl.float32)
+        value = value + shifts
     tl.store(out + row * size + k, value.to(out.dtype.element_ty), mask=is_k)
 
 
@@ -431,7 +552,7 @@ def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
 
 
-def gpt2_logits(model: GPT2, tokens: Tensor, cache: Cache) -> Tensor:
+def gpt2_logits(model: GPT2, tokens: Tensor, cache: KVCache) -> Tensor:
     """model.logits(model.hidden(tokens, cache)) for one token a row: (B,) -> (B, V).
 
     The sum of the layers is kept in float32.
@@ -443,9 +564,11 @@ def gpt2_logits(model: GPT2, tokens: Tensor, cache: Cache) -> Tensor:
         for layer, block in enumerate(model.h):
             attention, mlp = block.attn, block.mlp
             qkv = linear(x, attention.c_attn.weight, attention.c_attn.bias, norm=block.ln_1)
-            q, k, v = qkv.view(1, 3, attention.num_heads, 1, -1).unbind(1)  # each (1, H, 1, D)
-            heads = cache.attend(layer, q, k, v)
-            linear(heads, attention.c_proj.weight, attention.c_proj.bias, add_to=x)
+            q, k, v = qkv.view(3, attention.num_heads, -1)  # each (H, D)
+            keys, values = cache.store[layer]
+            heads, log_weights = attend_parts(q, k, v, keys, values, cache.lengths)
+            output = attention.c_proj
+            linear(heads, output.weight, output.bias, add_to=x, log_weights=log_weights)
             wide = linear(x, mlp.c_fc.weight, mlp.c_fc.bias, norm=block.ln_2, gelu=True)
             linear(wide, mlp.c_proj.weight, mlp.c_proj.bias, add_to=x)
         head = model.wte.weight

@@ -7,18 +7,20 @@ TRITON_INTERPRET=1 is set. Otherwise these tests skip.
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from types import MethodType
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from sampler import decode
 from sampler.decode import Decoder, Sampling
 from trainer import fused
 from trainer.config import ModelConfig
-from trainer.model import GPT2
+from trainer.model import LanguageModel, build_model
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -29,10 +31,11 @@ from sampler import kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # No size is a power of two, and no row a multiple of a block.
 SMALL = ModelConfig(num_layers=2, num_heads=3, embedding_size=72, context_length=96, vocab_size=777)
+MODERN = replace(SMALL, family="qwen3", bias=False, head_size=16, num_heads=4, num_kv_heads=2)
 
 
-def made(config: ModelConfig) -> GPT2:
-    model = GPT2(config)
+def made(config: ModelConfig) -> LanguageModel:
+    model = build_model(config)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     for weight in model.parameters():  # biases and gains that do something
@@ -47,7 +50,8 @@ def test_attention_is_that_of_each_rows_own_length(num_rows: int, groups: int) -
     generator = torch.Generator().manual_seed(num_rows)
     heads, size, room = 6, 24, 300
     q = torch.randn(num_rows, heads, 1, size, generator=generator).to(DEVICE)
-    k, v = torch.randn(2, num_rows, groups, 1, size, generator=generator).to(DEVICE)
+    k = torch.randn(num_rows, groups, 1, size, generator=generator).to(DEVICE)
+    v = torch.randn(num_rows, 2 * groups, 1, size, generator=generator).to(DEVICE)[:, groups:]
     keys, values = torch.randn(2, num_rows, groups, room, size, generator=generator).to(DEVICE)
     lengths = torch.randint(room, (num_rows,), generator=generator)
     lengths[-1] = 0
@@ -60,6 +64,28 @@ def test_attention_is_that_of_each_rows_own_length(num_rows: int, groups: int) -
         there = keys[row, :, : length + 1], values[row, :, : length + 1]
         wanted = F.scaled_dot_product_attention(q[row], *there, enable_gqa=groups < heads)
         assert torch.allclose(y[row], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [0, 1, 16, 75, 299])
+def test_parts_of_attention_join_to_the_whole(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PARTS", 3)
+    monkeypatch.setattr(kernels, "PART_BLOCK", 16)  # from 48 tokens on, a part takes several
+    generator = torch.Generator().manual_seed(length)
+    heads, size, room = 3, 24, 300
+    q, k, v = torch.randn(3, heads, size, generator=generator).to(DEVICE)
+    keys, values = torch.randn(2, 1, heads, room, size, generator=generator).to(DEVICE)
+    matrix = torch.randn(40, heads * size, generator=generator).to(DEVICE)
+    before = keys.clone()
+    given = keys, values, torch.tensor([length], device=DEVICE)
+    parts, log_weights = kernels.attend_parts(q, k, v, *given)
+    y = kernels.linear(parts, matrix, None, log_weights=log_weights)
+    assert torch.equal(keys[0, :, length], k)
+    keys[0, :, length] = before[0, :, length]
+    assert torch.equal(keys, before)
+    keys[0, :, length] = k
+    there = keys[:, :, : length + 1], values[:, :, : length + 1]
+    wanted = F.scaled_dot_product_attention(q[None, :, None], *there).flatten() @ matrix.T
+    assert torch.allclose(y[0], wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,18 +122,19 @@ def test_the_likeliest_tokens_are_drawn_as_the_plain_way_draws(
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "bias", "sampling"),
+    ("num_rows", "config", "sampling"),
     [
-        (1, True, Sampling(top_p=0.9)),
-        (1, False, Sampling(temperature=0)),
-        (3, True, Sampling(top_k=20, min_p=0.01, repetition_penalty=1.2)),
-        (3, True, Sampling()),
+        (1, SMALL, Sampling(top_p=0.9)),
+        (1, replace(SMALL, bias=False), Sampling(temperature=0)),
+        (1, MODERN, Sampling(top_k=20)),
+        (3, SMALL, Sampling(top_k=20, min_p=0.01, repetition_penalty=1.2)),
+        (3, SMALL, Sampling()),
+        (3, MODERN, Sampling(top_p=0.9)),
     ],
 )
 def test_a_step_with_kernels_draws_what_the_plain_step_draws(
-    num_rows: int, bias: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+    num_rows: int, config: ModelConfig, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(SMALL, bias=bias)
     texts = {row: list(range(row, 20 * row + 3)) for row in range(num_rows)}
     noise = torch.rand(8, num_rows, dtype=torch.float64)
     drawn, logs = {}, {}
@@ -199,25 +226,30 @@ def test_a_layer_norm_gives_the_bias_before_it_its_gradient(shape: tuple[int, ..
     assert differ(ours, plain, [x, y, y_bias, gain, bias], [dx, dn]) < 2e-6
 
 
-def compiled(trunk: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def compiled(trunk: Callable[..., Any]) -> Callable[..., Any]:
     """As training has it on a GPU; elsewhere what is cut the same way, but runs by itself."""
     backend = "inductor" if DEVICE == "cuda" else "aot_eager_decomp_partition"
     torch.compiler.reset()
     return torch.compile(trunk, fullgraph=True, dynamic=False, backend=backend)
 
 
-@pytest.mark.parametrize("compiles", [False, True])
-def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients(compiles: bool) -> None:
-    exact, ours = (made(SMALL).requires_grad_() for _ in range(2))
+@pytest.mark.parametrize("compiles", ["nothing", "the trunk", "a layer"])
+def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients(compiles: str) -> None:
+    exact, ours = (made(replace(SMALL, num_layers=3)).requires_grad_() for _ in range(2))
     exact = exact.cpu().double()
-    trunk = MethodType(fused.hidden, ours)
-    ours.trunk = compiled(trunk) if compiles else trunk
+    ours.trunk = partial(fused.hidden, ours)
+    if compiles == "the trunk":
+        ours.trunk = compiled(ours.trunk)
+    elif compiles == "a layer":
+        ours.trunk = partial(ours.trunk, layer=compiled(fused.layer))
+    counters.clear()
     tokens = torch.randint(777, (3, 42), generator=torch.Generator().manual_seed(0))
     for model in (exact, ours):
         given = tokens.to(model.wte.weight.device)
         loss = model(given[:, :-1], given[:, 1:])
         loss.backward()
         model.found = [loss, *(p.grad for p in model.parameters())]
+    assert counters["stats"]["unique_graphs"] == (compiles != "nothing")  # one for all layers
     assert max(differences(ours.found, exact.found)) < (2e-6 if DEVICE == "cpu" else 2e-3)
 
 
@@ -225,7 +257,7 @@ def test_the_fused_trunk_keeps_no_more_for_the_way_back() -> None:
     model = made(SMALL).bfloat16().requires_grad_()
     tokens = torch.zeros(3, 40, dtype=torch.long, device=DEVICE)
     kept = []
-    for trunk in (model.hidden, MethodType(fused.hidden, model)):
+    for trunk in (model.hidden, partial(fused.hidden, model)):
         sizes: dict[int, int] = {}
 
         def note(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
