@@ -188,7 +188,7 @@ class Decoder:
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(num_rows, self.num_tokens, dtype=torch.bool, device=self.device)
-        self.fused = model if isinstance(model, GPT2) and self.cache.has_kernels else None
+        self.is_fused = self.cache.has_kernels and (isinstance(model, GPT2) or num_rows == 1)
         self.graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
             with torch.inference_mode(False):  # the model may be used otherwise, too
@@ -210,10 +210,10 @@ class Decoder:
 
     def _step(self, longest: int, is_even: bool) -> None:
         cache = self.cache.for_step(longest, is_even)
-        if self.fused is not None:
+        if self.is_fused:
             from sampler import kernels
 
-            logits = kernels.gpt2_logits(self.fused, self.last, cache)
+            logits = kernels.logits(self.model, self.last, cache)
         else:
             logits = self.model.logits(self.model.hidden(self.last[:, None], cache)[:, 0])
         logits = logits[:, : self.num_tokens]

@@ -4,8 +4,9 @@ Before: decode.py, which calls these on a GPU. After: the same numbers as traine
 
 Writing one token is a walk through all weights with almost nothing to compute, so its time is that
 of reading memory and of starting kernels. `attend` reads a row's cache to its own length, whatever
-the memory behind it; `gpt2_logits` is GPT-2 in five kernels a layer for one row and in seven for
-more; `draw_top` takes the likeliest tokens and draws one in two. Everything is summed in float32.
+the memory behind it; `logits` is a model in five kernels a layer for one row, and GPT-2 in seven
+for more; `draw_top` takes the likeliest tokens and draws one in two. Everything is summed in
+float32.
 
 From Hopper on, a kernel starts while the one before it ends (NVIDIA's programmatic dependent
 launch): what it does before `gdc_wait` must not read what another kernel of the same step writes
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sampler.decode import KVCache
-from trainer.model import GPT2, gelu
+from trainer.model import GPT2, LanguageModel, Qwen3, gelu
 
 FEW_PROGRAMS = 128  # about the multiprocessors of a large card
 MOST_TOP_K = 64  # of the tokens that draw_top sorts
-PARTS, PART_BLOCK = 4, 128  # of a lone row's cache: programs a head, tokens that each reads at once
+PARTS, PART_NUMBERS = 4, 8192  # of a lone row's cache: programs a head, what each reads at once
 VOCABULARY_BLOCK = 1024
 
 
@@ -135,28 +136,49 @@ def attend(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _turned(x, paired, gain, paired_gain, cos, sin, epsilon, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x normalized and turned, as trainer/model.py does it; `paired` is x, its halves exchanged."""
+    scale = tl.rsqrt(tl.sum(x * x, 0) / D + epsilon)
+    return (x * gain * cos + paired * paired_gain * sin) * scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend_parts(  # type: ignore[no-untyped-def]
-    q, k, v, keys, values, length_at, out, log_weights, size, scale,
-    D: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    q, k, v, q_gain, k_gain, turns, keys, values, length_at, out, log_weights, size, scale, epsilon,
+    GROUP: tl.constexpr, TURN: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of one row and every few blocks of its cache; the first part has the new token.
 
     This step's kernels before it write neither what is read of the cache here, nor the length.
     """
     head, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    shared = head // GROUP
     d = tl.arange(0, PADDED)
     is_d = d < D
     length = tl.load(length_at)
-    start = head * size * D
+    start = shared * size * D
     s = part * BLOCK + tl.arange(0, BLOCK)
     cached, both = start + s[:, None] * D + d[None, :], (s < length)[:, None] & is_d[None, :]
     key = tl.load(keys + cached, mask=both, other=0)
     value = tl.load(values + cached, mask=both, other=0)
+    if TURN:
+        pair = (d + D // 2) % D
+        turn = turns + tl.minimum(length, size - 1) * D + d
+        cos, sin = tl.load(turn, mask=is_d, other=0), tl.load(turn + size * D, mask=is_d, other=0)
+        q_gains, q_paired = tl.load(q_gain + d, mask=is_d, other=0), tl.load(q_gain + pair)
+        k_gains, k_paired = tl.load(k_gain + d, mask=is_d, other=0), tl.load(k_gain + pair)
     _wait(EARLY)
     query = tl.load(q + head * D + d, mask=is_d, other=0)
-    new_key = tl.load(k + head * D + d, mask=is_d, other=0).to(key.dtype)
-    new_value = tl.load(v + head * D + d, mask=is_d, other=0).to(key.dtype)
-    fits = d < tl.where((length < size) & (part == 0), D, 0)
+    new_key = tl.load(k + shared * D + d, mask=is_d, other=0)
+    new_value = tl.load(v + shared * D + d, mask=is_d, other=0).to(key.dtype)
+    if TURN:
+        paired = tl.load(q + head * D + pair)
+        query = _turned(query, paired, q_gains, q_paired, cos, sin, epsilon, D)
+        paired = tl.load(k + shared * D + pair)
+        new_key = _turned(new_key, paired, k_gains, k_paired, cos, sin, epsilon, D)
+    new_key = new_key.to(key.dtype)
+    fits = d < tl.where((length < size) & (part == 0) & (head % GROUP == 0), D, 0)
     tl.store(keys + start + length * D + d, new_key, mask=fits)
     tl.store(values + start + length * D + d, new_value, mask=fits)
 
@@ -184,23 +206,34 @@ def _attend_parts(  # type: ignore[no-untyped-def]
 
 
 def attend_parts(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    turned: tuple[nn.RMSNorm, nn.RMSNorm, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """attend() for one row, in parts of its cache that linear() joins: faster where B * H is small.
+    """attend() for one row, in parts of its cache that linear() joins: one alone takes too long.
 
-    q, k and v (H, D), keys and values (1, H, S, D), length (1,). Returns what each part attends to
-    alone (P, H, D), and the logarithms of their weights in the mean (P, H). (Flash-decoding, Dao et
-    al. 2023.)
+    q (H, D), k and v (K, D), keys and values (1, K, S, D), length (1,). With `turned`, the norms of
+    q and k and rotary_table() (2, S, 1, D), q and k are normalized and turned first. Returns what
+    each part attends to (P, H, D), and the logarithms of their weights in the mean (P, H).
+    (Flash-decoding, Dao et al. 2023.)
     """
-    heads, size = q.shape
+    (heads, size), groups = q.shape, len(k)
+    q_norm, k_norm, turns = turned or (None, None, q)
+    padded = max(16, triton.next_power_of_2(size))
     assert q.is_contiguous()
     assert k.is_contiguous()
     assert v.is_contiguous()
     out = torch.empty(PARTS, heads, size, dtype=keys.dtype, device=q.device)
     log_weights = torch.empty(PARTS, heads, device=q.device)
     _attend_parts[(heads, PARTS)](
-        q, k, v, keys, values, length, out, log_weights, keys.shape[2], size**-0.5,
-        D=size, PADDED=triton.next_power_of_2(size), BLOCK=PART_BLOCK, num_warps=4, **early_start(),
+        q, k, v, q_norm.weight if q_norm else q, k_norm.weight if k_norm else k, turns,
+        keys, values, length, out, log_weights, keys.shape[2], size**-0.5,
+        q_norm.eps if q_norm else 0.0, GROUP=heads // groups, TURN=turned is not None,
+        D=size, PADDED=padded, BLOCK=PART_NUMBERS // padded, num_warps=4, **early_start(),
     )  # fmt: skip
     return out, log_weights
 
@@ -233,16 +266,19 @@ def _joined(  # type: ignore[no-untyped-def]
 def _linear(  # type: ignore[no-untyped-def]
     x, log_weights, gain, shift, weight, bias, out, num_outputs, epsilon,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    PADDED: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr,
-    BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+    PADDED: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr,
+    SHIFT: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, GATE: tl.constexpr,
+    ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of a matrix times a vector, with LayerNorm before and GELU or a sum after."""
+    """ROWS outputs of a matrix times a vector: a norm before, and GELU, a gate or a sum after."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_n = n < num_outputs
     result = tl.zeros((ROWS,), tl.float32)
     if BIAS:
         result += tl.load(bias + n, mask=is_n, other=0).to(tl.float32)
     total = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    if GATE:
+        gated = tl.zeros((ROWS, BLOCK_K), tl.float32)
     for first in tl.static_range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         is_k = k < K
@@ -252,6 +288,9 @@ def _linear(  # type: ignore[no-untyped-def]
         at = n.to(tl.int64)[:, None] * K + k[None, :]
         # Asked for first, so that it is under way while x is made and normalized.
         part = tl.load(weight + at, mask=is_n[:, None] & is_k[None, :], other=0).to(tl.float32)
+        if GATE:
+            second = weight + num_outputs.to(tl.int64) * K
+            other = tl.load(second + at, mask=is_n[:, None] & is_k[None, :], other=0)
         if NORM:  # BLOCK_K covers all of K then
             gains = tl.load(gain + k, mask=is_k, other=0).to(tl.float32)
             if SHIFT:
@@ -265,15 +304,20 @@ def _linear(  # type: ignore[no-untyped-def]
         else:
             value = tl.load(x + k, mask=is_k, other=0).to(tl.float32)
         if NORM:
-            value = tl.where(is_k, value - tl.sum(value, 0) / K, 0.0)
+            if CENTER:
+                value = tl.where(is_k, value - tl.sum(value, 0) / K, 0.0)
             value = value * tl.rsqrt(tl.sum(value * value, 0) / K + epsilon) * gains
             if SHIFT:
                 value = value + shifts
         total += part * value[None, :]
+        if GATE:
+            gated += other.to(tl.float32) * value[None, :]
     result += tl.sum(total, 1)
     if GELU:  # tanh-approximated: x * (1 + tanh(z)) / 2 = x * sigmoid(2z)
         cubed = result * result * result
         result = result * tl.sigmoid(1.5957691216057308 * (result + 0.044715 * cubed))
+    if GATE:
+        result = result * tl.sigmoid(result) * tl.sum(gated, 1)
     if ADD:
         result += before
     tl.store(out + n, result, mask=is_n)
@@ -283,8 +327,9 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm: nn.LayerNorm | None = None,
+    norm: nn.LayerNorm | nn.RMSNorm | None = None,
     gelu: bool = False,
+    gate: bool = False,
     add_to: Tensor | None = None,
     log_weights: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -292,9 +337,12 @@ def linear(
     """gelu(weight @ norm(x) + bias) for one row: x of K numbers, weight (N, K) -> (1, N).
 
     With `add_to` (1, N) the result is added to it in place. With `log_weights`, x and these are
-    what attend_parts() returned.
+    what attend_parts() returned. With `gate`, weight is (2N, K), and of its two results silu(first)
+    * second is returned.
     """
     num_outputs, size = weight.shape
+    if gate:
+        num_outputs //= 2
     parts = 0 if log_weights is None else len(log_weights)
     assert x.numel() == size * max(parts, 1)
     assert x.is_contiguous()
@@ -302,20 +350,20 @@ def linear(
     out = add_to
     if out is None:
         out = torch.empty(1, num_outputs, dtype=dtype, device=x.device)
-    rows = min(8, max(1, triton.next_power_of_2(num_outputs) // 256))
+    rows = min(4 if gate else 8, max(1, triton.next_power_of_2(num_outputs) // 256))
     head = x.shape[-1] if parts else 1
     padded = triton.next_power_of_2(head)
     block = triton.next_power_of_2(size // head) * padded
     if not (norm or parts):
         block = min(4096, block)
-    has_shift = norm is not None and norm.bias is not None
+    shift = getattr(norm, "bias", None)
     _linear[(triton.cdiv(num_outputs, rows),)](
         x, x if log_weights is None else log_weights, norm.weight if norm else x,
-        norm.bias if norm and has_shift else x, weight, x if bias is None else bias, out,
+        x if shift is None else shift, weight, x if bias is None else bias, out,
         num_outputs, norm.eps if norm else 0.0,
         K=size, BLOCK_K=block, ROWS=rows, D=head, PADDED=padded, PARTS=parts, NORM=norm is not None,
-        SHIFT=has_shift, BIAS=bias is not None, GELU=gelu, ADD=add_to is not None,
-        num_warps=4, **early_start(),
+        CENTER=isinstance(norm, nn.LayerNorm), SHIFT=shift is not None, BIAS=bias is not None,
+        GELU=gelu, GATE=gate, ADD=add_to is not None, num_warps=4, **early_start(),
     )  # fmt: skip
     return out
 
@@ -417,26 +465,30 @@ def add_norm(x: Tensor, parts: Tensor | None, bias: Tensor | None, norm: nn.Laye
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _embed(  # type: ignore[no-untyped-def]
-    tokens, lengths, wte, wpe, out, size, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):
-    """One row: its token's embedding and its position's."""
+    tokens, lengths, wte, wpe, out, size,
+    BLOCK: tl.constexpr, LEARNED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One row: its token's embedding and, where there is one, its position's."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     is_k = k < size
     _wait(EARLY)
-    token, position = tl.load(tokens + row), tl.load(lengths + row)
+    token = tl.load(tokens + row)
     value = tl.load(wte + token * size + k, mask=is_k, other=0).to(tl.float32)
-    value += tl.load(wpe + position * size + k, mask=is_k, other=0).to(tl.float32)
+    if LEARNED:
+        position = tl.load(lengths + row)
+        value += tl.load(wpe + position * size + k, mask=is_k, other=0).to(tl.float32)
     tl.store(out + row * size + k, value, mask=is_k)
 
 
-def embed(tokens: Tensor, lengths: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+def embed(tokens: Tensor, lengths: Tensor, wte: Tensor, wpe: Tensor | None = None) -> Tensor:
     """wte[tokens] + wpe[lengths], both (B,), in float32: (B, C)."""
     size = wte.shape[1]
     out = torch.empty(len(tokens), size, dtype=torch.float32, device=wte.device)
     _embed[(len(tokens),)](
-        tokens, lengths, wte, wpe, out, size,
-        BLOCK=triton.next_power_of_2(size), num_warps=4, **early_start(after_ours=False),
+        tokens, lengths, wte, wte if wpe is None else wpe, out, size,
+        BLOCK=triton.next_power_of_2(size), LEARNED=wpe is not None, num_warps=4,
+        **early_start(after_ours=False),
     )  # fmt: skip
     return out
 
@@ -552,11 +604,19 @@ def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
 
 
-def gpt2_logits(model: GPT2, tokens: Tensor, cache: KVCache) -> Tensor:
+def logits(model: LanguageModel, tokens: Tensor, cache: KVCache) -> Tensor:
     """model.logits(model.hidden(tokens, cache)) for one token a row: (B,) -> (B, V).
 
-    The sum of the layers is kept in float32.
+    The sum of the layers is kept in float32. Qwen3 is for one row alone.
     """
+    if isinstance(model, Qwen3):
+        return qwen3_logits(model, tokens, cache)
+    assert isinstance(model, GPT2)
+    return gpt2_logits(model, tokens, cache)
+
+
+def gpt2_logits(model: GPT2, tokens: Tensor, cache: KVCache) -> Tensor:
+    """(B,) -> (B, V)."""
     rows = len(tokens)
     x = embed(tokens, cache.positions[:, 0], model.wte.weight, model.wpe.weight)  # (B, C)
     block: Any
@@ -584,3 +644,22 @@ def gpt2_logits(model: GPT2, tokens: Tensor, cache: KVCache) -> Tensor:
         wide = linear_gelu(add_norm(x, y, bias, block.ln_2), mlp.c_fc)
         y, bias = project(wide, mlp.c_proj.weight), mlp.c_proj.bias
     return model.logits(add_norm(x, y, bias, model.ln_f))
+
+
+def qwen3_logits(model: Qwen3, tokens: Tensor, cache: KVCache) -> Tensor:
+    """(1,) -> (1, V)."""
+    x = embed(tokens, cache.lengths, model.wte.weight)  # (1, C)
+    block: Any
+    for layer, block in enumerate(model.h):
+        attention, mlp = block.attn, block.mlp
+        qkv = linear(x, attention.qkv_proj.weight, None, norm=block.ln_1)
+        each = qkv.view(-1, attention.head_size)  # (H + 2K, D)
+        q, k, v = torch.split(each, [size // attention.head_size for size in attention.sizes])
+        keys, values = cache.store[layer]
+        turned = (attention.q_norm, attention.k_norm, model.turns)
+        heads, log_weights = attend_parts(q, k, v, keys, values, cache.lengths, turned)
+        linear(heads, attention.o_proj.weight, None, add_to=x, log_weights=log_weights)
+        wide = linear(x, mlp.gate_up_proj.weight, None, norm=block.ln_2, gate=True)
+        linear(wide, mlp.down_proj.weight, None, add_to=x)
+    head = model.wte.weight
+    return linear(x, head, None, norm=model.ln_f, dtype=head.dtype)

@@ -69,7 +69,7 @@ def test_attention_is_that_of_each_rows_own_length(num_rows: int, groups: int) -
 @pytest.mark.parametrize("length", [0, 1, 16, 75, 299])
 def test_parts_of_attention_join_to_the_whole(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PARTS", 3)
-    monkeypatch.setattr(kernels, "PART_BLOCK", 16)  # from 48 tokens on, a part takes several
+    monkeypatch.setattr(kernels, "PART_NUMBERS", 16 * 32)  # 16 tokens, so that a part takes several
     generator = torch.Generator().manual_seed(length)
     heads, size, room = 3, 24, 300
     q, k, v = torch.randn(3, heads, size, generator=generator).to(DEVICE)

@@ -291,10 +291,12 @@ class GatedMLP(nn.Module):
 
 
 class Qwen3(LanguageModel):
+    ln_f: nn.RMSNorm
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
 
-        def norm() -> nn.Module:
+        def norm() -> nn.RMSNorm:
             return nn.RMSNorm(config.embedding_size, eps=1e-6)
 
         self.h = nn.ModuleList(
