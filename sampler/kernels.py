@@ -29,6 +29,7 @@ from sampler.decode import KVCache
 from trainer.model import GPT2, LanguageModel, Qwen3, gelu
 
 FEW_PROGRAMS = 128  # about the multiprocessors of a large card
+MOST_SUMS = 16384  # of a program of linear(): more would not fit its registers
 MOST_TOP_K = 64  # of the tokens that draw_top sorts
 PARTS, PART_NUMBERS = 4, 8192  # of a lone row's cache: programs a head, what each reads at once
 VOCABULARY_BLOCK = 1024
@@ -350,12 +351,13 @@ def linear(
     out = add_to
     if out is None:
         out = torch.empty(1, num_outputs, dtype=dtype, device=x.device)
-    rows = min(4 if gate else 8, max(1, triton.next_power_of_2(num_outputs) // 256))
     head = x.shape[-1] if parts else 1
     padded = triton.next_power_of_2(head)
     block = triton.next_power_of_2(size // head) * padded
     if not (norm or parts):
         block = min(4096, block)
+    rows = min(8, max(1, triton.next_power_of_2(num_outputs) // 256))
+    rows = min(rows, max(1, (MOST_SUMS // 2 if gate else MOST_SUMS) // block))
     shift = getattr(norm, "bias", None)
     _linear[(triton.cdiv(num_outputs, rows),)](
         x, x if log_weights is None else log_weights, norm.weight if norm else x,
