@@ -290,8 +290,8 @@ def _linear(  # type: ignore[no-untyped-def]
         # Asked for first, so that it is under way while x is made and normalized.
         part = tl.load(weight + at, mask=is_n[:, None] & is_k[None, :], other=0).to(tl.float32)
         if GATE:
-            second = weight + num_outputs.to(tl.int64) * K
-            other = tl.load(second + at, mask=is_n[:, None] & is_k[None, :], other=0)
+            at = (n.to(tl.int64) + num_outputs)[:, None] * K + k[None, :]
+            other = tl.load(weight + at, mask=is_n[:, None] & is_k[None, :], other=0)
         if NORM:  # BLOCK_K covers all of K then
             gains = tl.load(gain + k, mask=is_k, other=0).to(tl.float32)
             if SHIFT:

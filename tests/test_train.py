@@ -574,6 +574,7 @@ def test_the_step_after_one_without_memory_gets_its_own_windows(small_shards: Pa
     config = configs.load("tiny", tuple(option.removeprefix("--set=") for option in QUICK))
     data = open_data(config, small_shards)
     model = GPT2(config.model)
+    model.init_weights(0)
     optimizer = Optimizer(model, config)
 
     class FailsIn2nd:
@@ -630,6 +631,7 @@ def test_an_evaluation_computes_no_gradients(
     multiply = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **k: (products.append(1), multiply(*a, **k))[1])
     model = GPT2(config.model)
+    model.init_weights(0)
     data = open_data(config, small_shards)
     validation.validation_loss(model, data, config, 4, Ranks())
     assert not products

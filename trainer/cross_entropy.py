@@ -44,6 +44,7 @@ class HeadLoss(torch.autograd.Function):
                     dw.addmm_(logits.T, x[part])
                 else:
                     dw += logits.T @ x[part]
+            del logits  # or it would still be there when the next chunk's are made
         if wants_gradient:
             ctx.save_for_backward(dx, dw[:size].to(x.dtype))
         return loss
