@@ -149,7 +149,7 @@ def _attend_parts(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, TURN: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row and every few blocks of its cache; the first part has the new token.
+    """One head of one row, and of its cache's blocks one in `parts`; the first has the new token.
 
     This step's kernels before it write neither what is read of the cache here, nor the length.
     """
@@ -620,7 +620,7 @@ def logits(model: LanguageModel, tokens: Tensor, cache: KVCache) -> Tensor:
 def gpt2_logits(model: GPT2, tokens: Tensor, cache: KVCache) -> Tensor:
     """(B,) -> (B, V)."""
     rows = len(tokens)
-    x = embed(tokens, cache.positions[:, 0], model.wte.weight, model.wpe.weight)  # (B, C)
+    x = embed(tokens, cache.lengths, model.wte.weight, model.wpe.weight)  # (B, C)
     block: Any
     if rows == 1:  # a vector: five kernels a layer
         for layer, block in enumerate(model.h):

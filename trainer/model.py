@@ -103,12 +103,13 @@ class LanguageModel(nn.Module, ABC):
         self.trunk = self.hidden  # what training runs; loop.py may put a compiled one here
 
     def init_weights(self, seed: int) -> None:
-        """Matrices normal, biases 0, gains 1: the same on every rank. It is for a CPU's memory."""
+        """Matrices normal, biases 0, gains 1: the same on every rank. While it is on the CPU."""
 
         def fill(name: str, weight: Tensor) -> None:
             if weight.ndim == 2:
+                # From a stream of its own, so that it is the same whichever thread fills it.
                 number = xxh32_intdigest(f"{seed} {name}".encode())
-                generator = torch.Generator().manual_seed(number)  # a stream for each thread's own
+                generator = torch.Generator().manual_seed(number)
                 nn.init.normal_(weight, 0.0, self.deviation(name, weight), generator)
             else:
                 nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
