@@ -192,6 +192,7 @@ def test_the_harness_counts_the_same_answers_right(
 ) -> None:
     """EleutherAI's lm-evaluation-harness, where it is installed, on the same file."""
     pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")  # which lm-eval needs and does not bring
     monkeypatch.syspath_prepend(ROOT)
     from tests.benchmarks.engines import harness_accuracy
 
