@@ -1,6 +1,7 @@
 """forge-train: the trainer's command line. Decorators, one call, one error handler."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -83,6 +84,12 @@ def main(
             raise click.UsageError("--out is missing: the folder for the run (or add --check)")
         else:
             loop.train(chosen, name, data, out, resume, started)
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                # All is written. Python's own end can abort in threads that torch has left (seen
+                # once in many runs, under load), and torchrun would call the run failed.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
     except ForgeError as error:
         rank = os.environ.get("RANK")
         prefix = f"[rank {rank}] " if rank not in (None, "0") else ""
