@@ -85,8 +85,9 @@ def main(
         else:
             loop.train(chosen, name, data, out, resume, started)
             if "TORCHELASTIC_RUN_ID" in os.environ:
-                # All is written. Python's own end can abort in threads that torch has left (seen
-                # once in many runs, under load), and torchrun would call the run failed.
+                # All is written, and the process group is left. A rank was seen to end with SIGABRT
+                # after that, on a loaded machine (why is not known: threads of torch are still
+                # there while Python ends), and torchrun then calls the run failed.
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(0)

@@ -76,7 +76,7 @@ def llama_cpp(checkout: Path | None) -> Engine:
         import llama_cpp
 
         if checkout is None:
-            raise ImportError("--llama-cpp DIR is not given")
+            raise ImportError("its converter is needed: add --llama-cpp CHECKOUT")
         with tempfile.TemporaryDirectory() as out:
             file = Path(out) / "model.gguf"
             converter = [sys.executable, str(checkout / "convert_hf_to_gguf.py"), str(folder)]
@@ -142,15 +142,20 @@ def harness_accuracy(folder: Path, questions: Path) -> dict[str, float]:
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 @click.option("--prompt", default="The function returns", show_default=True)
 @click.option("--tokens", default=40, show_default=True)
-@click.option("--llama-cpp", "checkout", type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--llama-cpp",
+    "checkout",
+    type=click.Path(path_type=Path, exists=True),
+    help="A checkout of llama.cpp, for its GGUF converter.",
+)
 @click.option("--questions", type=click.Path(path_type=Path, exists=True))
 def main(
     run: Path, prompt: str, tokens: int, checkout: Path | None, questions: Path | None
 ) -> None:
-    engines: dict[str, tuple[str, Engine]] = {
-        "transformers": ("transformers", transformers_),
-        "ctranslate2": ("ctranslate2", ctranslate2_),
-        "llama.cpp": ("llama_cpp", llama_cpp(checkout)),
+    engines: dict[str, Engine] = {
+        "transformers": transformers_,
+        "ctranslate2": ctranslate2_,
+        "llama.cpp": llama_cpp(checkout),
     }
     with tempfile.TemporaryDirectory() as out:
         folder = Path(out) / "hf"
@@ -160,11 +165,12 @@ def main(
         drawn = written(folder, start, tokens, 0.8)
         text = start + drawn.tokens
         click.echo(f"forge-sample: {tokenizer.decode(greedy).decode('utf-8', 'replace')!r}")
-        for name, (package, engine) in engines.items():
-            if importlib.util.find_spec(package) is None:
-                click.echo(f"{name}: not installed")
+        for name, engine in engines.items():
+            try:
+                found, logs = engine(folder, start, tokens, text)
+            except ImportError as error:
+                click.echo(f"{name}: left out: {error}")
                 continue
-            found, logs = engine(folder, start, tokens, text)
             same = sum(a == b for a, b in zip(found, greedy, strict=False))
             pairs = zip(logs[len(start) - 1 :], drawn.logprobs, strict=True)
             most = max(abs(a - b) for a, b in pairs)
