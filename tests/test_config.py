@@ -67,6 +67,7 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("batch.doublings=4", "multiple of 16 windows"),
         ("batch.doublings=-1", "from 0 to 15"),
         ("batch.doubling_steps=0", "more than 0"),
+        ("optimizer.muon_weight_decay=-1", "muon_weight_decay must be >= 0"),
         ("optimizer.muon_warmup_steps=-1", "muon_warmup_steps must be >= 0"),
         ("nonsense", "key=value"),
     ],

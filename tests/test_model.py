@@ -276,7 +276,12 @@ def test_muon_is_torch_s_on_each_matrix_of_the_blocks(
     """What is fused here are several matrices there; embeddings and gains are AdamW's."""
     few = replace(model_config, vocab_size=500)
     options = replace(
-        configs.load("tiny").optimizer, name="muon", peak_lr=0.01, muon_lr=0.03, max_norm=1e9
+        configs.load("tiny").optimizer,
+        name="muon",
+        peak_lr=0.01,
+        muon_lr=0.03,
+        muon_weight_decay=0.4,
+        max_norm=1e9,
     )
     config = replace(configs.load("tiny"), model=few, optimizer=options, precision="float32")
     ours, plain = made(few).to(device), made(few)
@@ -291,8 +296,7 @@ def test_muon_is_torch_s_on_each_matrix_of_the_blocks(
         else:
             others[name] = torch.nn.Parameter(parameter.detach().clone())
     assert len(matrices) == 2 * (6 if few.family == "gpt2" else 7)
-    # Decay goes by AdamW's rate in all of them.
-    muon = torch.optim.Muon(matrices.values(), lr=0.03, weight_decay=0.1 / 3)
+    muon = torch.optim.Muon(matrices.values(), lr=0.03, weight_decay=options.muon_weight_decay)
     groups = [
         {"params": [p for p in others.values() if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in others.values() if p.ndim < 2], "weight_decay": 0.0},

@@ -93,6 +93,7 @@ class OptimizerConfig:
     peak_lr: float
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
     muon_lr: float = 0.02  # Muon's rate where AdamW's is peak_lr; the schedule moves both alike
+    muon_weight_decay: float = 0.1  # Muon's, by its own rate; weight_decay is AdamW's, by peak_lr
     muon_warmup_steps: int = 0  # in which Muon's momentum rises from 0.85 to 0.95
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -442,10 +443,11 @@ def _check(config: Config) -> list[str]:
         problems.append("schedule.decay_fraction must be more than 0 and at most 1")
     if not 0 <= config.seed < 2**63:
         problems.append(f"seed must be from 0 to 2**63 - 1, not {config.seed}")
-    if not 0 <= config.optimizer.weight_decay < math.inf or not all(
-        0 <= b < 1 for b in config.optimizer.betas
-    ):
-        problems.append("optimizer.weight_decay must be >= 0 and each of betas in [0, 1)")
+    for name in ("weight_decay", "muon_weight_decay"):
+        if not 0 <= getattr(config.optimizer, name) < math.inf:
+            problems.append(f"optimizer.{name} must be >= 0")
+    if not all(0 <= b < 1 for b in config.optimizer.betas):
+        problems.append("optimizer.betas must each be in [0, 1)")
     if config.optimizer.muon_warmup_steps < 0:
         problems.append("optimizer.muon_warmup_steps must be >= 0")
     if config.evaluate.sample_tokens < 0:

@@ -88,7 +88,7 @@ class Optimizer:
                 self.parameters[name].grad = view
         options = config.optimizer
         self.max_norm, self.muon_warmup_steps = options.max_norm, options.muon_warmup_steps
-        self.lr_ratio, self.weight_decay = options.muon_lr / options.peak_lr, options.weight_decay
+        self.lr_ratio, self.decay = options.muon_lr / options.peak_lr, options.muon_weight_decay
         self.momentum = torch.zeros(muon_end, device=self.device)
         self.moments = {
             "exp_avg": torch.zeros(end - muon_end, device=self.device),
@@ -181,20 +181,20 @@ class Optimizer:
         return norm
 
     def muon(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
-        """Muon's update (Jordan et al. 2024): momentum, made orthogonal; decay as AdamW's.
+        """Muon's update (Jordan et al. 2024): momentum, made orthogonal, and weight decay.
 
         Each rank takes its share of the matrices of a shape, and all get all of them. The update is
         larger for tall matrices by sqrt(rows / columns): so one rate fits every shape and size.
         """
         end = len(self.momentum)
-        momentum = self.muon_momentum()
+        momentum, lr = self.muon_momentum(), lr * self.lr_ratio
         fresh = torch.where(is_sound, self.gradients[:end] / divisor, self.momentum)
         self.momentum.lerp_(fresh, 1 - momentum)
         fresh.lerp_(self.momentum, momentum)  # Nesterov's look ahead
-        self.masters[:end] *= 1 - lr * self.weight_decay * is_sound
+        self.masters[:end] *= 1 - lr * self.decay * is_sound
         for (rows, columns), starts in self.muon_starts.items():
             parts = [fresh[start : start + rows * columns].view(rows, columns) for start in starts]
-            size = lr * self.lr_ratio * math.sqrt(max(1, rows / columns))
+            size = lr * math.sqrt(max(1, rows / columns))
             directions = self._orthogonal(torch.stack(parts)) * (size * is_sound)
             for part, direction in zip(parts, directions, strict=True):
                 part.copy_(direction)

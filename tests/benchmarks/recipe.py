@@ -9,7 +9,8 @@
 An arm's speed is calibrated once, in a short run that is thrown away; as many steps as fit into its
 seconds at that speed are its plan, and its schedule ends there. Only training steps count as time:
 curves.py says how that is taken. ARM@3e-4 is ARM with that optimizer.peak_lr, ARM@muon_lr=0.01 with
-that optimizer.muon_lr. The validation tokens are the same for all arms of one context_length.
+that optimizer.muon_lr, and so on. The validation tokens are the same for all arms of one
+context_length.
 
 Each finished run is a line of OUT/results.jsonl. The same command again leaves out those runs, and
 those in --results; one that was cut off is begun anew.
@@ -58,7 +59,7 @@ MICRO_BATCH = 64  # windows, on a GPU
 WARMUP_FRACTION, MOST_WARMUP_STEPS = 0.1, 300  # an arm may set its own
 # What changes no speed; the rest of an arm's settings has a calibration of its own.
 SPEEDLESS = re.compile(
-    r"(optimizer\.\w*lr|schedule\.(shape|\w+_fraction|warmup_steps)|batch\.doubl\w+)="
+    r"(optimizer\.\w*(lr|decay)|schedule\.(shape|\w+_fraction|warmup_steps)|batch\.doubl\w+)="
 )
 OVERHEAD_SECONDS = 90.0  # of a run: start, compilation, evaluations
 SAY_SECONDS = 20.0
