@@ -27,6 +27,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU here, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
 from sampler import kernels
+from trainer import kernels as kernels_of_training
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # No size is a power of two, and no row a multiple of a block.
@@ -99,10 +100,13 @@ def test_parts_of_attention_join_to_the_whole(length: int, monkeypatch: pytest.M
     ],
 )
 def test_the_likeliest_tokens_are_drawn_as_the_plain_way_draws(
-    sampling: Sampling, dtype: torch.dtype
+    sampling: Sampling, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     num_rows, num_tokens, step = 6, 2500, 2
+    if DEVICE == "cpu":  # the interpreter sorts number by number
+        monkeypatch.setattr(kernels, "VOCABULARY_BLOCK", 128)
+        num_rows, num_tokens = 3, 300
     order = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(num_rows)])
     # 64 that differ in bfloat16, too: which of two equals is taken is nobody's business.
     distinct = torch.where(order < 64, order / 4, -9.0)
@@ -137,7 +141,8 @@ def test_a_step_with_kernels_draws_what_the_plain_step_draws(
 ) -> None:
     texts = {row: list(range(row, 20 * row + 3)) for row in range(num_rows)}
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(8, num_rows, dtype=torch.float64, generator=generator)
+    num_steps = 8 if DEVICE == "cuda" else 2  # the interpreter is slow
+    noise = torch.rand(num_steps, num_rows, dtype=torch.float64, generator=generator)
     drawn, logs = {}, {}
     for with_kernels in (False, True):
         monkeypatch.setattr(decode, "has_kernels", lambda weight, answer=with_kernels: answer)
@@ -173,6 +178,16 @@ def differ(
     there = [[x.to(DEVICE) for x in given] for given in (inputs, gradients)]
     found, wanted = values_and_gradients(ours, *there), values_and_gradients(plain, *exact)
     return max(differences(found, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [1, 4096, 10_001])
+def test_gradients_are_added_up_in_float32(size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sums, fresh = torch.randn(2, size, generator=generator)
+    ours, fresh = sums.clone().to(DEVICE), fresh.to(dtype)
+    kernels_of_training.accumulate[(-(-size // 4096),)](ours, fresh.to(DEVICE), size, 4096)
+    assert torch.equal(ours.cpu(), sums + fresh.float())
 
 
 @pytest.mark.parametrize("shape", [(3, 41, 72), (1, 1, 288), (2, 100, 600)])
@@ -234,15 +249,13 @@ def compiled(trunk: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(trunk, fullgraph=True, dynamic=False, backend=backend)
 
 
-@pytest.mark.parametrize("compiles", ["nothing", "the trunk", "a layer"])
-def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients(compiles: str) -> None:
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients(compiles: bool) -> None:
     exact, ours = (made(replace(SMALL, num_layers=3)).requires_grad_() for _ in range(2))
     exact = exact.cpu().double()
     ours.trunk = partial(fused.hidden, ours)
-    if compiles == "the trunk":
+    if compiles:
         ours.trunk = compiled(ours.trunk)
-    elif compiles == "a layer":
-        ours.trunk = partial(ours.trunk, layer=compiled(fused.layer))
     counters.clear()
     tokens = torch.randint(777, (3, 42), generator=torch.Generator().manual_seed(0))
     for model in (exact, ours):
@@ -250,7 +263,7 @@ def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients(compiles: str) ->
         loss = model(given[:, :-1], given[:, 1:])
         loss.backward()
         model.found = [loss, *(p.grad for p in model.parameters())]
-    assert counters["stats"]["unique_graphs"] == (compiles != "nothing")  # one for all layers
+    assert counters["stats"]["unique_graphs"] == int(compiles)
     assert max(differences(ours.found, exact.found)) < (2e-6 if DEVICE == "cpu" else 2e-3)
 
 

@@ -435,7 +435,7 @@ def test_the_attention_kernel_is_the_fastest_of_that_kind_of_card(
 def test_the_fused_trunk_is_for_gpt2_as_published_in_half_precision_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused.cross_entropy, "gpu_kernel", lambda: "a kernel")
+    monkeypatch.setattr(fused.cross_entropy, "gpu_kernels", lambda: "a kernel")
     config = replace(configs.load("gpt2"), precision="bfloat16")
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert fused.available(config, gpu)
@@ -444,5 +444,5 @@ def test_the_fused_trunk_is_for_gpt2_as_published_in_half_precision_on_a_gpu(
     assert not fused.available(replace(config, precision="float32"), gpu)
     assert not fused.available(replace(config, model=replace(config.model, bias=False)), gpu)
     assert not fused.available(replace(config, model=MODERN), gpu)
-    monkeypatch.setattr(fused.cross_entropy, "gpu_kernel", lambda: None)
+    monkeypatch.setattr(fused.cross_entropy, "gpu_kernels", lambda: None)
     assert not fused.available(config, gpu)

@@ -62,10 +62,12 @@ def softmax_gradient(logits: Tensor, targets: Tensor, size: int) -> Tensor:
     Targets (n,) that are -100 give neither loss nor gradient. Columns from `size` on are padding:
     they are zero and stay so.
     """
-    if logits.is_cuda and (kernel := gpu_kernel()):
+    if logits.is_cuda and (kernels := gpu_kernels()):
         losses = torch.empty(len(logits), device=logits.device)
         grid = (len(logits),)  # a program for each row
-        kernel[grid](logits, targets, losses, logits.stride(0), size, 2048, num_warps=4)
+        kernels.softmax_gradient[grid](
+            logits, targets, losses, logits.stride(0), size, 2048, num_warps=4
+        )
         return losses.sum()
     logits = logits[:, :size]
     right, counts = targets.clamp(min=0).unsqueeze(1), (targets != IGNORED).unsqueeze(1)
@@ -82,10 +84,10 @@ def softmax_gradient(logits: Tensor, targets: Tensor, size: int) -> Tensor:
 
 
 @functools.cache
-def gpu_kernel() -> Any:
-    """The Triton kernel, None where there is no Triton."""
+def gpu_kernels() -> Any:
+    """The Triton kernels, None where there is no Triton."""
     try:
         from trainer import kernels
     except ImportError:
         return None
-    return kernels.softmax_gradient
+    return kernels

@@ -1,9 +1,10 @@
 """GPT-2's trunk for training on a GPU: the numbers of model.py's, with fewer walks through memory.
 
 Before: model.py, whose modules and weights these are. After: loop.py, which compiles hidden(), or
-layer().
+runs it as it is.
 
-Forward is plain torch. Backward is memory-bound between its products, and every bias wants the sum
+Forward is plain torch for the compiler, and kernels of our own without it: then nothing waits for
+a compiler. Backward is memory-bound between its products, and every bias wants the sum
 of its output's gradient over all tokens. Here whoever makes such a gradient sums it on the way, in
 one of three kernels: behind GELU, behind attention (where dq, dk and dv become one array, too), and
 behind LayerNorm with the addition before it. So a bias is added inside its product, as a constant,
@@ -32,6 +33,7 @@ from trainer.optimizer import compute_dtype
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
 ROWS, COLUMNS = 16, 256  # of a tile, with four warps
+BLOCK = 4096  # numbers that a program takes where each stands alone
 WARP_COLUMNS = 256  # of a row that a program takes as a whole: 16 bytes a thread
 
 
@@ -39,7 +41,7 @@ def available(config: Config, device: torch.device) -> bool:
     """Whether hidden() can train this model here, and is worth it."""
     is_ours = config.model.family == "gpt2" and config.model.bias
     is_half = compute_dtype(config, device) in (torch.bfloat16, torch.float16)
-    on_gpu = device.type == "cuda" and cross_entropy.gpu_kernel() is not None
+    on_gpu = device.type == "cuda" and cross_entropy.gpu_kernels() is not None
     return is_ours and is_half and on_gpu
 
 
@@ -54,8 +56,8 @@ def layer(block: Any, norm: nn.LayerNorm, x: Tensor, n: Tensor) -> tuple[Tensor,
     return out
 
 
-def hidden(model: GPT2, tokens: Tensor, layer: Callable[..., Any] = layer) -> Tensor:
-    """model.hidden(tokens): tokens (B, T) -> (B, T, C), by layer() or its compiled twin."""
+def hidden(model: GPT2, tokens: Tensor) -> Tensor:
+    """model.hidden(tokens): tokens (B, T) -> (B, T, C)."""
     blocks: list[Any] = list(model.h)
     x = model.wte(tokens) + model.wpe(torch.arange(tokens.shape[1], device=tokens.device))
     n: Tensor = blocks[0].ln_1(x)
@@ -86,7 +88,7 @@ class Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(h)
-        return gelu(h)
+        return gelu(h) if torch.compiler.is_compiling() else gelu_forward(h)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,8 +119,11 @@ class AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, y_bias: Tensor, gain: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x = x + y
-        n, means, scales = torch.native_layer_norm(x, gain.shape, gain, bias, NORM_EPS)
+        if torch.compiler.is_compiling():
+            x = x + y
+            n, means, scales = torch.native_layer_norm(x, gain.shape, gain, bias, NORM_EPS)
+        else:
+            x, n, means, scales = add_norm_forward(x, y, gain, bias)
         ctx.save_for_backward(x, means, scales, gain)
         return x, n
 
@@ -130,9 +135,54 @@ class AddNorm(torch.autograd.Function):
         return d, d, dy_bias, dgain, dbias
 
 
-# ------------------------------- the kernels as operators, which torch.compile does not look into
+# --------------------------------------------------------- the kernels of forward, as they are
+
+
+def gelu_forward(h: Tensor) -> Tensor:
+    from trainer import kernels
+
+    y = torch.empty_like(h)
+    kernels.gelu[(-(-h.numel() // BLOCK),)](h, y, h.numel(), BLOCK, num_warps=4)
+    return y
+
+
+def add_norm_forward(x: Tensor, y: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """x and y (..., C) -> x + y, its LayerNorm, its means and 1 / deviations (..., 1)."""
+    from trainer import kernels
+
+    size = x.shape[-1]
+    out, n = torch.empty_like(x), torch.empty_like(x)
+    means, scales = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
+    warps = norm_warps(size)
+    kernels.add_and_norm[(x.numel() // size,)](
+        x, y, gain, bias, out, n, means, scales, size, NORM_EPS, WARP_COLUMNS * warps,
+        num_warps=warps,
+    )  # fmt: skip
+    return out, n, means, scales
+
+
+# ------------------------------ the kernels of backward, which torch.compile must not look into
 #
 # Programs share the tokens out; each leaves a row of `partial`, float32 sums over its tokens.
+
+
+def operator(outputs: Callable[..., Any]) -> Callable[..., Any]:
+    """The function below as an operator to the compiler, with outputs such as outputs() makes.
+
+    Without one it is called as it is: an operator would import the compiler.
+    """
+
+    def made(function: Callable[..., Any]) -> Callable[..., Any]:
+        operator = torch.library.custom_op(f"forge::{function.__name__}", mutates_args=())(function)
+        operator.register_fake(outputs)
+
+        @functools.wraps(function)
+        def called(*tensors: Tensor) -> Any:
+            return (operator if torch.compiler.is_compiling() else function)(*tensors)
+
+        return called
+
+    return made
 
 
 def gelu_outputs(dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +191,7 @@ def gelu_outputs(dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h), empty_sums(h, h.numel() // size, chunks, ROWS, size)
 
 
-@torch.library.custom_op("forge::gelu_backward", mutates_args=())
+@operator(gelu_outputs)
 def gelu_backward(dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """dy and h (..., F) -> dh (..., F), and its partial sums (chunks, F)."""
     from trainer import kernels
@@ -163,7 +213,7 @@ def pack_outputs(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
     return dq.new_empty(B, T, 3 * H * D), partial
 
 
-@torch.library.custom_op("forge::pack", mutates_args=())
+@operator(pack_outputs)
 def pack(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
     """Three of (B, H, T, D) -> (B, T, 3 * H * D), and its partial sums (chunks, 3 * H * D)."""
     from trainer import kernels
@@ -187,7 +237,7 @@ def norm_outputs(
     return torch.empty_like(x), empty_sums(x, x.numel() // size, chunks, 1, 3 * size)
 
 
-@torch.library.custom_op("forge::norm_backward", mutates_args=())
+@operator(norm_outputs)
 def norm_backward(
     dx: Tensor, dn: Tensor, x: Tensor, means: Tensor, scales: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -203,11 +253,6 @@ def norm_backward(
         WARP_COLUMNS * warps, num_warps=warps,
     )  # fmt: skip
     return d, partial
-
-
-gelu_backward.register_fake(gelu_outputs)
-pack.register_fake(pack_outputs)
-norm_backward.register_fake(norm_outputs)
 
 
 def norm_warps(size: int) -> int:

@@ -1,7 +1,7 @@
 """The kernels that are written by hand, in Triton.
 
-Before: the logits of cross_entropy.py, and the gradients of fused.py, on a GPU. After: the losses
-and gradients that they ask for.
+Before: the logits of cross_entropy.py, the outputs and gradients of fused.py, and the gradients of
+optimizer.py, on a GPU. After: what they ask for.
 """
 
 # ruff: noqa: N803  (Triton writes constants in capitals)
@@ -44,6 +44,48 @@ def softmax_gradient(logits, targets, losses, stride, size, BLOCK: tl.constexpr)
         gradient = tl.where(counts & (start + columns < size), gradient, 0.0)
         gradient = gradient.to(logits.dtype.element_ty)
         tl.store(logits + start + columns, gradient, mask=start + columns < stride)
+
+
+@triton.jit
+def accumulate(sums, fresh, size, BLOCK: tl.constexpr):
+    """sums (size), float32, += fresh (size), of any precision."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    fits = at < size
+    total = tl.load(sums + at, mask=fits) + tl.load(fresh + at, mask=fits).to(tl.float32)
+    tl.store(sums + at, total, mask=fits)
+
+
+@triton.jit
+def gelu(h, y, size, BLOCK: tl.constexpr):
+    """y = gelu(h), both of `size` numbers: as in model.py."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    fits = at < size
+    x = tl.load(h + at, mask=fits, other=0.0).to(tl.float32)
+    twice_u = x * (1.5957691216057308 + 0.07135481282553423 * x * x)
+    x /= 1.0 + tl.exp2(-twice_u * LOG2_E)
+    tl.store(y + at, x.to(y.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def add_and_norm(x, y, gain, bias, out, n, means, scales, size, eps, BLOCK: tl.constexpr):
+    """One row of `size` numbers: out = x + y, and n, its LayerNorm; its mean and 1 / deviation."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    fits = columns < size
+    at = row * size + columns
+    value = tl.load(x + at, mask=fits, other=0.0).to(tl.float32)
+    value += tl.load(y + at, mask=fits, other=0.0).to(tl.float32)
+    rounded = value.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask=fits)
+    value = rounded.to(tl.float32)
+    mean = tl.sum(value) / size
+    value = tl.where(fits, value - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value) / size + eps)
+    tl.store(means + row, mean)
+    tl.store(scales + row, scale)
+    weight = tl.load(gain + columns, mask=fits, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=fits, other=0.0).to(tl.float32)
+    tl.store(n + at, (value * scale * weight + shift).to(n.dtype.element_ty), mask=fits)
 
 
 # Below, a program takes `rows_each` rows, one after the other, and leaves the sums of their columns

@@ -584,12 +584,10 @@ def compile_model(model: LanguageModel, config: Config, device: torch.device) ->
     if how == "off":
         return
     if isinstance(model, GPT2) and fused.available(config, device):
-        fused.use_compile_cache()
+        model.trunk = functools.partial(fused.hidden, model)
         if how == "full":
-            model.trunk = torch.compile(functools.partial(fused.hidden, model), dynamic=False)
-        else:
-            layer = torch.compile(fused.layer, dynamic=False)
-            model.trunk = functools.partial(fused.hidden, model, layer=layer)
+            fused.use_compile_cache()
+            model.trunk = torch.compile(model.trunk, dynamic=False)
     elif how == "full":
         model.trunk = torch.compile(model.hidden, dynamic=False)
     else:

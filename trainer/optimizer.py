@@ -8,12 +8,15 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from trainer.config import Config
+from trainer.cross_entropy import gpu_kernels
 from trainer.model import Fused
 from trainer.ranks import Ranks
 
 MUON_MOMENTUM = (0.85, 0.95)  # at the start and the end of optimizer.muon_warmup_steps
+ADD_BLOCK = 4096  # numbers that a program of the kernel adds
 LOSS_SCALE_STEPS = 2000  # sound steps after which a float16 run doubles its loss scale
 
 
@@ -26,12 +29,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
         return torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
-
-
-def compiles(config: Config, device: torch.device) -> bool:
-    return config.compile in ("full", "block") or (
-        config.compile == "auto" and device.type == "cuda"
-    )
 
 
 class Optimizer:
@@ -88,31 +85,18 @@ class Optimizer:
                 self.parameters[name].grad = view
         options = config.optimizer
         self.max_norm, self.muon_warmup_steps = options.max_norm, options.muon_warmup_steps
+        self.betas = options.betas
         self.lr_ratio, self.decay = options.muon_lr / options.peak_lr, options.muon_weight_decay
         self.momentum = torch.zeros(muon_end, device=self.device)
         self.moments = {
             "exp_avg": torch.zeros(end - muon_end, device=self.device),
             "exp_avg_sq": torch.zeros(end - muon_end, device=self.device),
         }
-        parts = [slice(muon_end, matrices_end), slice(matrices_end, end)]
-        flats = [nn.Parameter(self.masters[part]) for part in parts]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [flats[0]], "weight_decay": options.weight_decay},
-                {"params": [flats[1]], "weight_decay": 0.0},
-            ],
-            lr=options.peak_lr,
-            betas=options.betas,
-            eps=1e-8,
-            fused=True,
-        )
-        for flat, part in zip(flats, parts, strict=True):
-            flat.grad = self.gradients[part]
-            own = slice(part.start - muon_end, part.stop - muon_end)
-            moments = {kind: moment[own] for kind, moment in self.moments.items()}
-            self.adamw.state[flat] = {"step": torch.zeros((), device=self.device), **moments}
-        # Compiled, a sum of float32 and bfloat16 runs at the speed of memory.
-        self.add = torch.compile(Tensor.add_) if compiles(config, self.device) else Tensor.add_
+        # What AdamW updates: (part, its decay, how many sound steps it has had).
+        self.parts = [
+            (slice(muon_end, matrices_end), options.weight_decay, self.masters.new_zeros(())),
+            (slice(matrices_end, end), 0.0, self.masters.new_zeros(())),
+        ]
         # float16 has little room for small and large gradients: a scale that finds itself helps.
         self.scales = dtype == torch.float16
         self.loss_scale = torch.ones((), device=self.device)
@@ -134,7 +118,7 @@ class Optimizer:
         if self.weights is self.masters:
             return
         fresh = [parameter.grad.view(-1) for parameter in self.parameters.values()]  # type: ignore[union-attr]
-        self.add(self.gradients, torch.cat(fresh))
+        add(self.gradients, torch.cat(fresh))
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -158,19 +142,14 @@ class Optimizer:
         """One AdamW update with the gradient's mean over `num_tokens`; returns its norm.
 
         The gradient is clipped to max_norm. Where `is_sound` (a bool on the device) is false or
-        the norm is not finite, everything stays as it was. The fused kernel divides by the scale
-        and skips by itself, as for GradScaler, so nothing waits for the GPU.
+        the norm is not finite, everything stays as it was, and nothing waits for the GPU.
         """
         divisor = self.loss_scale * num_tokens
         norm: Tensor = torch.linalg.vector_norm(self.gradients) / divisor
         is_sound = is_sound & torch.isfinite(norm)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        clipped = (norm / self.max_norm).clamp(min=1.0)
-        self.adamw.grad_scale = divisor * clipped  # type: ignore[attr-defined]
-        self.adamw.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
-        self.adamw.step()
-        self.muon(lr, divisor * clipped, is_sound)
+        divisor = divisor * (norm / self.max_norm).clamp(min=1.0)
+        self.adamw(lr, divisor, is_sound)
+        self.muon(lr, divisor, is_sound)
         self.hand_over()
         self.gradients.zero_()
         if self.scales:
@@ -179,6 +158,34 @@ class Optimizer:
             self.sound_steps.mul_(~doubles)
             self.loss_scale.mul_(torch.where(is_sound, 1.0 + doubles.float(), 0.5))
         return norm
+
+    def adamw(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
+        """AdamW's update of what is not Muon's.
+
+        The fused kernel divides by itself, and skips by itself, as for GradScaler. It is called
+        without torch.optim.AdamW around it, which imports the compiler: that takes seconds.
+        """
+        first, (beta1, beta2) = len(self.momentum), self.betas
+        for part, decay, step in self.parts:
+            own = slice(part.start - first, part.stop - first)
+            adamw(
+                [self.masters[part]],
+                [self.gradients[part]],
+                [self.moments["exp_avg"][own]],
+                [self.moments["exp_avg_sq"][own]],
+                [],
+                [step],
+                fused=True,
+                grad_scale=divisor,
+                found_inf=(~is_sound).float(),
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=lr,
+                weight_decay=decay,
+                eps=1e-8,
+                maximize=False,
+            )
 
     def muon(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
         """Muon's update (Jordan et al. 2024): momentum, made orthogonal, and weight decay.
@@ -205,7 +212,7 @@ class Optimizer:
         low, high = MUON_MOMENTUM
         if not self.muon_warmup_steps:
             return high
-        step: Tensor = next(iter(self.adamw.state.values()))["step"] - 1  # sound ones before this
+        step = self.parts[0][2] - 1  # sound ones before this
         return low + (high - low) * (step / self.muon_warmup_steps).clamp(max=1)
 
     def _orthogonal(self, matrices: Tensor) -> Tensor:
@@ -236,14 +243,24 @@ class Optimizer:
         tensors = {
             f"{kind}.{name}": view for kind, views in flats.items() for name, view in views.items()
         }
-        counts = [state["step"] for state in self.adamw.state.values()]
-        tensors |= {f"step.{number}": count for number, count in enumerate(counts)}
+        tensors |= {f"step.{number}": step for number, (_, _, step) in enumerate(self.parts)}
         return tensors | {"loss_scale": self.loss_scale, "sound_steps": self.sound_steps}
 
     def hand_over(self) -> None:
         """The model takes up the masters as they are now."""
         if self.weights is not self.masters:
             self.weights.copy_(self.masters)
+
+
+def add(sums: Tensor, fresh: Tensor) -> None:
+    """sums (n), float32, += fresh (n): on a GPU at the speed of memory, as torch's own is not."""
+    kernels = gpu_kernels() if sums.is_cuda else None
+    if kernels is None:
+        sums.add_(fresh)
+        return
+    kernels.accumulate[(-(-len(sums) // ADD_BLOCK),)](
+        sums, fresh, len(sums), ADD_BLOCK, num_warps=4
+    )
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
