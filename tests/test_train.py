@@ -495,6 +495,7 @@ def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> 
         "accumulation steps",
         "GiB a card",
         "epochs",
+        "% of the time",
     ):
         assert part in result.output
 

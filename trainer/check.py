@@ -14,7 +14,7 @@ from trainer.optimizer import compute_dtype
 from trainer.ranks import Ranks
 from trainer.run import open_data
 
-CARD_GIB = 24
+CARD_GIB, FREE_GIB = 24, 23  # what is left of it beside the driver and CUDA's context
 
 
 def report(config: Config, name: str, folder: Path) -> str:
@@ -36,6 +36,8 @@ def report(config: Config, name: str, folder: Path) -> str:
         f"x {plan.accumulation_steps} accumulation steps x {ranks.world_size} ranks"
         + (f", about {plan.estimated_bytes / 2**30:.1f} GiB" if device.type == "cuda" else ""),
         f"speed         {speed(config, plan, device, ranks)}",
+        f"evaluation    every {config.evaluate.every_steps} steps, about "
+        f"{evaluation_share(config):.1%} of the time",
         f"on 2x {CARD_GIB} GiB  {two_cards(config)}",
     ]
     return "\n".join(lines)
@@ -79,10 +81,17 @@ def speed(config: Config, plan: memory.Plan, device: torch.device, ranks: Ranks)
     return f"{found}; {hours:.1f} hours for the config's tokens"
 
 
+def evaluation_share(config: Config) -> float:
+    """Of training's time: forward is a third of a step. The sampled text is in it."""
+    evaluate = config.evaluate
+    tokens = evaluate.num_tokens + evaluate.sample_tokens * config.model.context_length
+    return tokens / (3 * evaluate.every_steps * config.batch.tokens_per_step)
+
+
 def two_cards(config: Config) -> str:
     """The step's cut and the memory a card on the machine that this program is meant for."""
     share = config.step_sizes().of(0) // 2
-    limit = memory.USABLE * CARD_GIB * 2**30
+    limit = memory.USABLE * FREE_GIB * 2**30
     fits = [n for n in memory.divisors(share) if memory.estimate_bytes(config, n) <= limit]
     if not fits:
         least = memory.estimate_bytes(config, 1) / 2**30

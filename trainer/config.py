@@ -175,7 +175,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 1337
-    compile: Literal["auto", "full", "block", "off"] = "auto"  # auto: full on a GPU, off on a CPU
+    # auto: full on a GPU, off on a CPU. block starts sooner: it compiles one block for all, and
+    # GPT-2 with biases on a GPU goes without a compiler, by the kernels of fused.py.
+    compile: Literal["auto", "full", "block", "off"] = "auto"
     # Of the weights that the model computes with; auto: bfloat16, or float16 on GPUs before Ampere,
     # or float32 on a CPU. Masters, moments and sums are float32 whatever it is.
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

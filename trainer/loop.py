@@ -12,6 +12,7 @@ import math
 import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from trainer.config import Config
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
 from trainer.model import GPT2, LanguageModel, build_model
-from trainer.optimizer import Optimizer
+from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import (
     Beats,
     Ranks,
@@ -117,13 +118,15 @@ class Trainer:
         self.past, self.started = past, started
         torch.set_float32_matmul_precision("high")
         self.model = build_model(config.model)
-        self.model.init_weights(config.seed)
+        with ThreadPoolExecutor() as pool:  # the CPU fills the weights while the card is measured
+            filled = pool.submit(self.model.init_weights, config.seed)
+            self.card = card.measure(device, compute_dtype(config, device))
+            filled.result()
         self.model.to(device)
         self.optimizer = Optimizer(self.model, config, ranks)
         compile_model(self.model, config, device)
         self.hardware = hardware(device, ranks.world_size)
         self.peak = peak_flops(device)
-        self.card = card.measure(device, self.optimizer.weights.dtype)
         self.step = 0
         self.saved_step: int | None = None
         self.unsaved: Exception | None = None  # what the last save failed of
@@ -577,7 +580,10 @@ def attention_backends(device: torch.device) -> Any:
 
 
 def compile_model(model: LanguageModel, config: Config, device: torch.device) -> None:
-    """Put torch.compile where the config asks for it: the whole trunk, each block, or nowhere."""
+    """Put torch.compile where the config asks for it: the whole trunk, each block, or nowhere.
+
+    fused.py's trunk has kernels for all that a compiler would make of a block.
+    """
     how = config.compile
     if how == "auto":
         how = "full" if device.type == "cuda" else "off"

@@ -32,9 +32,9 @@ KINDS = {
     "communication": ("nccl",),
     "attention": ("flash", "fmha", "sdpa", "cudnn_generated"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
-    "optimizer": ("adam", "multi_tensor"),
+    "optimizer": ("adam", "multi_tensor", "accumulate"),
     "cross-entropy": ("softmax_gradient",),
-    "fused.py": ("_and_sum",),
+    "fused.py": ("_and_sum", "add_and_norm", "gelu"),
     "copies": ("memcpy", "memset"),
 }
 Intervals = list[tuple[float, float]]
