@@ -5,9 +5,12 @@ TRITON_INTERPRET=1 is set. Otherwise these tests skip.
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -283,3 +286,30 @@ def test_the_fused_trunk_keeps_no_more_for_the_way_back() -> None:
         kept.append(sum(sizes.values()))
         del x
     assert kept[1] < 1.01 * kept[0]
+
+
+def test_a_step_of_the_fused_trunk_alone_imports_no_compiler() -> None:
+    """That would take seconds of a start with compile=block. In a fresh process."""
+    program = """
+import sys
+from functools import partial
+import torch
+from trainer import config, fused
+from trainer.model import build_model
+from trainer.optimizer import Optimizer
+small = ["vocab_size=777", "num_layers=1", "embedding_size=32", "context_length=16"]
+chosen = config.load("tiny", ("precision=bfloat16", *(f"model.{each}" for each in small)))
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = build_model(chosen.model)
+model.init_weights(0)
+optimizer = Optimizer(model.to(device), chosen)
+model.trunk = partial(fused.hidden, model)
+tokens = torch.arange(17, device=device)[None]
+model(tokens[:, :-1], tokens[:, 1:]).backward()
+optimizer.collect()
+assert optimizer.update(1e-3, 16, torch.ones((), dtype=torch.bool, device=device)) > 0
+assert "torch._dynamo" not in sys.modules
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
