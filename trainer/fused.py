@@ -173,12 +173,12 @@ def operator(outputs: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
-        operator = torch.library.custom_op(f"forge::{function.__name__}", mutates_args=())(function)
-        operator.register_fake(outputs)
+        opaque = torch.library.custom_op(f"fused::{function.__name__}", function, mutates_args=())
+        opaque.register_fake(outputs)
 
         @functools.wraps(function)
         def called(*tensors: Tensor) -> Any:
-            return (operator if torch.compiler.is_compiling() else function)(*tensors)
+            return (opaque if torch.compiler.is_compiling() else function)(*tensors)
 
         return called
 

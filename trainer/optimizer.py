@@ -166,6 +166,7 @@ class Optimizer:
         without torch.optim.AdamW around it, which imports the compiler: that takes seconds.
         """
         first, (beta1, beta2) = len(self.momentum), self.betas
+        found_inf = (~is_sound).float()
         for part, decay, step in self.parts:
             own = slice(part.start - first, part.stop - first)
             adamw(
@@ -177,7 +178,7 @@ class Optimizer:
                 [step],
                 fused=True,
                 grad_scale=divisor,
-                found_inf=(~is_sound).float(),
+                found_inf=found_inf,
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,
