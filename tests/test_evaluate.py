@@ -99,14 +99,14 @@ def test_models_are_compared_over_the_same_tokens(
     """A run, its earlier checkpoint and its export; the difference is that of paired windows."""
     forge("export", run, tmp_path / "hf", "--dtype", "float32")
     models = [run, run / "checkpoints" / "step_00000004", tmp_path / "hf"]
-    result = forge("eval", *models, "--data", small_shards, "--tokens", 1280, "--json")
+    result = forge("eval", *models, "--data", small_shards, "--tokens", 640, "--json")
     first, older, exported = rows_of(result)
     assert exported["loss"] == pytest.approx(first["loss"], abs=1e-5)
     assert exported["difference"] == pytest.approx(0, abs=1e-5)
     assert older["step"] == 4
     assert older["difference"] == pytest.approx(older["loss"] - first["loss"])
     assert older["difference_error"] < older["loss_error"]
-    table = forge("eval", *models, "--data", small_shards, "--tokens", 1280).stdout
+    table = forge("eval", *models, "--data", small_shards, "--tokens", 640).stdout
     assert f"{first['loss']:.4f} ± {first['loss_error']:.4f}" in table
 
 
