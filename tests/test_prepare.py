@@ -713,7 +713,7 @@ def test_progress_ends_at_the_whole_of_the_plan(
 
 
 def test_kills_change_no_byte_and_redo_no_finished_slice(tmp_path: Path) -> None:
-    tally = kill_prep.torment(tmp_path, kills=4, workers=2)
+    tally = kill_prep.torment(tmp_path, kills=4, workers=2, num_slices=32)
     assert tally.kills.total() == 4
     assert tally.redone_slices == 0
     assert tally.half_written == 0
