@@ -11,6 +11,7 @@ DATA = data_cache/python_docs
 RUN = runs/demo
 # Two ranks, as in the real job; one on a machine with a single GPU.
 RANKS = $$($(BIN)/python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
+TESTS = $$($(BIN)/python -c 'import torch; print(0 if torch.cuda.is_available() else 2)')
 
 .PHONY: demo test check bench clean
 .DELETE_ON_ERROR:
@@ -44,10 +45,12 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The GPU's kernels first, in Triton's interpreter.
+# The GPU's kernels first, in Triton's interpreter. Two tests at a time, of one thread each, where
+# there is no GPU that they would share; of a file one at a time, so that the tests of several ranks
+# never meet.
 test: check
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels.py
-	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) tests/test_kernels.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) --dist loadfile --no-loadscope-reorder
 
 bench: .venv/ready
 	$(BIN)/python -m tests.benchmarks.tokenize $(if $(SOURCE),--source $(SOURCE))
