@@ -20,7 +20,7 @@ from trainer import fused, loop
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
 from trainer.model import LanguageModel, build_model, rotary_table, rotate
-from trainer.optimizer import Optimizer, orthogonalize
+from trainer.optimizer import Optimizer, neuron_scales, orthogonalize
 
 SMALL = ModelConfig(num_layers=2, num_heads=4, embedding_size=32, context_length=64)
 # Sizes that nothing can mix up: 6 heads of 8 share 2 of keys and values, beside 32 channels.
@@ -281,6 +281,7 @@ def test_muon_is_torch_s_on_each_matrix_of_the_blocks(
         peak_lr=0.01,
         muon_lr=0.03,
         muon_weight_decay=0.4,
+        muon_normalize=False,
         max_norm=1e9,
     )
     config = replace(configs.load("tiny"), model=few, optimizer=options, precision="float32")
@@ -326,6 +327,29 @@ def test_muon_is_torch_s_on_each_matrix_of_the_blocks(
         # torch's iterations are in bfloat16 on a CPU, too
         tolerance = 1e-4 if name in others else 0.02
         assert (parameter.cpu() - exact).norm() / moved < tolerance, name
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 24), (3, 24, 40), (3, 24, 24)])
+def test_neurons_are_scaled_alike_and_the_norm_stays(shape: tuple[int, int, int]) -> None:
+    """NorMuon's formulas, matrix by matrix; a neuron of a wide matrix is a column."""
+    n, rows, columns = shape
+    generator = torch.Generator().manual_seed(4)
+    mean_squares, average = torch.zeros(n, max(shape)), torch.zeros(n, max(shape))
+    for step in range(3):
+        given = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator)
+        found = given * neuron_scales(given, mean_squares, torch.tensor(0.05))
+        for number, matrix in enumerate(given.mT if rows < columns else given):
+            average[number] = 0.95 * average[number] + 0.05 * (matrix**2).mean(1)
+            exact = matrix / average[number].sqrt()[:, None]
+            exact *= matrix.norm() / exact.norm()
+            exact = exact.T if rows < columns else exact
+            torch.testing.assert_close(found[number], exact)
+            if step == 0:  # there is no past to be measured against
+                parts = exact.norm(dim=0 if rows < columns else 1)
+                torch.testing.assert_close(parts, parts.mean().expand(max(shape)))
+    unsound = mean_squares.clone()
+    neuron_scales(given, unsound, torch.tensor(0.0))
+    assert torch.equal(unsound, mean_squares)
 
 
 def test_muon_s_momentum_rises_over_its_warm_up() -> None:

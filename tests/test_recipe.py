@@ -117,6 +117,8 @@ def test_an_arm_is_a_config_with_settings_and_a_rate_of_its_own() -> None:
     assert (found.name, found.config) == ("x@3e-4", "tiny")
     assert found.settings[-1] == "optimizer.peak_lr=3e-4"
     assert recipe.find_arm("x@muon_lr=1", {name: parts}).settings[-1] == "optimizer.muon_lr=1"
+    two = ("optimizer.peak_lr=3e-4", "optimizer.muon_lr=1")
+    assert recipe.find_arm("x@3e-4@muon_lr=1", {name: parts}).settings[-2:] == two
     with pytest.raises(BadParameter, match="no such arm"):
         recipe.find_arm("y", {name: parts})
 

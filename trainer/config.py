@@ -94,6 +94,7 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
     muon_lr: float = 0.02  # Muon's rate where AdamW's is peak_lr; the schedule moves both alike
     muon_weight_decay: float = 0.1  # Muon's, by its own rate; weight_decay is AdamW's, by peak_lr
+    muon_normalize: bool = True  # every neuron's part of Muon's updates alike (NorMuon)
     muon_warmup_steps: int = 0  # in which Muon's momentum rises from 0.85 to 0.95
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)

@@ -16,6 +16,7 @@ from trainer.model import Fused
 from trainer.ranks import Ranks
 
 MUON_MOMENTUM = (0.85, 0.95)  # at the start and the end of optimizer.muon_warmup_steps
+SQUARES_BETA = 0.95  # how much of the past a step keeps of the mean squares of Muon's updates
 ADD_BLOCK = 4096  # numbers that a program of the kernel adds
 LOSS_SCALE_STEPS = 2000  # sound steps after which a float16 run doubles its loss scale
 
@@ -88,6 +89,12 @@ class Optimizer:
         self.betas = options.betas
         self.lr_ratio, self.decay = options.muon_lr / options.peak_lr, options.muon_weight_decay
         self.momentum = torch.zeros(muon_end, device=self.device)
+        # (n, neurons) for the n matrices of a shape.
+        self.mean_squares = {
+            shape: torch.zeros(len(starts), max(shape), device=self.device)
+            for shape, starts in self.muon_starts.items()
+            if options.muon_normalize
+        }
         self.moments = {
             "exp_avg": torch.zeros(end - muon_end, device=self.device),
             "exp_avg_sq": torch.zeros(end - muon_end, device=self.device),
@@ -191,8 +198,9 @@ class Optimizer:
     def muon(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
         """Muon's update (Jordan et al. 2024): momentum, made orthogonal, and weight decay.
 
-        Each rank takes its share of the matrices of a shape, and all get all of them. The update is
-        larger for tall matrices by sqrt(rows / columns): so one rate fits every shape and size.
+        With muon_normalize it is NorMuon's (Li et al. 2025, arXiv:2510.05491). Each rank takes its
+        share of the matrices of a shape, and all get all of them. The update is larger for tall
+        matrices by sqrt(rows / columns): so one rate fits every shape and size.
         """
         end = len(self.momentum)
         momentum, lr = self.muon_momentum(), lr * self.lr_ratio
@@ -201,12 +209,17 @@ class Optimizer:
         fresh.lerp_(self.momentum, momentum)  # Nesterov's look ahead
         self.masters[:end] *= 1 - lr * self.decay * is_sound
         for (rows, columns), starts in self.muon_starts.items():
-            parts = [fresh[start : start + rows * columns].view(rows, columns) for start in starts]
+            spans = [slice(start, start + rows * columns) for start in starts]
+            parts = [fresh[span].view(rows, columns) for span in spans]
             size = lr * math.sqrt(max(1, rows / columns))
-            directions = self._orthogonal(torch.stack(parts)) * (size * is_sound)
-            for part, direction in zip(parts, directions, strict=True):
-                part.copy_(direction)
-        self.masters[:end].sub_(fresh)
+            directions = self._orthogonal(torch.stack(parts))
+            scales = size * is_sound
+            if (rows, columns) in self.mean_squares:
+                mean_squares = self.mean_squares[rows, columns]
+                fresh_weight = (1 - SQUARES_BETA) * is_sound
+                scales = scales * neuron_scales(directions, mean_squares, fresh_weight)
+            updates = (directions * scales).float().flatten(1).unbind()
+            torch._foreach_sub_([self.masters[span] for span in spans], updates)
 
     def muon_momentum(self) -> Tensor | float:
         """How much of the past a step keeps: rises over the first muon_warmup_steps."""
@@ -235,8 +248,8 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """The very tensors that a checkpoint needs beside the masters: copy into them to restore.
 
-        Moments are `exp_avg.NAME` and `exp_avg_sq.NAME`, or `momentum.NAME` where Muon updates;
-        all else is a single number.
+        Moments are `exp_avg.NAME` and `exp_avg_sq.NAME`, or `momentum.NAME` where Muon updates, and
+        `mean_squares.ROWSxCOLUMNS` of all its matrices of a shape; all else is a single number.
         """
         first = len(self.momentum)
         flats = {kind: self.views(flat, first) for kind, flat in self.moments.items()}
@@ -244,6 +257,7 @@ class Optimizer:
         tensors = {
             f"{kind}.{name}": view for kind, views in flats.items() for name, view in views.items()
         }
+        tensors |= {f"mean_squares.{r}x{c}": each for (r, c), each in self.mean_squares.items()}
         tensors |= {f"step.{number}": step for number, (_, _, step) in enumerate(self.parts)}
         return tensors | {"loss_scale": self.loss_scale, "sound_steps": self.sound_steps}
 
@@ -280,3 +294,20 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(squares, squares, squares, beta=b, alpha=c), x, beta=a)
     done: Tensor = x.mT if tall else x
     return done
+
+
+def neuron_scales(directions: Tensor, mean_squares: Tensor, weight: Tensor) -> Tensor:
+    """What makes every neuron's part of an update about as large: times (n, rows, columns).
+
+    A neuron is a row, in a wide matrix a column. Its part is divided by the root of its mean
+    square, averaged over the steps in `mean_squares` (n, neurons), which takes the fresh one in
+    with `weight`; the norm of each matrix stays what it was. So (n, rows, 1) or (n, 1, columns).
+    """
+    across = 2 if directions.shape[1] >= directions.shape[2] else 1
+    norms = torch.linalg.vector_norm(directions, dim=across, dtype=torch.float32)
+    squares = norms.square() / directions.shape[across]
+    mean_squares.lerp_(squares, weight)
+    shrinks = mean_squares.clamp(min=1e-20)
+    was, now = squares.sum(1), (squares / shrinks).sum(1)
+    scales: Tensor = ((was / now.clamp(min=1e-20)).unsqueeze(1) / shrinks).sqrt()
+    return scales.unsqueeze(across)

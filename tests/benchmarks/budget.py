@@ -17,6 +17,8 @@ from pathlib import Path
 
 import click
 
+from trainer import config as configs
+from trainer.config import Config
 from trainer.metrics import METRICS_FILE, duration, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -82,10 +84,10 @@ def main(
         f"{seconds:.1f} s of {minutes * 60:.0f} s, {seconds / minutes / 60:.2%}, from the start of "
         "the process to its end"
     )
-    show_costs(rows)
+    show_costs(rows, configs.load(config), configs.load(config, settings))
 
 
-def show_costs(rows: list[dict]) -> None:
+def show_costs(rows: list[dict], own: Config, chosen: Config) -> None:
     """What is not training: evaluations, checkpoints and the steps after them, waits for data."""
     speeds = {row["step"]: row["tokens_per_second"] for row in rows if row["kind"] == "step"}
     usual = statistics.median(speeds.values())
@@ -102,6 +104,15 @@ def show_costs(rows: list[dict]) -> None:
     click.echo(
         f"usual speed {usual:,.0f} tokens/s; an evaluation took {statistics.median(took):.2f} s; "
         f"waits for data: median {statistics.median(waits):.3%}, most {max(waits[1:]):.3%}"
+    )
+    stalls = [row["stall_seconds"] for row in rows if row["kind"] == "checkpoint"]
+    step_seconds = own.batch.tokens_per_step / usual
+    evaluation = max(took) * own.evaluate.num_tokens / chosen.evaluate.num_tokens
+    click.echo(
+        f"as often as the config has them ({own.evaluate.num_tokens:,} tokens every "
+        f"{own.evaluate.every_steps} steps, a checkpoint every {own.checkpoint.every_steps}): "
+        f"evaluation {evaluation / step_seconds / own.evaluate.every_steps:.2%}, "
+        f"checkpoints {max(stalls) / step_seconds / own.checkpoint.every_steps:.3%} of the time"
     )
 
 

@@ -9,8 +9,8 @@
 An arm's speed is calibrated once, in a short run that is thrown away; as many steps as fit into its
 seconds at that speed are its plan, and its schedule ends there. Only training steps count as time:
 curves.py says how that is taken. ARM@3e-4 is ARM with that optimizer.peak_lr, ARM@muon_lr=0.01 with
-that optimizer.muon_lr, and so on. The validation tokens are the same for all arms of one
-context_length.
+that optimizer.muon_lr, ARM@3e-4@muon_lr=0.01 with both, and so on. The validation tokens are the
+same for all arms of one context_length.
 
 Each finished run is a line of OUT/results.jsonl. The same command again leaves out those runs, and
 those in --results; one that was cut off is begun anew.
@@ -87,11 +87,11 @@ def parse_arm(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def find_arm(name: str, table: dict[str, tuple[str, ...]]) -> Arm:
-    base, _, change = name.partition("@")
+    base, *changes = name.split("@")
     if base not in table:
         raise click.BadParameter(f"no such arm: {base}; there are {', '.join(table)}, or --arm")
     config, *settings = table[base]
-    if change:
+    for change in changes:
         key, _, value = change.rpartition("=")
         settings.append(f"optimizer.{key or 'peak_lr'}={value}")
     return Arm(name, config, tuple(settings))
