@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import ForgeError
 from trainer import card, checkpoint, fused, memory
-from trainer.config import Config
+from trainer.config import Config, ModelConfig
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
 from trainer.model import GPT2, LanguageModel, build_model
@@ -118,10 +119,13 @@ class Trainer:
         self.past, self.started = past, started
         torch.set_float32_matmul_precision("high")
         self.model = build_model(config.model)
-        with ThreadPoolExecutor() as pool:  # the CPU fills the weights while the card is measured
+        dtype = compute_dtype(config, device)
+        with ThreadPoolExecutor() as pool:  # the CPU is busy while the card is measured
             filled = pool.submit(self.model.init_weights, config.seed)
-            self.card = card.measure(device, compute_dtype(config, device))
+            loaded = pool.submit(load_attention, config.model, device, dtype)
+            self.card = card.measure(device, dtype)
             filled.result()
+            loaded.result()
         self.model.to(device)
         self.optimizer = Optimizer(self.model, config, ranks)
         compile_model(self.model, config, device)
@@ -577,6 +581,13 @@ def attention_backends(device: torch.device) -> Any:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
         order.insert(0, SDPBackend.CUDNN_ATTENTION)
     return sdpa_kernel(order, set_priority=True)
+
+
+def load_attention(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Have torch load its libraries for attention, which takes up to a second, in C++ alone."""
+    shape = 1, model.context_length, model.num_heads, model.head_dim()
+    q = torch.zeros(shape, device=device, dtype=dtype).transpose(1, 2)
+    F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
 
 def compile_model(model: LanguageModel, config: Config, device: torch.device) -> None:
