@@ -23,7 +23,7 @@ from sampler import decode
 from sampler.decode import Decoder, Sampling
 from trainer import fused
 from trainer.config import ModelConfig
-from trainer.model import LanguageModel, build_model
+from trainer.model import LanguageModel, build_model, rotary_table
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -259,6 +259,60 @@ def test_a_layer_norm_gives_the_bias_before_it_its_gradient(shape: tuple[int, ..
     assert differ(ours, plain, [x, y, y_bias, gain, bias], [dx, dn]) < 2e-6
 
 
+@pytest.mark.parametrize("shape", [(3, 41, 72), (1, 1, 288), (2, 100, 600)])
+def test_a_gate_has_the_plain_ones_values_and_gradients(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = 3 * torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)
+    dy = torch.randn(shape, generator=generator)
+
+    def plain(h: Tensor) -> tuple[Tensor]:
+        gate, up = h.chunk(2, -1)
+        return (F.silu(gate) * up,)
+
+    assert differ(lambda h: (fused.Gate.apply(h),), plain, [h], [dy]) < 1e-6
+
+
+@pytest.mark.parametrize(("size", "num_heads", "num_kv_heads"), [(24, 4, 2), (16, 3, 3)])
+def test_heads_are_normalized_and_rotated_and_so_are_their_gradients(
+    size: int, num_heads: int, num_kv_heads: int
+) -> None:
+    B, T = 3, 41  # noqa: N806
+    config = replace(MODERN, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=size)
+    turns = rotary_table(config)[:, :T]  # of a longer context: not contiguous
+    sizes = (num_heads * size, num_kv_heads * size, num_kv_heads * size)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, T, sum(sizes), generator=generator)
+    gains = [0.5 + torch.rand(size, generator=generator) for _ in range(2)]
+    dq = torch.randn(B, T, num_heads, size, generator=generator).transpose(1, 2)
+    dk = torch.randn(B, num_kv_heads, T, size, generator=generator)
+    dv = torch.randn(size, T, B, num_kv_heads, generator=generator).permute(2, 3, 1, 0)
+
+    def plain(x: Tensor, *gains: Tensor) -> tuple[Tensor, ...]:
+        heads = [part.unflatten(-1, (-1, size)) for part in x.split(sizes, -1)]
+        for n, gain in enumerate(gains):
+            normal = F.rms_norm(heads[n], (size,), gain, 1e-6)
+            cos, sin = turns.double()
+            heads[n] = normal * cos + normal.roll(size // 2, -1) * sin
+        return tuple(part.transpose(1, 2) for part in heads)
+
+    def ours(x: Tensor, *gains: Tensor) -> tuple[Tensor, ...]:
+        return fused.Rotate.apply(x, *gains, turns.to(x.device), sizes)
+
+    assert differ(ours, plain, [x, *gains], [dq, dk, dv]) < 2e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 41, 72), (1, 1, 256), (2, 100, 600)])
+def test_an_rms_norm_has_the_plain_ones_values_and_gradients(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y, dx, dn = torch.randn(4, *shape, generator=generator)
+    gain = 1 + torch.randn(shape[-1], generator=generator)
+
+    def plain(x: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
+        return x + y, F.rms_norm(x + y, gain.shape, gain, 1e-6)
+
+    assert differ(fused.AddRMSNorm.apply, plain, [x, y, gain], [dx, dn]) < 2e-6
+
+
 def compiled(trunk: Callable[..., Any]) -> Callable[..., Any]:
     """As training has it on a GPU; elsewhere what is cut the same way, but runs by itself."""
     backend = "inductor" if DEVICE == "cuda" else "aot_eager_decomp_partition"
@@ -266,10 +320,13 @@ def compiled(trunk: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(trunk, fullgraph=True, dynamic=False, backend=backend)
 
 
+@pytest.mark.parametrize("config", [SMALL, MODERN], ids=["gpt2", "qwen3"])
 @pytest.mark.parametrize("compiles", [False, True])
-def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients(compiles: bool) -> None:
+def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients(
+    compiles: bool, config: ModelConfig
+) -> None:
     num_layers, shape = (2, (2, 20)) if DEVICE == "cpu" else (3, (3, 42))
-    exact, ours = (made(replace(SMALL, num_layers=num_layers)).requires_grad_() for _ in range(2))
+    exact, ours = (made(replace(config, num_layers=num_layers)).requires_grad_() for _ in range(2))
     exact = exact.cpu().double()
     ours.trunk = partial(fused.hidden, ours)
     if compiles:
@@ -285,8 +342,9 @@ def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients(compiles: bool) -
     assert max(differences(ours.found, exact.found)) < (2e-6 if DEVICE == "cpu" else 2e-3)
 
 
-def test_the_fused_trunk_keeps_no_more_for_the_way_back() -> None:
-    model = made(SMALL).bfloat16().requires_grad_()
+@pytest.mark.parametrize("config", [SMALL, MODERN], ids=["gpt2", "qwen3"])
+def test_the_fused_trunk_keeps_no_more_for_the_way_back(config: ModelConfig) -> None:
+    model = made(config).bfloat16().requires_grad_()
     tokens = torch.zeros(3, 40, dtype=torch.long, device=DEVICE)
     kept = []
     for trunk in (model.hidden, partial(fused.hidden, model)):

@@ -1,14 +1,15 @@
-"""GPT-2's trunk for training on a GPU: the numbers of model.py's, with fewer walks through memory.
+"""The trunks for training on a GPU: the numbers of model.py's, with fewer walks through memory.
 
 Before: model.py, whose modules and weights these are. After: loop.py, which compiles hidden(), or
 runs it as it is.
 
 Forward is plain torch for the compiler, and kernels of our own without it: then nothing waits for
-a compiler. Backward is memory-bound between its products, and every bias wants the sum
-of its output's gradient over all tokens. Here whoever makes such a gradient sums it on the way, in
-one of three kernels: behind GELU, behind attention (where dq, dk and dv become one array, too), and
-behind LayerNorm with the addition before it. So a bias is added inside its product, as a constant,
-and has its gradient from the function that comes next, which takes it only for that.
+a compiler. Backward is memory-bound between its products, and every bias and gain wants a sum
+over all tokens. Here whoever makes a gradient sums it on the way, in one of a few kernels: behind
+GELU, behind attention (where dq, dk and dv become one array, too; of Qwen3 they are normalized and
+rotated there), and behind a norm with the addition before it. So a bias is added inside its
+product, as a constant, and has its gradient from the function that comes next, which takes it only
+for that.
 """
 
 # torch has no types for Function.apply.
@@ -28,24 +29,41 @@ from torch._functorch import config as functorch_config
 
 from trainer import cross_entropy
 from trainer.config import Config
-from trainer.model import GPT2, attend, gelu
+from trainer.model import GPT2, Qwen3, attend, gelu, rotate
 from trainer.optimizer import compute_dtype
 
-NORM_EPS = 1e-5  # nn.LayerNorm's own
+LAYER_NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6  # those of model.py's modules
 ROWS, COLUMNS = 16, 256  # of a tile, with four warps
 BLOCK = 4096  # numbers that a program takes where each stands alone
 WARP_COLUMNS = 256  # of a row that a program takes as a whole: 16 bytes a thread
 
 
 def available(config: Config, device: torch.device) -> bool:
-    """Whether hidden() can train this model here, and is worth it."""
-    is_ours = config.model.family == "gpt2" and config.model.bias
+    """Whether hidden() can train this model here, and is worth it: not for GPT-2 without biases."""
+    is_ours = config.model.family == "qwen3" or config.model.bias
     is_half = compute_dtype(config, device) in (torch.bfloat16, torch.float16)
     on_gpu = device.type == "cuda" and cross_entropy.gpu_kernels() is not None
     return is_ours and is_half and on_gpu
 
 
-def layer(block: Any, norm: nn.LayerNorm, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+def hidden(model: GPT2 | Qwen3, tokens: Tensor) -> Tensor:
+    """model.hidden(tokens): tokens (B, T) -> (B, T, C)."""
+    T = tokens.shape[1]  # noqa: N806
+    blocks: list[Any] = list(model.h)
+    x = model.wte(tokens)
+    if isinstance(model, GPT2):
+        x = x + model.wpe(torch.arange(T, device=tokens.device))
+        layer = gpt2_layer
+    else:
+        layer = functools.partial(qwen3_layer, turns=model.turns[:, :T])
+    n: Tensor = blocks[0].ln_1(x)
+    norms = [*(block.ln_1 for block in blocks[1:]), model.ln_f]
+    for block, norm in zip(blocks, norms, strict=True):
+        x, n = layer(block, norm, x, n)
+    return n
+
+
+def gpt2_layer(block: Any, norm: Any, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """A block, and `norm` behind it: x and its norm n (B, T, C) -> those of the next block."""
     attn, mlp = block.attn, block.mlp
     q, k, v = Split.apply(product(n, attn.c_attn), attn.c_attn.bias, attn.num_heads)
@@ -56,15 +74,19 @@ def layer(block: Any, norm: nn.LayerNorm, x: Tensor, n: Tensor) -> tuple[Tensor,
     return out
 
 
-def hidden(model: GPT2, tokens: Tensor) -> Tensor:
-    """model.hidden(tokens): tokens (B, T) -> (B, T, C)."""
-    blocks: list[Any] = list(model.h)
-    x = model.wte(tokens) + model.wpe(torch.arange(tokens.shape[1], device=tokens.device))
-    n: Tensor = blocks[0].ln_1(x)
-    norms = [*(block.ln_1 for block in blocks[1:]), model.ln_f]
-    for block, norm in zip(blocks, norms, strict=True):
-        x, n = layer(block, norm, x, n)
-    return n
+def qwen3_layer(
+    block: Any, norm: Any, x: Tensor, n: Tensor, turns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, of a Qwen3; turns (2, T, 1, D) of model.rotary_table()."""
+    attn, mlp = block.attn, block.mlp
+    q, k, v = Rotate.apply(
+        attn.qkv_proj(n), attn.q_norm.weight, attn.k_norm.weight, turns, attn.sizes
+    )
+    y = attn.o_proj(attend(attn, None, q, k, v))
+    x, n = AddRMSNorm.apply(x, y, block.ln_2.weight)
+    y = mlp.down_proj(Gate.apply(mlp.gate_up_proj(n)))
+    out: tuple[Tensor, Tensor] = AddRMSNorm.apply(x, y, norm.weight)
+    return out
 
 
 def use_compile_cache() -> None:
@@ -121,7 +143,7 @@ class AddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             x = x + y
-            n, means, scales = torch.native_layer_norm(x, gain.shape, gain, bias, NORM_EPS)
+            n, means, scales = torch.native_layer_norm(x, gain.shape, gain, bias, LAYER_NORM_EPS)
         else:
             x, n, means, scales = add_norm_forward(x, y, gain, bias)
         ctx.save_for_backward(x, means, scales, gain)
@@ -135,6 +157,71 @@ class AddNorm(torch.autograd.Function):
         return d, d, dy_bias, dgain, dbias
 
 
+class Gate(torch.autograd.Function):
+    """silu(left half) * right half of h (B, T, 2F) -> (B, T, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        if not torch.compiler.is_compiling():
+            return gate_forward(h)
+        gate, up = h.chunk(2, -1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        dh: Tensor = gate_backward(dy.contiguous(), *ctx.saved_tensors)
+        return dh
+
+
+class Rotate(torch.autograd.Function):
+    """x (B, T, (H + 2K) * D) -> queries (B, H, T, D), keys and values (B, K, T, D).
+
+    Queries and keys are normalized, with a gain (D) each, and rotated by turns (2, T, 1, D).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, q_gain: Tensor, k_gain: Tensor, turns: Tensor, sizes: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, q_gain, k_gain, turns)
+        *rotated, v = x.split(sizes, -1)
+        q, k = (
+            rotated_heads(part, gain, turns)
+            for part, gain in zip(rotated, (q_gain, k_gain), strict=True)
+        )
+        return q, k, v.unflatten(-1, (-1, len(q_gain))).transpose(1, 2)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        dx, q_partial, k_partial = rotate_backward(dq, dk, dv, *ctx.saved_tensors)
+        return dx, q_partial.sum(0).to(dq.dtype), k_partial.sum(0).to(dk.dtype), None, None
+
+
+class AddRMSNorm(torch.autograd.Function):
+    """x + y, and its RMSNorm; x and y (B, T, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            x = x + y
+            wide = x.float()
+            scales = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)
+            n = (wide * scales * gain).to(x.dtype)
+        else:
+            x, n, _, scales = add_norm_forward(x, y, gain, None)
+        ctx.save_for_backward(x, scales, gain)
+        return x, n
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scales, gain = ctx.saved_tensors
+        d, partial = rms_norm_backward(dx.contiguous(), dn.contiguous(), x, scales, gain)
+        return d, d, partial.sum(0).to(gain.dtype)
+
+
 # --------------------------------------------------------- the kernels of forward, as they are
 
 
@@ -146,17 +233,54 @@ def gelu_forward(h: Tensor) -> Tensor:
     return y
 
 
-def add_norm_forward(x: Tensor, y: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """x and y (..., C) -> x + y, its LayerNorm, its means and 1 / deviations (..., 1)."""
+def gate_forward(h: Tensor) -> Tensor:
+    """h (..., 2F) -> (..., F)."""
+    from trainer import kernels
+
+    size = h.shape[-1] // 2
+    y = h.new_empty(*h.shape[:-1], size)
+    num_rows = y.numel() // size
+    grid = -(-num_rows // ROWS), -(-size // COLUMNS)
+    kernels.gate[grid](h, y, num_rows, size, ROWS, COLUMNS, num_warps=4)
+    return y
+
+
+def rotated_heads(x: Tensor, gain: Tensor, turns: Tensor) -> Tensor:
+    """Heads side by side in x (B, T, H * D), normalized and rotated: (B, H, T, D)."""
+    D = len(gain)  # noqa: N806
+    if torch.compiler.is_compiling():
+        heads = F.rms_norm(x.unflatten(-1, (-1, D)), (D,), gain, RMS_NORM_EPS)
+        return rotate(heads, turns).transpose(1, 2)
+    from trainer import kernels
+
+    B, T, width = x.shape  # noqa: N806
+    out = x.new_empty(B, T, width // D, D)
+    kernels.rotate_heads[(-(-B * T // ROWS),)](
+        x, gain, turns, out, x.stride(1), T, turns.stride(0), B * T, width // D, RMS_NORM_EPS,
+        D, ROWS, half_columns(D), num_warps=4,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def half_columns(size: int) -> int:
+    """Columns of a tile that takes half a head: a power of two."""
+    return 1 << (size // 2 - 1).bit_length()
+
+
+def add_norm_forward(x: Tensor, y: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """x and y (..., C) -> x + y, its norm, its means and 1 / deviations (..., 1).
+
+    The norm is LayerNorm's, or without a bias RMSNorm's, whose means are left as they come.
+    """
     from trainer import kernels
 
     size = x.shape[-1]
     out, n = torch.empty_like(x), torch.empty_like(x)
     means, scales = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
-    warps = norm_warps(size)
+    warps, centers = norm_warps(size), bias is not None
     kernels.add_and_norm[(x.numel() // size,)](
-        x, y, gain, bias, out, n, means, scales, size, NORM_EPS, WARP_COLUMNS * warps,
-        num_warps=warps,
+        x, y, gain, gain if bias is None else bias, out, n, means, scales, size,
+        LAYER_NORM_EPS if centers else RMS_NORM_EPS, WARP_COLUMNS * warps, centers, num_warps=warps,
     )  # fmt: skip
     return out, n, means, scales
 
@@ -250,7 +374,79 @@ def norm_backward(
     num_rows, warps = x.numel() // size, norm_warps(size)
     kernels.norm_and_sum[(chunks,)](
         dx, dn, x, means, scales, gain, d, partial, num_rows, size, share(num_rows, chunks, 1),
-        WARP_COLUMNS * warps, num_warps=warps,
+        WARP_COLUMNS * warps, True, num_warps=warps,
+    )  # fmt: skip
+    return d, partial
+
+
+def gate_outputs(dy: Tensor, h: Tensor) -> Tensor:
+    return torch.empty_like(h)
+
+
+@operator(gate_outputs)
+def gate_backward(dy: Tensor, h: Tensor) -> Tensor:
+    """dy (..., F) and h (..., 2F) -> dh (..., 2F)."""
+    from trainer import kernels
+
+    dh, size = gate_outputs(dy, h), dy.shape[-1]
+    num_rows = dy.numel() // size
+    grid = -(-num_rows // ROWS), -(-size // COLUMNS)
+    kernels.gate_backward[grid](dy, h, dh, num_rows, size, ROWS, COLUMNS, num_warps=4)
+    return dh
+
+
+def rotate_outputs(
+    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, q_gain: Tensor, k_gain: Tensor, turns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, chunks = x.shape[0] * x.shape[1], programs(x.device, 4)
+    sums = [empty_sums(x, num_rows, chunks, ROWS, gain.shape[0]) for gain in (q_gain, k_gain)]
+    return torch.empty_like(x), sums[0], sums[1]
+
+
+@operator(rotate_outputs)
+def rotate_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, q_gain: Tensor, k_gain: Tensor, turns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (B, H, T, D), dk and dv (B, K, T, D) -> dx, as x (B, T, (H + 2K) * D) was, and partial
+    sums (chunks, D) for the gradients of both gains."""
+    from trainer import kernels
+
+    dx, q_partial, k_partial = rotate_outputs(dq, dk, dv, x, q_gain, k_gain, turns)
+    B, T, width = x.shape  # noqa: N806
+    D, num_rows, start = len(q_gain), B * T, 0  # noqa: N806
+    for part, gain, partial in ((dq, q_gain, q_partial), (dk, k_gain, k_partial)):
+        kernels.rotate_back_and_sum[(len(partial),)](
+            part, x[..., start:], gain, turns, dx[..., start:], partial, *part.stride(), width, T,
+            turns.stride(0), num_rows, part.shape[1], share(num_rows, len(partial), ROWS),
+            RMS_NORM_EPS, D, ROWS, half_columns(D), num_warps=4,
+        )  # fmt: skip
+        start += part.shape[1] * D
+    dx[..., start:].unflatten(-1, (-1, D)).copy_(dv.transpose(1, 2))
+    return dx, q_partial, k_partial
+
+
+def rms_norm_outputs(
+    dx: Tensor, dn: Tensor, x: Tensor, scales: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    size = x.shape[-1]
+    chunks = programs(x.device, max(1, 24 // norm_warps(size)))
+    return torch.empty_like(x), empty_sums(x, x.numel() // size, chunks, 1, size)
+
+
+@operator(rms_norm_outputs)
+def rms_norm_backward(
+    dx: Tensor, dn: Tensor, x: Tensor, scales: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx, dn, x (..., C) and 1 / deviations (..., 1) -> d (..., C) and partial sums (chunks, C)
+    for the gain's gradient."""
+    from trainer import kernels
+
+    d, partial = rms_norm_outputs(dx, dn, x, scales, gain)
+    size, chunks = x.shape[-1], len(partial)
+    num_rows, warps = x.numel() // size, norm_warps(size)
+    kernels.norm_and_sum[(chunks,)](
+        dx, dn, x, scales, scales, gain, d, partial, num_rows, size, share(num_rows, chunks, 1),
+        WARP_COLUMNS * warps, False, num_warps=warps,
     )  # fmt: skip
     return d, partial
 

@@ -67,8 +67,73 @@ def gelu(h, y, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_and_norm(x, y, gain, bias, out, n, means, scales, size, eps, BLOCK: tl.constexpr):
-    """One row of `size` numbers: out = x + y, and n, its LayerNorm; its mean and 1 / deviation."""
+def gate(h, y, num_rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """y (num_rows, size) = silu(left half) * right half of h (num_rows, 2 * size)."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < num_rows) & (columns < size)
+    at = rows * 2 * size + columns
+    x = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(h + at + size, mask=mask, other=0.0).to(tl.float32)
+    x = x / (1.0 + tl.exp2(-x * LOG2_E)) * up
+    tl.store(y + rows * size + columns, x.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gate_backward(dy, h, dh, num_rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """dh (num_rows, 2 * size) of gate(): for both halves of h."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < num_rows) & (columns < size)
+    at = rows * 2 * size + columns
+    x = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(h + at + size, mask=mask, other=0.0).to(tl.float32)
+    gradient = tl.load(dy + rows * size + columns, mask=mask, other=0.0).to(tl.float32)
+    s = 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+    tl.store(dh + at, (gradient * up * (s + x * s * (1.0 - s))).to(dh.dtype.element_ty), mask=mask)
+    tl.store(dh + at + size, (gradient * x * s).to(dh.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rotate_heads(
+    x, gain, turns, out, width, time, table_size, num_rows, num_heads, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out (num_rows, num_heads * D): the heads in x (num_rows, width), normalized and rotated.
+
+    turns: cosines, and `table_size` numbers later sines, (T, D) each, as model.rotary_table() has
+    them. A head is taken in two halves of D / 2, rounded up to COLUMNS, whose numbers are pairs.
+    """
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    half = tl.arange(0, COLUMNS)[None, :]
+    fits = half < D // 2
+    mask = (rows < num_rows) & fits
+    turn = turns + rows % time * D + half
+    cos = tl.load(turn, mask=mask, other=0.0)
+    sin = tl.load(turn + table_size + D // 2, mask=mask, other=0.0)
+    first_gain = tl.load(gain + half, mask=fits, other=0.0).to(tl.float32)
+    second_gain = tl.load(gain + D // 2 + half, mask=fits, other=0.0).to(tl.float32)
+    for head in range(0, num_heads):
+        at = x + rows * width + head * D + half
+        first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(at + D // 2, mask=mask, other=0.0).to(tl.float32)
+        squares = tl.sum(first * first + second * second, 1)[:, None]
+        scale = 1.0 / tl.sqrt(squares / D + eps)
+        first *= scale * first_gain
+        second *= scale * second_gain
+        to = out + rows * num_heads * D + head * D + half
+        tl.store(to, (first * cos - second * sin).to(out.dtype.element_ty), mask=mask)
+        tl.store(to + D // 2, (second * cos + first * sin).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_and_norm(
+    x, y, gain, bias, out, n, means, scales, size, eps, BLOCK: tl.constexpr, CENTERS: tl.constexpr
+):  # fmt: skip
+    """One row of `size` numbers: out = x + y, and n, its norm; its mean and 1 / deviation.
+
+    n is LayerNorm's, or RMSNorm's if nothing is centered: then there is no bias, and no mean.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     fits = columns < size
@@ -78,14 +143,16 @@ def add_and_norm(x, y, gain, bias, out, n, means, scales, size, eps, BLOCK: tl.c
     rounded = value.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask=fits)
     value = rounded.to(tl.float32)
-    mean = tl.sum(value) / size
-    value = tl.where(fits, value - mean, 0.0)
+    if CENTERS:
+        mean = tl.sum(value) / size
+        value = tl.where(fits, value - mean, 0.0)
+        tl.store(means + row, mean)
     scale = 1.0 / tl.sqrt(tl.sum(value * value) / size + eps)
-    tl.store(means + row, mean)
     tl.store(scales + row, scale)
-    weight = tl.load(gain + columns, mask=fits, other=0.0).to(tl.float32)
-    shift = tl.load(bias + columns, mask=fits, other=0.0).to(tl.float32)
-    tl.store(n + at, (value * scale * weight + shift).to(n.dtype.element_ty), mask=fits)
+    value *= scale * tl.load(gain + columns, mask=fits, other=0.0).to(tl.float32)
+    if CENTERS:
+        value += tl.load(bias + columns, mask=fits, other=0.0).to(tl.float32)
+    tl.store(n + at, value.to(n.dtype.element_ty), mask=fits)
 
 
 # Below, a program takes `rows_each` rows, one after the other, and leaves the sums of their columns
@@ -139,12 +206,63 @@ def pack_and_sum(
 
 
 @triton.jit
+def rotate_back_and_sum(
+    source, x, gain, turns, packed, sums, batch_stride, head_stride, time_stride, channel_stride,
+    width, time, table_size, num_rows, num_heads, rows_each, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The way back through rotate_heads(): source (B, H, T, D) in any order -> as many columns of
+    packed (B * T, width), where x was. sums (chunks, D): for the gain's gradient."""
+    chunk = tl.program_id(0)
+    half = tl.arange(0, COLUMNS)[None, :]
+    fits = half < D // 2
+    first_gain = tl.load(gain + half, mask=fits, other=0.0).to(tl.float32)
+    second_gain = tl.load(gain + D // 2 + half, mask=fits, other=0.0).to(tl.float32)
+    first_total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    second_total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rows_each, ROWS):
+        rows = (chunk * rows_each + start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        mask = (rows < num_rows) & fits
+        turn = turns + rows % time * D + half
+        cos = tl.load(turn, mask=mask, other=0.0)
+        sin = tl.load(turn + table_size + D // 2, mask=mask, other=0.0)
+        down = source + rows // time * batch_stride + rows % time * time_stride
+        for head in range(0, num_heads):
+            at = rows * width + head * D + half
+            first = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            second = tl.load(x + at + D // 2, mask=mask, other=0.0).to(tl.float32)
+            squares = tl.sum(first * first + second * second, 1)[:, None]
+            scale = 1.0 / tl.sqrt(squares / D + eps)
+            first *= scale
+            second *= scale
+            given = down + head * head_stride + half * channel_stride
+            d1 = tl.load(given, mask=mask, other=0.0).to(tl.float32)
+            d2 = tl.load(given + D // 2 * channel_stride, mask=mask, other=0.0).to(tl.float32)
+            back1 = d1 * cos + d2 * sin
+            back2 = d2 * cos - d1 * sin
+            first_total += back1 * first
+            second_total += back2 * second
+            back1 *= first_gain
+            back2 *= second_gain
+            slope = tl.sum(back1 * first + back2 * second, 1)[:, None] / D
+            back1 = (back1 - first * slope) * scale
+            back2 = (back2 - second * slope) * scale
+            tl.store(packed + at, back1.to(packed.dtype.element_ty), mask=mask)
+            tl.store(packed + at + D // 2, back2.to(packed.dtype.element_ty), mask=mask)
+    sums += chunk * D + half
+    tl.store(sums, tl.sum(first_total, 0)[None, :], mask=fits)
+    tl.store(sums + D // 2, tl.sum(second_total, 0)[None, :], mask=fits)
+
+
+@triton.jit
 def norm_and_sum(
-    dx, dn, x, means, scales, gain, d, sums, num_rows, size, rows_each, BLOCK: tl.constexpr
+    dx, dn, x, means, scales, gain, d, sums, num_rows, size, rows_each,
+    BLOCK: tl.constexpr, CENTERS: tl.constexpr,
 ):  # fmt: skip
     """d = dx + what dn gives back through n = (x - mean) * scale * gain + bias: (num_rows, size).
 
-    sums (chunks, 3 * size): for the gain's gradient, for the bias's, and of d itself.
+    sums (chunks, 3 * size): for the gain's gradient, for the bias's, and of d itself. If nothing
+    is centered, there is no mean and no bias, and sums (chunks, size) has the gain's alone.
     """
     chunk = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -161,16 +279,23 @@ def norm_and_sum(
         value = tl.load(x + at, mask=fits, other=0.0).to(tl.float32)
         beside = tl.load(dx + at, mask=fits, other=0.0).to(tl.float32)
         scale = tl.load(scales + row).to(tl.float32)
-        normal = (value - tl.load(means + row).to(tl.float32)) * scale
         weighted = below * weight
-        mean = tl.sum(weighted) / size
+        if CENTERS:
+            value -= tl.load(means + row).to(tl.float32)
+        normal = value * scale
         slope = tl.sum(weighted * normal) / size
-        gradient = beside + (weighted - mean - normal * slope) * scale
+        if CENTERS:
+            weighted -= tl.sum(weighted) / size
+        gradient = beside + (weighted - normal * slope) * scale
         tl.store(d + at, gradient.to(d.dtype.element_ty), mask=fits)
         gain_total += below * normal
-        bias_total += below
-        total += gradient
-    sums += chunk * 3 * size + columns
-    tl.store(sums, gain_total, mask=fits)
-    tl.store(sums + size, bias_total, mask=fits)
-    tl.store(sums + 2 * size, total, mask=fits)
+        if CENTERS:
+            bias_total += below
+            total += gradient
+    if CENTERS:
+        sums += chunk * 3 * size + columns
+        tl.store(sums, gain_total, mask=fits)
+        tl.store(sums + size, bias_total, mask=fits)
+        tl.store(sums + 2 * size, total, mask=fits)
+    else:
+        tl.store(sums + chunk * size + columns, gain_total, mask=fits)

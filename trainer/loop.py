@@ -26,7 +26,7 @@ from trainer import card, checkpoint, fused, memory
 from trainer.config import Config, ModelConfig
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
-from trainer.model import GPT2, LanguageModel, build_model
+from trainer.model import GPT2, Qwen3, build_model
 from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import (
     Beats,
@@ -590,7 +590,7 @@ def load_attention(model: ModelConfig, device: torch.device, dtype: torch.dtype)
     F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
 
-def compile_model(model: LanguageModel, config: Config, device: torch.device) -> None:
+def compile_model(model: GPT2 | Qwen3, config: Config, device: torch.device) -> None:
     """Put torch.compile where the config asks for it: the whole trunk, each block, or nowhere.
 
     fused.py's trunk has kernels for all that a compiler would make of a block.
@@ -600,7 +600,7 @@ def compile_model(model: LanguageModel, config: Config, device: torch.device) ->
         how = "full" if device.type == "cuda" else "off"
     if how == "off":
         return
-    if isinstance(model, GPT2) and fused.available(config, device):
+    if fused.available(config, device):
         model.trunk = functools.partial(fused.hidden, model)
         if how == "full":
             fused.use_compile_cache()

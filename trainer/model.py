@@ -147,7 +147,7 @@ class LanguageModel(nn.Module, ABC):
         return self.loss(self.trunk(tokens), targets)
 
 
-def build_model(config: ModelConfig) -> LanguageModel:
+def build_model(config: ModelConfig) -> "GPT2 | Qwen3":
     """Its matrices are not filled yet: init_weights() or a state to load does that."""
     return Qwen3(config) if config.family == "qwen3" else GPT2(config)
 

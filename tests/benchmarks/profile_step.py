@@ -34,7 +34,7 @@ KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
     "optimizer": ("adam", "multi_tensor", "accumulate"),
     "cross-entropy": ("softmax_gradient",),
-    "fused.py": ("_and_sum", "add_and_norm", "gelu"),
+    "fused.py": ("_and_sum", "add_and_norm", "gelu", "gate", "rotate_heads"),
     "copies": ("memcpy", "memset"),
 }
 Intervals = list[tuple[float, float]]

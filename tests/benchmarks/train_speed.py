@@ -32,7 +32,13 @@ from trainer.run import open_data
 from trainer.windows import MicroBatches
 
 ROOT = Path(__file__).parent.parent.parent
-MICRO_BATCHES = {"gpt2": 96, "gpt2_medium": 40, "gpt2_large": 24}  # fast for both on a large card
+MICRO_BATCHES = {  # fast on a large card
+    "gpt2": 96,
+    "gpt2_medium": 40,
+    "gpt2_large": 24,
+    "forge_124m": 96,
+    "forge_350m": 40,
+}
 NO_BIAS = "--set=model.bias=false"
 UNFUSED = "from trainer import cli, fused; fused.available = lambda *_: False; cli.main()"
 
