@@ -207,9 +207,7 @@ class AddRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             x = x + y
-            wide = x.float()
-            scales = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)
-            n = (wide * scales * gain).to(x.dtype)
+            n, scales = torch.ops.aten._fused_rms_norm(x, gain.shape, gain, RMS_NORM_EPS)
         else:
             x, n, _, scales = add_norm_forward(x, y, gain, None)
         ctx.save_for_backward(x, scales, gain)
