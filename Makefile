@@ -46,8 +46,7 @@ check: .venv/ready
 	$(BIN)/mypy
 
 # The GPU's kernels first, in Triton's interpreter. Two tests at a time, of one thread each, where
-# there is no GPU that they would share; of a file one at a time, so that the tests of several ranks
-# never meet.
+# there is no GPU that they would share, and of a file one at a time.
 test: check
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) tests/test_kernels.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) --dist loadfile --no-loadscope-reorder

@@ -202,7 +202,8 @@ def _new_files(source: Source, old: Index) -> Source:
             raise ForgeError(
                 "a file that the folder was made of is gone or changed",
                 where=known["name"],
-                fix="restore it, or start afresh with --overwrite",
+                fix="restore it: the old files must still be in the source, beside new ones; "
+                "or start afresh with --overwrite",
             )
     return replace(source, files=tuple(file for file in source.files if file.name in files))
 
@@ -308,8 +309,10 @@ def _commit(
         + tuple(shard for record in records for shard in record.shards),
     )
     if not index.shards:
+        left_out = f"; damaged: {', '.join(skipped['damaged'][:3])}" if skipped["damaged"] else ""
         raise ForgeError(
-            "the source holds no text: every document is null, empty, damaged or below --min-score",
+            "the source holds no text: every document is null, empty, damaged or below --min-score"
+            + left_out,
             where=plan["source"]["name"],
             fix="look at the source, or name another column with --text-column",
         )

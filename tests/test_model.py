@@ -352,6 +352,37 @@ def test_neurons_are_scaled_alike_and_the_norm_stays(shape: tuple[int, int, int]
     assert torch.equal(unsound, mean_squares)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_update_of_muon_is_normalized_neuron_by_neuron(family: ModelConfig) -> None:
+    """The first one leaves all neurons of a matrix with as large a part, as there is no past."""
+    few = replace(family, vocab_size=500, bias=False)
+    options = replace(configs.load("tiny").optimizer, name="muon", muon_weight_decay=0.0)
+    moved = []
+    for normalizes in (True, False):
+        chosen = replace(options, muon_normalize=normalizes)
+        model = made(few)
+        optimizer = Optimizer(model, replace(configs.load("tiny"), model=few, optimizer=chosen))
+        generator = torch.Generator().manual_seed(3)
+        for parameter in model.parameters():
+            parameter.grad.copy_(torch.randn(parameter.shape, generator=generator))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.update(0.01, 1, torch.tensor(True))
+        moved.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    for name, ours in moved[0].items():
+        if not name.startswith("h.") or ours.ndim < 2:
+            assert torch.equal(ours, moved[1][name]), name
+            continue
+        sizes = getattr(model.get_submodule(name.removesuffix(".weight")), "sizes", (len(ours),))
+        for part, plain in zip(ours.split(sizes), moved[1][name].split(sizes), strict=True):
+            rows, columns = part.shape
+            neurons = part.norm(dim=1 if rows >= columns else 0)
+            torch.testing.assert_close(
+                neurons, neurons.mean().expand(len(neurons)), rtol=1e-4, atol=0
+            )
+            torch.testing.assert_close(part.norm(), plain.norm(), rtol=1e-4, atol=0)
+            assert (part - plain).norm() > 0.01 * plain.norm()
+
+
 def test_muon_s_momentum_rises_over_its_warm_up() -> None:
     options = replace(configs.load("tiny").optimizer, name="muon", muon_warmup_steps=4)
     few = replace(SMALL, vocab_size=500)

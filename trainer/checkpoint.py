@@ -304,10 +304,15 @@ def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     differing = {k for k in {*tensors, *wanted} if k not in tensors or k not in wanted}
     differing |= {k for k in {*tensors} & {*wanted} if tensors[k].shape != wanted[k].shape}
     if differing:
+        fix = "use the config that the run was made with"
+        if all(name.startswith("mean_squares.") for name in differing):
+            before = "false" if differing <= {*wanted} else "true"
+            fix += f" (--set optimizer.muon_normalize={before})"
         raise ForgeError(
-            f"the checkpoint is of another model; differing: {', '.join(sorted(differing)[:5])}",
+            "the checkpoint is of another model or optimizer; differing: "
+            f"{', '.join(sorted(differing)[:5])}",
             where=path,
-            fix="use the config that the run was made with",
+            fix=fix,
         )
     return tensors
 

@@ -198,9 +198,10 @@ class Optimizer:
     def muon(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
         """Muon's update (Jordan et al. 2024): momentum, made orthogonal, and weight decay.
 
-        With muon_normalize it is NorMuon's (Li et al. 2025, arXiv:2510.05491). Each rank takes its
-        share of the matrices of a shape, and all get all of them. The update is larger for tall
-        matrices by sqrt(rows / columns): so one rate fits every shape and size.
+        With muon_normalize it is NorMuon's (Li et al. 2025, arXiv:2510.05491), as it is used in
+        modded-nanogpt: see neuron_scales(). Each rank takes its share of the matrices of a shape,
+        and all get all of them. The update is larger for tall matrices by sqrt(rows / columns): so
+        one rate fits every shape and size.
         """
         end = len(self.momentum)
         momentum, lr = self.muon_momentum(), lr * self.lr_ratio
