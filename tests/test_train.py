@@ -496,6 +496,7 @@ def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> 
     for part in (
         "354,823,168",
         "61,440 = 60 windows",
+        "AdamW at 0.0003",
         "accumulation steps",
         "GiB a card",
         "epochs",

@@ -31,6 +31,7 @@ def report(config: Config, name: str, folder: Path) -> str:
         f"parameters    {model.num_parameters():,}",
         f"tokens/step   {tokens:,} = {config.windows_per_step()} windows of {model.context_length}",
         f"steps         {until(config, train_tokens)} of {folder}",
+        f"optimizer     {config.optimizer.describe()}",
         f"compute       {model.flops_per_token() / 1e6:,.1f} MFLOP a token{in_all(config)}",
         f"here          {hardware(device, ranks.world_size)}: micro-batch {plan.micro_batch_size} "
         f"x {plan.accumulation_steps} accumulation steps x {ranks.world_size} ranks"

@@ -100,6 +100,14 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     max_norm: float = 1.0  # gradients are clipped to this norm
 
+    def describe(self) -> str:
+        """For people: who updates what, and its highest rate."""
+        adamw = f"AdamW at {self.peak_lr:g}"
+        if self.name == "adamw":
+            return adamw
+        muon = "NorMuon" if self.muon_normalize else "Muon"
+        return f"{muon} at {self.muon_lr:g} for the blocks' matrices, {adamw} for the rest"
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:

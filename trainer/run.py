@@ -358,6 +358,7 @@ def write_readme(
         f"- Data: {index.source['name']}"
         + (f" at {revision}" if revision else "")
         + f", {epochs:.2f} epochs of {index.total('num_tokens', 'train'):,} training tokens",
+        f"- Optimizer: {config.optimizer.describe()}",
         f"- Hardware: {device}; torch {torch.__version__}",
         "",
         "Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), "
