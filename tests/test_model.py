@@ -487,7 +487,7 @@ def test_the_attention_kernel_is_the_fastest_of_that_kind_of_card(
     assert order[0].name == f"{chosen}_ATTENTION"
 
 
-def test_the_fused_trunk_is_for_gpt2_as_published_in_half_precision_on_a_gpu(
+def test_the_fused_trunk_is_for_half_precision_on_a_gpu_and_not_for_gpt2_without_biases(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fused.cross_entropy, "gpu_kernels", lambda: "a kernel")
@@ -498,6 +498,6 @@ def test_the_fused_trunk_is_for_gpt2_as_published_in_half_precision_on_a_gpu(
     assert not fused.available(config, cpu)
     assert not fused.available(replace(config, precision="float32"), gpu)
     assert not fused.available(replace(config, model=replace(config.model, bias=False)), gpu)
-    assert not fused.available(replace(config, model=MODERN), gpu)
+    assert fused.available(replace(config, model=MODERN), gpu)
     monkeypatch.setattr(fused.cross_entropy, "gpu_kernels", lambda: None)
     assert not fused.available(config, gpu)
