@@ -228,7 +228,7 @@ def test_gelu_gives_the_bias_before_it_its_gradient(shape: tuple[int, ...]) -> N
 @pytest.mark.parametrize("size", [24, 16])
 def test_gradients_of_queries_keys_and_values_are_packed_from_any_order(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    B, H, T = 3, 5, 41  # noqa: N806
+    B, H, T = 3, 5, 41
     x = torch.randn(B, T, 3 * H * size, generator=generator)
     bias = torch.randn(3 * H * size, generator=generator)
     dq = torch.randn(B, T, H, size, generator=generator).transpose(1, 2)
@@ -278,7 +278,7 @@ def test_a_gate_has_the_plain_ones_values_and_gradients(shape: tuple[int, ...]) 
 def test_heads_are_normalized_and_rotated_and_so_are_their_gradients(
     size: int, num_heads: int, num_kv_heads: int
 ) -> None:
-    B, T = 3, 41  # noqa: N806
+    B, T = 3, 41
     config = replace(MODERN, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=size)
     turns = rotary_table(config)[:, :T]  # of a longer context: not contiguous
     sizes = (num_heads * size, num_kv_heads * size, num_kv_heads * size)

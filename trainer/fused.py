@@ -24,7 +24,7 @@ import torch
 import torch.compiler.config
 import torch.nn.functional as F
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._functorch import config as functorch_config
 
 from trainer import cross_entropy
@@ -48,7 +48,7 @@ def available(config: Config, device: torch.device) -> bool:
 
 def hidden(model: GPT2 | Qwen3, tokens: Tensor) -> Tensor:
     """model.hidden(tokens): tokens (B, T) -> (B, T, C)."""
-    T = tokens.shape[1]  # noqa: N806
+    T = tokens.shape[1]
     blocks: list[Any] = list(model.h)
     x = model.wte(tokens)
     if isinstance(model, GPT2):
@@ -124,7 +124,7 @@ class Split(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-        B, T, _ = x.shape  # noqa: N806
+        B, T, _ = x.shape
         q, k, v = x.view(B, T, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
         return q, k, v
 
@@ -216,7 +216,7 @@ class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scales, gain = ctx.saved_tensors
-        d, partial = rms_norm_backward(dx.contiguous(), dn.contiguous(), x, scales, gain)
+        d, partial = norm_backward(dx.contiguous(), dn.contiguous(), x, None, scales, gain)
         return d, d, partial.sum(0).to(gain.dtype)
 
 
@@ -245,13 +245,13 @@ def gate_forward(h: Tensor) -> Tensor:
 
 def rotated_heads(x: Tensor, gain: Tensor, turns: Tensor) -> Tensor:
     """Heads side by side in x (B, T, H * D), normalized and rotated: (B, H, T, D)."""
-    D = len(gain)  # noqa: N806
+    D = len(gain)
     if torch.compiler.is_compiling():
         heads = F.rms_norm(x.unflatten(-1, (-1, D)), (D,), gain, RMS_NORM_EPS)
         return rotate(heads, turns).transpose(1, 2)
     from trainer import kernels
 
-    B, T, width = x.shape  # noqa: N806
+    B, T, width = x.shape
     out = x.new_empty(B, T, width // D, D)
     kernels.rotate_heads[(-(-B * T // ROWS),)](
         x, gain, turns, out, x.stride(1), T, turns.stride(0), B * T, width // D, RMS_NORM_EPS,
@@ -295,11 +295,11 @@ def operator(outputs: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
-        opaque = torch.library.custom_op(f"fused::{function.__name__}", function, mutates_args=())
+        opaque = library.custom_op(f"fused::{function.__name__}", function, mutates_args=())
         opaque.register_fake(outputs)
 
         @functools.wraps(function)
-        def called(*tensors: Tensor) -> Any:
+        def called(*tensors: Tensor | None) -> Any:
             return (opaque if torch.compiler.is_compiling() else function)(*tensors)
 
         return called
@@ -329,7 +329,7 @@ def gelu_backward(dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_outputs(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
-    B, H, T, D = dq.shape  # noqa: N806
+    B, H, T, D = dq.shape
     chunks = programs(dq.device, 6) * COLUMNS // (H * D)
     partial = empty_sums(dq, B * T, chunks, ROWS, 3 * H * D)
     return dq.new_empty(B, T, 3 * H * D), partial
@@ -341,7 +341,7 @@ def pack(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
     from trainer import kernels
 
     packed, partial = pack_outputs(dq, dk, dv)
-    B, H, T, D = dq.shape  # noqa: N806
+    B, H, T, D = dq.shape
     size, chunks = H * D, len(partial)
     for number, part in enumerate((dq, dk, dv)):
         kernels.pack_and_sum[(-(-size // COLUMNS), chunks)](
@@ -352,27 +352,29 @@ def pack(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm_outputs(
-    dx: Tensor, dn: Tensor, x: Tensor, means: Tensor, scales: Tensor, gain: Tensor
+    dx: Tensor, dn: Tensor, x: Tensor, means: Tensor | None, scales: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
     size = x.shape[-1]
     chunks = programs(x.device, max(1, 24 // norm_warps(size)))
-    return torch.empty_like(x), empty_sums(x, x.numel() // size, chunks, 1, 3 * size)
+    width = size if means is None else 3 * size
+    return torch.empty_like(x), empty_sums(x, x.numel() // size, chunks, 1, width)
 
 
 @operator(norm_outputs)
 def norm_backward(
-    dx: Tensor, dn: Tensor, x: Tensor, means: Tensor, scales: Tensor, gain: Tensor
+    dx: Tensor, dn: Tensor, x: Tensor, means: Tensor | None, scales: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dx, dn, x (..., C), means and 1 / deviations (..., 1) -> d (..., C) and partial sums
-    (chunks, 3 * C): for the gradients of gain and bias, and of d itself."""
+    (chunks, 3 * C): for the gradients of gain and bias, and of d itself. Without means it is an
+    RMSNorm, and the sums (chunks, C) are the gain's."""
     from trainer import kernels
 
     d, partial = norm_outputs(dx, dn, x, means, scales, gain)
-    size, chunks = x.shape[-1], len(partial)
+    size, chunks, centers = x.shape[-1], len(partial), means is not None
     num_rows, warps = x.numel() // size, norm_warps(size)
     kernels.norm_and_sum[(chunks,)](
-        dx, dn, x, means, scales, gain, d, partial, num_rows, size, share(num_rows, chunks, 1),
-        WARP_COLUMNS * warps, True, num_warps=warps,
+        dx, dn, x, scales if means is None else means, scales, gain, d, partial, num_rows, size,
+        share(num_rows, chunks, 1), WARP_COLUMNS * warps, centers, num_warps=warps,
     )  # fmt: skip
     return d, partial
 
@@ -410,8 +412,8 @@ def rotate_backward(
     from trainer import kernels
 
     dx, q_partial, k_partial = rotate_outputs(dq, dk, dv, x, q_gain, k_gain, turns)
-    B, T, width = x.shape  # noqa: N806
-    D, num_rows, start = len(q_gain), B * T, 0  # noqa: N806
+    B, T, width = x.shape
+    D, num_rows, start = len(q_gain), B * T, 0
     for part, gain, partial in ((dq, q_gain, q_partial), (dk, k_gain, k_partial)):
         kernels.rotate_back_and_sum[(len(partial),)](
             part, x[..., start:], gain, turns, dx[..., start:], partial, *part.stride(), width, T,
@@ -421,32 +423,6 @@ def rotate_backward(
         start += part.shape[1] * D
     dx[..., start:].unflatten(-1, (-1, D)).copy_(dv.transpose(1, 2))
     return dx, q_partial, k_partial
-
-
-def rms_norm_outputs(
-    dx: Tensor, dn: Tensor, x: Tensor, scales: Tensor, gain: Tensor
-) -> tuple[Tensor, Tensor]:
-    size = x.shape[-1]
-    chunks = programs(x.device, max(1, 24 // norm_warps(size)))
-    return torch.empty_like(x), empty_sums(x, x.numel() // size, chunks, 1, size)
-
-
-@operator(rms_norm_outputs)
-def rms_norm_backward(
-    dx: Tensor, dn: Tensor, x: Tensor, scales: Tensor, gain: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dx, dn, x (..., C) and 1 / deviations (..., 1) -> d (..., C) and partial sums (chunks, C)
-    for the gain's gradient."""
-    from trainer import kernels
-
-    d, partial = rms_norm_outputs(dx, dn, x, scales, gain)
-    size, chunks = x.shape[-1], len(partial)
-    num_rows, warps = x.numel() // size, norm_warps(size)
-    kernels.norm_and_sum[(chunks,)](
-        dx, dn, x, scales, scales, gain, d, partial, num_rows, size, share(num_rows, chunks, 1),
-        WARP_COLUMNS * warps, False, num_warps=warps,
-    )  # fmt: skip
-    return d, partial
 
 
 def norm_warps(size: int) -> int:

@@ -164,7 +164,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(size, size, bias=config.bias)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        B, T, _ = x.shape  # noqa: N806
+        B, T, _ = x.shape
         # (B, T, 3C) -> three of (B, H, T, D)
         q, k, v = self.c_attn(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         out: Tensor = self.c_proj(attend(self, cache, q, k, v))

@@ -18,7 +18,6 @@ from pathlib import Path
 import click
 
 from trainer import config as configs
-from trainer.config import Config
 from trainer.metrics import METRICS_FILE, duration, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +86,7 @@ def main(
     show_costs(rows, configs.load(config), configs.load(config, settings))
 
 
-def show_costs(rows: list[dict], own: Config, chosen: Config) -> None:
+def show_costs(rows: list[dict], own: configs.Config, chosen: configs.Config) -> None:
     """What is not training: evaluations, checkpoints and the steps after them, waits for data."""
     speeds = {row["step"]: row["tokens_per_second"] for row in rows if row["kind"] == "step"}
     usual = statistics.median(speeds.values())
