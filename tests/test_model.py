@@ -1,5 +1,6 @@
 """Both families as published: their sizes, their numbers, their first loss."""
 
+import functools
 import math
 import subprocess
 import sys
@@ -474,6 +475,17 @@ print(torch.compiler.config.cache_key_tag)
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == xxhash.xxh3_64_hexdigest((ROOT / "trainer/fused.py").read_bytes())
+
+
+@pytest.mark.parametrize(("config", "compiles"), [(SMALL, True), (MODERN, False)])
+def test_a_gpu_compiles_what_is_faster_for_it(
+    config: ModelConfig, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "available", lambda *_: True)
+    monkeypatch.setattr(fused, "use_compile_cache", lambda: None)
+    model = build_model(config)
+    loop.compile_model(model, configs.load("tiny"), torch.device("cuda"))
+    assert isinstance(model.trunk, functools.partial) is not compiles
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [(8, "FLASH"), (9, "CUDNN"), (12, "FLASH")])

@@ -184,8 +184,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 1337
-    # auto: full on a GPU, off on a CPU. block starts sooner: it compiles one block for all, or on a
-    # GPU none, where fused.py has kernels for what is between the products.
+    # auto: off on a CPU; on a GPU full, or block where that is as fast (Qwen3). block starts soon:
+    # it compiles one block for all, or none where fused.py has kernels for all between products.
     compile: Literal["auto", "full", "block", "off"] = "auto"
     # Of the weights that the model computes with; auto: bfloat16, or float16 on GPUs before Ampere,
     # or float32 on a CPU. Masters, moments and sums are float32 whatever it is.

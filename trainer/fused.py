@@ -421,7 +421,12 @@ def rotate_backward(
             RMS_NORM_EPS, D, ROWS, half_columns(D), num_warps=4,
         )  # fmt: skip
         start += part.shape[1] * D
-    dx[..., start:].unflatten(-1, (-1, D)).copy_(dv.transpose(1, 2))
+    size, chunks = width - start, len(k_partial)
+    unused = x.new_empty(chunks, width, dtype=torch.float32)  # values have no gain
+    kernels.pack_and_sum[(-(-size // COLUMNS), chunks)](
+        dv, dx[..., start:], unused, *dv.stride(), T, num_rows, size, width,
+        share(num_rows, chunks, ROWS), D, ROWS, COLUMNS, num_warps=4,
+    )  # fmt: skip
     return dx, q_partial, k_partial
 
 

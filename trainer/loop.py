@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import ForgeError
-from trainer import card, checkpoint, fused, memory
+from trainer import card, checkpoint, cross_entropy, fused, memory
 from trainer.config import Config, ModelConfig
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
@@ -122,7 +122,7 @@ class Trainer:
         dtype = compute_dtype(config, device)
         with ThreadPoolExecutor() as pool:  # the CPU is busy while the card is measured
             filled = pool.submit(self.model.init_weights, config.seed)
-            loaded = pool.submit(load_attention, config.model, device, dtype)
+            loaded = pool.submit(load_libraries, config.model, device, dtype)
             self.card = card.measure(device, dtype)
             filled.result()
             loaded.result()
@@ -583,8 +583,10 @@ def attention_backends(device: torch.device) -> Any:
     return sdpa_kernel(order, set_priority=True)
 
 
-def load_attention(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Have torch load its libraries for attention, which takes up to a second, in C++ alone."""
+def load_libraries(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Load Triton, and have torch load its libraries for attention: each takes up to a second."""
+    if device.type == "cuda":
+        cross_entropy.gpu_kernels()
     shape = 1, model.context_length, model.num_heads, model.head_dim()
     q = torch.zeros(shape, device=device, dtype=dtype).transpose(1, 2)
     F.scaled_dot_product_attention(q, q, q, is_causal=True)
@@ -593,14 +595,17 @@ def load_attention(model: ModelConfig, device: torch.device, dtype: torch.dtype)
 def compile_model(model: GPT2 | Qwen3, config: Config, device: torch.device) -> None:
     """Put torch.compile where the config asks for it: the whole trunk, each block, or nowhere.
 
-    fused.py's trunk has kernels for all that a compiler would make of a block.
+    fused.py's trunk has kernels for all that a compiler would make of a block, and of Qwen3 they
+    are as fast as what a compiler makes of the whole.
     """
-    how = config.compile
+    how, is_fused = config.compile, fused.available(config, device)
     if how == "auto":
         how = "full" if device.type == "cuda" else "off"
+        if is_fused and isinstance(model, Qwen3):
+            how = "block"
     if how == "off":
         return
-    if fused.available(config, device):
+    if is_fused:
         model.trunk = functools.partial(fused.hidden, model)
         if how == "full":
             fused.use_compile_cache()

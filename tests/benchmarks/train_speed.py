@@ -74,8 +74,8 @@ def forge(
     steps: int,
     settings: tuple[str, ...],
     fuses: bool,
-) -> tuple[float, float, float]:
-    """(tokens/s, peak GiB, seconds to the end of the first step) of forge-train."""
+) -> tuple[float, float, float, float]:
+    """(tokens/s, peak GiB, seconds to the first step and to its end) of forge-train."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
             f"--set=batch.micro_batch_size={micro_batch}",
@@ -95,20 +95,21 @@ def forge(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        first, output = 0.0, []
+        begin, output = 0.0, []
         for line in process.stdout or ():
             output.append(line)
-            if line.startswith("step ") and "norm" in line and not first:
-                first = time.perf_counter() - started
+            if "validation loss" in line and not begin:  # the model's as it starts
+                begin = time.perf_counter() - started
         if process.wait():
             raise click.ClickException("".join(output[-40:]))
         rows = read_metrics(Path(folder, "run"))
-    speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "step"][3:]
+    tokens = configs.load(config).batch.tokens_per_step
+    speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "step"]
     peak = max(row["peak_memory_bytes"] for row in rows if row["kind"] == "evaluate")
-    return statistics.median(speeds), peak / 2**30, first
+    return statistics.median(speeds[3:]), peak / 2**30, begin, begin + tokens / speeds[0]
 
 
-def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float, float, float]:
+def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float, ...]:
     """The same for the plain recipe."""
     started = time.perf_counter()
     chosen = configs.load(config, ("evaluate.num_tokens=65536",))
@@ -133,6 +134,7 @@ def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float,
     times = []
     device = torch.device("cuda", 0)
     with MicroBatches(windows, 0, 0, chosen.step_sizes(), micro_batch, 0, 1, device) as batches:
+        begin = time.perf_counter() - started
         for _ in range(steps):
             for _ in range(accumulation_steps):
                 with torch.autocast("cuda", torch.bfloat16):
@@ -145,7 +147,7 @@ def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float,
             times.append(time.perf_counter())
     seconds = np.diff(times)[2:]
     speed = chosen.batch.tokens_per_step / statistics.median(seconds)
-    return speed, torch.cuda.max_memory_allocated() / 2**30, times[0] - started
+    return speed, torch.cuda.max_memory_allocated() / 2**30, begin, times[0] - started
 
 
 @click.command()
@@ -165,7 +167,7 @@ def main(data: Path | None, names: str, steps: int, arms: str, plain_arm: str | 
     )
     click.echo(
         f"{'config':14}{'arm':24}{'windows':>8}{'tokens/s':>11}{'ratio':>7}{'peak GiB':>10}"
-        f"{'first step':>12}{'of matmul':>11}"
+        f"{'first step':>20}{'of matmul':>11}"
     )
     with tempfile.TemporaryDirectory() as folder:
         data = data or random_shards(Path(folder) / "random")
@@ -177,18 +179,18 @@ def main(data: Path | None, names: str, steps: int, arms: str, plain_arm: str | 
                     command = [sys.executable, "-m", "tests.benchmarks.train_speed"]
                     command += ["--data", str(data), "--plain-arm", name, "--steps", str(steps)]
                     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-                    speed, peak, first = json.loads(done.stdout)
+                    speed, peak, begin, end = json.loads(done.stdout)
                 else:
                     settings = (NO_BIAS,) if "without" in arm else ()
                     settings += ("--set=compile=block",) if "block" in arm else ()
-                    speed, peak, first = forge(
+                    speed, peak, begin, end = forge(
                         name, data, micro_batch, steps, settings, fuses="unfused" not in arm
                     )
                 against = against or speed
                 share = speed * model.flops_per_token() / sustained_matmul()
                 click.echo(
                     f"{name:14}{arm:24}{micro_batch:>8}{speed:>11,.0f}{speed / against:>7.3f}"
-                    f"{peak:>10.1f}{first:>10.1f} s{share:>11.1%}"
+                    f"{peak:>10.1f}{begin:>10.1f} to{end:>5.1f} s{share:>11.1%}"
                 )
 
 
