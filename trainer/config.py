@@ -184,8 +184,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 1337
-    # auto: off on a CPU; on a GPU full, or block where that is as fast (Qwen3). block starts soon:
-    # it compiles one block for all, or none where fused.py has kernels for all between products.
+    # auto: full on a GPU, off on a CPU. block starts sooner: it compiles one block for all. Where
+    # fused.py has kernels for what is between the products, Qwen3 is not compiled at all, and GPT-2
+    # only by full.
     compile: Literal["auto", "full", "block", "off"] = "auto"
     # Of the weights that the model computes with; auto: bfloat16, or float16 on GPUs before Ampere,
     # or float32 on a CPU. Masters, moments and sums are float32 whatever it is.

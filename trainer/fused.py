@@ -1,10 +1,10 @@
 """The trunks for training on a GPU: the numbers of model.py's, with fewer walks through memory.
 
-Before: model.py, whose modules and weights these are. After: loop.py, which compiles hidden(), or
-runs it as it is.
+Before: model.py, whose modules and weights these are. After: loop.py, which runs hidden() as it is,
+or compiles it for GPT-2, of whose way forward the compiler makes a little more.
 
-Forward is plain torch for the compiler, and kernels of our own without it: then nothing waits for
-a compiler. Backward is memory-bound between its products, and every bias and gain wants a sum
+Forward has kernels of our own, so that nothing waits for a compiler; for the compiler it is plain
+torch. Backward is memory-bound between its products, and every bias and gain wants a sum
 over all tokens. Here whoever makes a gradient sums it on the way, in one of a few kernels: behind
 GELU, behind attention (where dq, dk and dv become one array, too; of Qwen3 they are normalized and
 rotated there), and behind a norm with the addition before it. So a bias is added inside its
@@ -29,7 +29,7 @@ from torch._functorch import config as functorch_config
 
 from trainer import cross_entropy
 from trainer.config import Config
-from trainer.model import GPT2, Qwen3, attend, gelu, rotate
+from trainer.model import GPT2, Qwen3, attend, gelu
 from trainer.optimizer import compute_dtype
 
 LAYER_NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6  # those of model.py's modules
@@ -163,15 +163,11 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
         ctx.save_for_backward(h)
-        if not torch.compiler.is_compiling():
-            return gate_forward(h)
-        gate, up = h.chunk(2, -1)
-        return F.silu(gate) * up
+        return gate_forward(h)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        dh: Tensor = gate_backward(dy.contiguous(), *ctx.saved_tensors)
-        return dh
+        return gate_backward(dy.contiguous(), *ctx.saved_tensors)
 
 
 class Rotate(torch.autograd.Function):
@@ -205,11 +201,7 @@ class AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            x = x + y
-            n, scales = torch.ops.aten._fused_rms_norm(x, gain.shape, gain, RMS_NORM_EPS)
-        else:
-            x, n, _, scales = add_norm_forward(x, y, gain, None)
+        x, n, _, scales = add_norm_forward(x, y, gain, None)
         ctx.save_for_backward(x, scales, gain)
         return x, n
 
@@ -245,13 +237,9 @@ def gate_forward(h: Tensor) -> Tensor:
 
 def rotated_heads(x: Tensor, gain: Tensor, turns: Tensor) -> Tensor:
     """Heads side by side in x (B, T, H * D), normalized and rotated: (B, H, T, D)."""
-    D = len(gain)
-    if torch.compiler.is_compiling():
-        heads = F.rms_norm(x.unflatten(-1, (-1, D)), (D,), gain, RMS_NORM_EPS)
-        return rotate(heads, turns).transpose(1, 2)
     from trainer import kernels
 
-    B, T, width = x.shape
+    D, (B, T, width) = len(gain), x.shape
     out = x.new_empty(B, T, width // D, D)
     kernels.rotate_heads[(-(-B * T // ROWS),)](
         x, gain, turns, out, x.stride(1), T, turns.stride(0), B * T, width // D, RMS_NORM_EPS,
@@ -283,7 +271,7 @@ def add_norm_forward(x: Tensor, y: Tensor, gain: Tensor, bias: Tensor | None) ->
     return out, n, means, scales
 
 
-# ------------------------------ the kernels of backward, which torch.compile must not look into
+# ------------ the kernels of backward, which torch.compile must not look into where it is GPT-2's
 #
 # Programs share the tokens out; each leaves a row of `partial`, float32 sums over its tokens.
 
@@ -379,31 +367,17 @@ def norm_backward(
     return d, partial
 
 
-def gate_outputs(dy: Tensor, h: Tensor) -> Tensor:
-    return torch.empty_like(h)
-
-
-@operator(gate_outputs)
 def gate_backward(dy: Tensor, h: Tensor) -> Tensor:
     """dy (..., F) and h (..., 2F) -> dh (..., 2F)."""
     from trainer import kernels
 
-    dh, size = gate_outputs(dy, h), dy.shape[-1]
+    dh, size = torch.empty_like(h), dy.shape[-1]
     num_rows = dy.numel() // size
     grid = -(-num_rows // ROWS), -(-size // COLUMNS)
     kernels.gate_backward[grid](dy, h, dh, num_rows, size, ROWS, COLUMNS, num_warps=4)
     return dh
 
 
-def rotate_outputs(
-    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, q_gain: Tensor, k_gain: Tensor, turns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows, chunks = x.shape[0] * x.shape[1], programs(x.device, 4)
-    sums = [empty_sums(x, num_rows, chunks, ROWS, gain.shape[0]) for gain in (q_gain, k_gain)]
-    return torch.empty_like(x), sums[0], sums[1]
-
-
-@operator(rotate_outputs)
 def rotate_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, q_gain: Tensor, k_gain: Tensor, turns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -411,23 +385,23 @@ def rotate_backward(
     sums (chunks, D) for the gradients of both gains."""
     from trainer import kernels
 
-    dx, q_partial, k_partial = rotate_outputs(dq, dk, dv, x, q_gain, k_gain, turns)
     B, T, width = x.shape
-    D, num_rows, start = len(q_gain), B * T, 0
-    for part, gain, partial in ((dq, q_gain, q_partial), (dk, k_gain, k_partial)):
+    dx, D, num_rows, start = torch.empty_like(x), len(q_gain), B * T, 0
+    sums = [empty_sums(x, num_rows, programs(x.device, 4), ROWS, D) for _ in range(2)]
+    for part, gain, partial in zip((dq, dk), (q_gain, k_gain), sums, strict=True):
         kernels.rotate_back_and_sum[(len(partial),)](
             part, x[..., start:], gain, turns, dx[..., start:], partial, *part.stride(), width, T,
             turns.stride(0), num_rows, part.shape[1], share(num_rows, len(partial), ROWS),
             RMS_NORM_EPS, D, ROWS, half_columns(D), num_warps=4,
         )  # fmt: skip
         start += part.shape[1] * D
-    size, chunks = width - start, len(k_partial)
+    size, chunks = width - start, len(sums[0])
     unused = x.new_empty(chunks, width, dtype=torch.float32)  # values have no gain
     kernels.pack_and_sum[(-(-size // COLUMNS), chunks)](
         dv, dx[..., start:], unused, *dv.stride(), T, num_rows, size, width,
         share(num_rows, chunks, ROWS), D, ROWS, COLUMNS, num_warps=4,
     )  # fmt: skip
-    return dx, q_partial, k_partial
+    return dx, sums[0], sums[1]
 
 
 def norm_warps(size: int) -> int:

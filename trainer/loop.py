@@ -595,19 +595,17 @@ def load_libraries(model: ModelConfig, device: torch.device, dtype: torch.dtype)
 def compile_model(model: GPT2 | Qwen3, config: Config, device: torch.device) -> None:
     """Put torch.compile where the config asks for it: the whole trunk, each block, or nowhere.
 
-    fused.py's trunk has kernels for all that a compiler would make of a block, and of Qwen3 they
-    are as fast as what a compiler makes of the whole.
+    fused.py's trunk has kernels for all that a compiler would make of a block; the whole of GPT-2
+    it still makes 0.8 % faster.
     """
-    how, is_fused = config.compile, fused.available(config, device)
+    how = config.compile
     if how == "auto":
         how = "full" if device.type == "cuda" else "off"
-        if is_fused and isinstance(model, Qwen3):
-            how = "block"
     if how == "off":
         return
-    if is_fused:
+    if fused.available(config, device):
         model.trunk = functools.partial(fused.hidden, model)
-        if how == "full":
+        if how == "full" and isinstance(model, GPT2):
             fused.use_compile_cache()
             model.trunk = torch.compile(model.trunk, dynamic=False)
     elif how == "full":
