@@ -26,8 +26,8 @@ class Count(click.ParamType[int]):
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         if isinstance(value, int):
             return value
-        plain = re.sub("[_,]", "", str(value).lower())
-        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d\d?)?)([kmbt]?)", plain)
+        plain = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", str(value).lower())  # of thousands
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\d\d?)?)([kmbt]?)", plain)
         number = round(float(match[1]) * COUNT_UNITS[match[2]]) if match else 0
         if number < 1:
             self.fail(f"{value!r} is no count; write 250000, 500k, 2.5M, 10B or 1e9", param, ctx)
@@ -90,7 +90,11 @@ def main() -> None:
     help="Share of the documents held out, by the hash of their text.",
 )
 @click.option(
-    "--shard-tokens", type=Count(), default="100M", show_default=True, help="Tokens a shard, about."
+    "--shard-tokens",
+    type=Count(),
+    default="100M",
+    show_default=True,
+    help="Tokens a shard, at most, about; a small source gets smaller ones, a text file is one.",
 )
 @click.option(
     "--min-score",
@@ -102,7 +106,7 @@ def main() -> None:
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="At a damaged file or row group: stop, or leave it out and list it in index.json.",
+    help="At a damaged file, row group or line: stop, or leave it out and list it in index.json.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
 @click.option(
@@ -205,6 +209,8 @@ def tokenize(
         click.echo(f"{low:,} documents below --min-score, or without a score, dropped.")
     for place in index.skipped.get("damaged", []):
         click.echo(f"Left out, damaged: {place}")
+    if max_tokens and tokens["train"] < max_tokens:
+        click.echo(f"The source has no more: fewer than --max-tokens, {max_tokens:,}.")
     click.echo(next_commands(folder, tokens))
 
 
@@ -306,6 +312,8 @@ def python_docs(file: Path) -> None:
 def default_name(source: str, config: str | None) -> str:
     """Name of the folder in data_cache/ when --out is not given."""
     name = config or Path(source.rstrip("/")).name
+    if name in ("", ".", ".."):
+        name = Path(source).resolve().name
     for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".txt"):
         name = name.removesuffix(suffix)
     return re.sub(r"[^\w.-]+", "_", name).strip("_") or "shards"

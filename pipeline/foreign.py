@@ -7,6 +7,7 @@ Files with a header stay as they are. Headerless ones are copied into shards; na
 <|endoftext|> behind each document, so the copy moves it in front, where ours has it.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import xxhash
 
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
+from pipeline.prepare import hold
 from pipeline.shards import DocumentLengths, Index, Shard, ShardWriter, Tokens
+from pipeline.slices import WORK_FOLDER
 
 RAW_SHARD_TOKENS = 100_000_000
 CHUNK_TOKENS = 2**22
@@ -25,8 +28,19 @@ def index_folder(folder: Path, raw: bool) -> Index:
     """Make the index of a folder of other people's token files; ForgeError if they are not."""
     if not folder.is_dir():
         raise ForgeError("no such folder", where=folder, fix="check the path")
+    with hold(folder):
+        return make_index(folder, raw)
+
+
+def make_index(folder: Path, raw: bool) -> Index:
     if (folder / shards.INDEX_FILE).exists():
         raise ForgeError("the folder has an index already", where=folder, fix="forge-prep info DIR")
+    if (folder / WORK_FOLDER).exists():
+        raise ForgeError(
+            "an unfinished run of forge-prep tokenize lies here",
+            where=folder,
+            fix="the same forge-prep tokenize again finishes it, and makes the index",
+        )
     files = sorted(folder.glob("*.bin"))
     if raw:
         files = [folder / f"{split}.bin" for split in shards.SPLITS]
@@ -140,7 +154,7 @@ def describe(path: Path) -> tuple[Shard, DocumentLengths]:
         )
     shard = Shard(
         file=path.name,
-        split="val" if "val" in path.name else "train",
+        split="val" if re.search("(?<![a-z])val(?![a-z])", path.name.lower()) else "train",
         num_tokens=num_tokens,
         num_documents=len(bounds) - 1,
         text_bytes=text_bytes,

@@ -61,9 +61,9 @@ def summarize(index: Index) -> dict[str, Any]:
     }
 
 
-def epochs(train_tokens: int) -> dict[str, dict[str, float]]:
+def epochs(train_tokens: int) -> dict[str, dict[str, Any]]:
     """For each config that is installed: its budget in tokens, and the epochs that makes."""
-    budgets = {}
+    budgets: dict[str, dict[str, Any]] = {}
     for file in sorted(files("configs").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".toml"):
             config = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def epochs(train_tokens: int) -> dict[str, dict[str, float]]:
             if tokens:
                 budgets[file.name.removesuffix(".toml")] = {
                     "tokens": tokens,
-                    "epochs": round(tokens / train_tokens, 4) if train_tokens else math.inf,
+                    "epochs": round(tokens / train_tokens, 4) if train_tokens else None,
                 }
     return dict(sorted(budgets.items(), key=lambda item: item[1]["tokens"]))
 
@@ -117,7 +117,7 @@ def render(index: Index) -> str:
         + ", ".join(f"{name} {value:,}" for name, value in figures.items()),
         *histogram(train),
     ]
-    if facts["epochs"]:
+    if facts["splits"]["train"]["num_tokens"]:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
             lines.append(

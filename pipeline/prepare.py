@@ -12,14 +12,15 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ from pipeline.slices import (
 )
 from pipeline.sources import Slice, Source
 
-TIMING_FILE = "timing.json"
 DOWNLOADS_FOLDER = "downloads"
 SHUFFLE_SEED = 1
 
@@ -94,7 +94,7 @@ def tokenize(
             "--append and --max-tokens do not go together", fix="take all of the new files, or none"
         )
     started = time.perf_counter()
-    with _hold(folder):
+    with hold(folder):
         old: Index | None = None
         if (folder / shards.INDEX_FILE).exists() and not overwrite:
             old = shards.load_index(folder)
@@ -105,6 +105,8 @@ def tokenize(
             made = {"source": old.source, "options": old.options, "tokenizer": old.tokenizer}
             _same_plan(plan, made, folder, any_files=append)
             if not append or not source.files:
+                for shard in old.shards:
+                    shards.check_header(folder / shard.file)
                 _tidy(folder, old)
                 return Outcome(old, up_to_date=True)
         damaged: list[str] = []  # whole files; workers find the rest
@@ -116,31 +118,27 @@ def tokenize(
             options.min_score,
             (lambda error, name: damaged.append(f"{name}: {error.what}")) if skip_errors else None,
         )
-        if overwrite:  # not before the source is found to be good, as far as its metadata says
+        if overwrite and not _goes_on(folder, plan):
+            # Not before all is found to be good, as far as it can be looked at.
+            _must_be_ours(folder)
+            _check_room(folder, slices, options, source, _shard_files(folder))
             _clear(folder)
         _claim(folder, plan, old)
         first = 1 + max((shard.slice for shard in old.shards), default=-1) if old else 0
         slices = [replace(each, number=each.number + first) for each in slices]
         run = _Run(source, folder, options, slices, keep_downloads, skip_errors, on_progress)
-        _check_room(folder, run)
+        _check_room(
+            folder, [each for each in slices if each.number not in run.records], options, source
+        )
         records = run.run(min(workers, len(slices)) or 1)
         index = _commit(folder, plan, records, sorted(damaged), old)
         _tidy(folder, index)
         seconds = time.perf_counter() - started
-        timing = {
-            "seconds": round(seconds, 3),
-            "workers": workers,
-            "source_bytes": run.counted_bytes,
-            "tokens": run.counted_tokens,
-            "megabytes_per_second": round(run.counted_bytes / 1e6 / seconds, 2),
-            "tokens_per_second": round(run.counted_tokens / seconds),
-        }
-        shards.write_whole(folder / TIMING_FILE, (json.dumps(timing, indent=2) + "\n").encode())
     return Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
 
 
 @contextmanager
-def _hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path) -> Iterator[None]:
     """Keep every other forge-prep out of `folder`, made if need be, while this one is at work."""
     is_new = not folder.exists()
     try:
@@ -173,19 +171,12 @@ def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> None:
     """
     work = folder / WORK_FOLDER
     plan_file = work / "plan.json"
-    ours = old or work.exists() or not folder.exists()
-    if not ours and any(path.name != DOWNLOADS_FOLDER for path in folder.iterdir()):
-        raise ForgeError(
-            "the folder is not empty and holds no unfinished run of forge-prep",
-            where=folder,
-            fix="choose another --out (--overwrite removes shards only, nothing else)",
-        )
+    _must_be_ours(folder)
     work.mkdir(exist_ok=True)
     if plan_file.exists() and any(work.glob("[0-9]*.json")):
         _same_plan(plan, json.loads(plan_file.read_bytes()), folder, any_files=True)
     elif plan_file.exists() and old is None:  # nothing is finished yet: any plan may follow
         _clear(folder)
-        work.mkdir()
     for leftover in [*folder.glob("*.partial"), *work.glob("*.partial")]:
         leftover.unlink(missing_ok=True)
     shards.write_whole(plan_file, (json.dumps(plan) + "\n").encode())
@@ -194,9 +185,30 @@ def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> None:
         shards.write_whole(vocabulary, tokenizer.vocabulary())
 
 
+def _must_be_ours(folder: Path) -> None:
+    """ForgeError if something lies in the folder, and neither shards nor an unfinished run."""
+    ours = (folder / shards.INDEX_FILE).exists() or (folder / WORK_FOLDER).exists()
+    if not ours and any(path.name != DOWNLOADS_FOLDER for path in folder.iterdir()):
+        raise ForgeError(
+            "the folder is not empty, and holds neither shards nor an unfinished run of forge-prep",
+            where=folder,
+            fix="choose another --out (--overwrite removes shards only, nothing else)",
+        )
+
+
+def _goes_on(folder: Path, plan: dict[str, Any]) -> bool:
+    """Whether an unfinished run of this very plan lies there: then nothing is in its way."""
+    try:
+        made = json.loads((folder / WORK_FOLDER / "plan.json").read_bytes())
+        _same_plan(plan, made, folder, any_files=True)
+    except (OSError, ValueError, ForgeError):
+        return False
+    return not (folder / shards.INDEX_FILE).exists()
+
+
 def _new_files(source: Source, old: Index) -> Source:
     """The source without the files that `old` has; all of those must still be there, unchanged."""
-    files = {file.name: asdict(file) for file in source.files}
+    files = {file.name: file.record() for file in source.files}
     for known in old.source["files"]:
         if files.pop(known["name"], None) != known:
             raise ForgeError(
@@ -221,8 +233,9 @@ def _tidy(folder: Path, index: Index) -> None:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    names = [f"{split}_" + "[0-9]" * 6 + ".bin*" for split in shards.SPLITS]
-    return [path for name in names for path in folder.glob(name)]
+    """Those that forge-prep made there, and halves of such."""
+    name = re.compile(rf"({'|'.join(shards.SPLITS)})_\d{{6}}\.bin(\.\d+\.partial)?")
+    return [path for path in folder.iterdir() if name.fullmatch(path.name)]
 
 
 def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_files: bool) -> None:
@@ -256,21 +269,36 @@ def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_f
 
 
 def _clear(folder: Path) -> None:
-    """Remove what forge-prep made in `folder`, and nothing else. The index goes first."""
-    names = [shards.INDEX_FILE, TIMING_FILE, shards.VOCABULARY_FILE]
-    made = [folder / name for name in names]
+    """Remove what forge-prep made in `folder`, and nothing else. The index goes first.
+
+    The work folder stays, empty: as long as it is there, the folder is seen to be forge-prep's.
+    """
+    work = folder / WORK_FOLDER
+    work.mkdir(exist_ok=True)
+    made = [folder / name for name in (shards.INDEX_FILE, shards.VOCABULARY_FILE)]
     for path in [*made, *_shard_files(folder)]:
         path.unlink(missing_ok=True)
-    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
-def _check_room(folder: Path, run: "_Run") -> None:
-    """Refuse a run that cannot end well: too little room for its shards."""
-    text = run.total_bytes - run.kept_bytes
-    if run.options.max_tokens:
-        text = min(text, int(run.options.max_tokens * sources.BYTES_PER_TOKEN))
+def _check_room(
+    folder: Path, slices: list[Slice], options: Options, source: Source, freed: Sequence[Path] = ()
+) -> None:
+    """Refuse a run that cannot end well: too little room for its shards, once `freed` are gone.
+
+    Only parquet's metadata say how much text there is.
+    """
+    if source.kind != "parquet" or options.min_score is not None:
+        return
+    text = sum(each.bytes for each in slices)
+    if options.max_tokens:
+        text = min(text, int(options.max_tokens * sources.BYTES_PER_TOKEN))
     needed = text / sources.BYTES_PER_TOKEN * shards.TOKEN_BYTES
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in freed)
     if free < 0.8 * needed:  # the estimate is rough
         raise ForgeError(
             f"too little room: about {needed / 1e9:.1f} GB of shards, {free / 1e9:.1f} GB free",

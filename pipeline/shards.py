@@ -239,7 +239,7 @@ def sync_folder(folder: Path) -> None:
 
 def check_header(path: Path) -> int:
     """Number of tokens of the shard at `path`; ForgeError unless header and size agree."""
-    fix = "restore the file, or make the folder again with forge-prep tokenize"
+    fix = "restore the file, or make the folder again: forge-prep tokenize --overwrite"
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

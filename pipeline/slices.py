@@ -29,6 +29,7 @@ from pipeline.sources import Slice, SourceFile
 
 WORK_FOLDER = ".work"
 BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
+MOST_LINES = 20  # of a file, that are listed as damaged: the rest are counted
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Options:
     text_column: str = "text"
     val_fraction: float = 0.005
     max_tokens: int | None = None  # of the train split; documents stay whole
-    shard_tokens: int = 100_000_000  # about; sizes the slices
+    shard_tokens: int = 100_000_000  # at most, about; sizes the slices
     min_score: float | None = None  # documents below it, or without a score, are dropped
 
     def __post_init__(self) -> None:
@@ -66,13 +67,14 @@ class Job:
     folder: Path
     options: Options
     limit: int | None  # train tokens after which to stop
-    skip_errors: bool = False  # leave out the row groups (or the rest of a file) that are damaged
+    skip_errors: bool = False  # leave out row groups, lines and rests of files that are damaged
 
     @property
     def pieces(self) -> tuple[str, ...]:
         """What the slice is made of, in words that change when any of it does."""
         return tuple(
-            f"{file.name}, {file.bytes} bytes, {file.checksum}, [{part.start}, {part.stop})"
+            f"{file.name}, {file.bytes} bytes, {file.checksum}, of {file.modified} ns, "
+            f"[{part.start}, {part.stop})"
             for file, part in zip(self.files, self.slice.parts, strict=True)
         )
 
@@ -219,20 +221,34 @@ def tokenize_slice(job: Job) -> Record:
 
 def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
     """The text of a slice; places that cannot be read go to `damaged` if the job skips errors."""
-    options = job.options
+    columns = (job.options.text_column, job.options.min_score)
     for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
-        groups = [part]
-        if job.skip_errors:
-            groups = [replace(part, start=g, stop=g + 1) for g in range(part.start, part.stop)]
-        for group in groups:
+        file.check_unchanged(path)
+        if not job.skip_errors:
+            yield from sources.read_texts(job.kind, path, part, *columns)
+            file.check_unchanged(path)
+            continue
+        num_lines = 0
+
+        def left_out(error: ForgeError, path: Path = path, name: str = file.name) -> str:
+            return f"{error.where}: {error.what}".replace(str(path), name)
+
+        def leave_out(error: ForgeError, name: str = file.name, say: Any = left_out) -> None:
+            nonlocal num_lines
+            num_lines += 1
+            if num_lines > MOST_LINES + 1:
+                damaged.pop()
+            more = f"{name}: {num_lines - MOST_LINES:,} more lines"
+            damaged.append(say(error) if num_lines <= MOST_LINES else more)
+
+        for group in range(part.start, part.stop):
+            each = replace(part, start=group, stop=group + 1)
             try:
-                yield from sources.read_texts(
-                    job.kind, path, group, options.text_column, options.min_score
-                )
+                yield from sources.read_texts(job.kind, path, each, *columns, leave_out)
             except ForgeError as error:
-                if not job.skip_errors:
-                    raise
-                damaged.append(f"{error.where}: {error.what}".replace(str(path), file.name))
+                rest = "" if job.kind == "parquet" else ", and what follows"
+                damaged.append(left_out(error) + rest)
+        file.check_unchanged(path)
 
 
 def _write_documents(documents: list[bytes], sides: dict[str, _Side], job: Job) -> bool:

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,11 +48,33 @@ class SourceFile:
     """One file of the source.
 
     `checksum` notices a change: xxh3_64 of a local file's last 64 KiB, or the hub's own hash.
+    `modified` does so as long as a run is not finished: a local file's time in ns, which a copy of
+    the file does not have, and so no index.
     """
 
     name: str
     bytes: int
     checksum: str
+    modified: int = field(default=0, compare=False)
+
+    def record(self) -> dict[str, Any]:
+        return {"name": self.name, "bytes": self.bytes, "checksum": self.checksum}
+
+    def check_unchanged(self, path: Path) -> None:
+        """ForgeError if the local file at `path` is another than it was when it was found."""
+        if not self.modified:
+            return
+        try:
+            now = path.stat()
+            is_same = (now.st_size, now.st_mtime_ns) == (self.bytes, self.modified)
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
+            raise ForgeError(
+                "a source file has changed since this run began",
+                where=path,
+                fix="run the same command again; finished slices of other files are kept",
+            )
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,7 @@ class Source:
             "name": self.name,
             "kind": self.kind,
             "hub": self.hub,
-            "files": [asdict(file) for file in self.files],
+            "files": [file.record() for file in self.files],
         }
 
     def local_path(self, file: int) -> Path:
@@ -134,7 +156,8 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
         if not kind_of(path.name):
             raise ForgeError("unknown kind of file", where=path, fix=f"known endings: {SUFFIXES}")
     elif glob.has_magic(name):
-        paths = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if kind_of(p.name))
+        found = {Path(path) for path in glob.glob(name, recursive=True)}  # ** may find one twice
+        paths = sorted(path for path in found if kind_of(path.name))
         if not paths:
             raise ForgeError("no file matches", where=name, fix=f"known endings: {SUFFIXES}")
         # The folder in front of the first wildcard; escape() puts a bracket before each one.
@@ -159,7 +182,7 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """All files below `folder`. A folder in it that cannot be read is an error, not empty."""
+    """All files below `folder`, through links, too. What cannot be read is an error, not empty."""
 
     def fail(error: OSError) -> None:
         raise ForgeError(
@@ -168,8 +191,16 @@ def files_in(folder: Path) -> Iterator[Path]:
             fix="give read permission",
         ) from error
 
-    for root, _, names in os.walk(folder, onerror=fail):
-        yield from (path for name in names if (path := Path(root, name)).is_file())
+    seen: dict[Path, str] = {}
+    for root, _, names in os.walk(folder, onerror=fail, followlinks=True):
+        before = seen.setdefault(Path(root).resolve(), root)
+        if before != root:
+            raise ForgeError(
+                f"two ways through the source lead to one folder, the other is {before}",
+                where=root,
+                fix="remove the link, or name the files with a glob",
+            )
+        yield from (Path(root, name) for name in names)
 
 
 def kind_of(name: str) -> str | None:
@@ -180,13 +211,21 @@ def kind_of(name: str) -> str | None:
 
 def describe_file(path: Path, name: str) -> SourceFile:
     try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        fix = "rename the file"
+        raise ForgeError("a file's name is not UTF-8", where=repr(name), fix=fix) from error
+    try:
         with path.open("rb") as file:
+            modified = os.fstat(file.fileno()).st_mtime_ns
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL_BYTES))
-            return SourceFile(name, size, xxhash.xxh3_64_hexdigest(file.read()))
+            return SourceFile(name, size, xxhash.xxh3_64_hexdigest(file.read()), modified)
     except OSError as error:
         raise ForgeError(
-            f"cannot read a source file: {error.strerror}", where=path, fix="give read permission"
+            f"cannot read a source file: {error.strerror}",
+            where=path,
+            fix="remove the link" if path.is_symlink() else "give read permission",
         ) from error
 
 
@@ -414,15 +453,24 @@ class Batch(NamedTuple):
 
 
 def read_texts(
-    kind: str, path: Path, part: Part, text_column: str, min_score: float | None = None
+    kind: str,
+    path: Path,
+    part: Part,
+    text_column: str,
+    min_score: float | None = None,
+    on_bad_line: Callable[[ForgeError], None] | None = None,
 ) -> Iterator[Batch]:
     """Stream the text of one part.
 
-    Raises ForgeError, naming the place, for anything that cannot be read as UTF-8 text.
+    Raises ForgeError, naming the place, for anything that cannot be read as UTF-8 text; but
+    `on_bad_line` is told of a line of JSON Lines, which is then left out.
     """
-    readers = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}
     try:
-        yield from readers[kind](path, part, text_column, min_score)
+        if kind == "jsonl":
+            yield from read_jsonl(path, text_column, min_score, on_bad_line)
+        else:
+            reader = read_parquet if kind == "parquet" else read_txt
+            yield from reader(path, part, text_column, min_score)
     except OSError as error:
         raise ForgeError(
             f"cannot read a source file: {error.strerror or error}",
@@ -447,7 +495,10 @@ def read_parquet(
         for group in range(part.start, part.stop):
             try:
                 batches = file.iter_batches(
-                    BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False
+                    batch_rows(file.metadata.row_group(group), text_column),
+                    row_groups=[group],
+                    columns=columns,
+                    use_threads=False,
                 )
                 for batch in batches:
                     texts = batch.column(text_column).cast(pa.large_string())
@@ -455,7 +506,8 @@ def read_parquet(
                     if min_score is None:
                         yield Batch(texts, texts.nbytes)
                         continue
-                    first, *inside = columns[1].split(".")
+                    is_flat = columns[1] in batch.schema.names
+                    first, *inside = [columns[1]] if is_flat else columns[1].split(".")
                     scores = batch.column(first)
                     scores = pc.struct_field(scores, inside) if inside else scores
                     kept = texts.filter(pc.fill_null(pc.greater_equal(scores, min_score), False))
@@ -468,27 +520,59 @@ def read_parquet(
                 ) from error
 
 
+def batch_rows(group: Any, text_column: str) -> int:
+    """Rows of a row group that hold some BATCH_BYTES of text: books are long."""
+    columns = (group.column(c) for c in range(group.num_columns))
+    size = sum(
+        each.total_uncompressed_size for each in columns if each.path_in_schema == text_column
+    )
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / max(1, size))))
+
+
 def read_jsonl(
-    path: Path, part: Part, text_column: str, min_score: float | None
+    path: Path,
+    text_column: str,
+    min_score: float | None,
+    on_bad_line: Callable[[ForgeError], None] | None = None,
 ) -> Iterator[Batch]:
     with path.open("rb") as raw, _decompressed(raw, path) as lines:
         texts: dict[int, str | None] = {}  # by line number
-        size = read_before = num_low_scores = 0
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            document = parse_line(line, text_column, f"{path}, line {number}")
-            size += len(line)
-            if min_score is None or has_score(document, min_score, f"{path}, line {number}"):
-                texts[number] = document[text_column]
-            else:
-                num_low_scores += 1
-            if size >= BATCH_BYTES:
-                yield Batch(large_strings(texts, path), raw.tell() - read_before, num_low_scores)
+        size = read_before = num_low_scores = number = 0
+        has_scores = min_score is None
+        cut: OSError | None = None
+        while True:
+            try:
+                line = next(lines, b"")
+            except OSError as error:  # what came before is sound
+                line, cut = b"", error
+            number += 1
+            if line.strip():
+                size += len(line)
+                try:
+                    document = parse_line(line, text_column, f"{path}, line {number}")
+                    score = None
+                    if min_score is not None:
+                        score = score_of(document, f"{path}, line {number}")
+                        has_scores = has_scores or score is not None
+                    if min_score is None or (score is not None and score >= min_score):
+                        texts[number] = document[text_column]
+                    else:
+                        num_low_scores += 1
+                except ForgeError as error:
+                    if on_bad_line is None:
+                        raise
+                    on_bad_line(error)
+            if size and (size >= BATCH_BYTES or not line):
+                strings = large_strings(texts, path, on_bad_line)
+                yield Batch(strings, raw.tell() - read_before, num_low_scores)
                 read_before = raw.tell()
                 texts, size, num_low_scores = {}, 0, 0
-        if size:
-            yield Batch(large_strings(texts, path), raw.tell() - read_before, num_low_scores)
+            if not line:
+                break
+        if cut:
+            raise OSError(f"{cut}, after line {number - 1:,}") from cut
+        if number > 1 and not has_scores:
+            score_column([], path)
 
 
 def _decompressed(raw: io.BufferedReader, path: Path) -> Any:
@@ -501,18 +585,17 @@ def _decompressed(raw: io.BufferedReader, path: Path) -> Any:
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), compression), 2**20)
 
 
-def has_score(document: dict[str, Any], min_score: float, where: str) -> bool:
-    """Whether a document's score is there and high enough."""
+def score_of(document: dict[str, Any], where: str) -> float | None:
+    """A document's score, None where it has none."""
     flat = {k: v for k, v in document.items() if not isinstance(v, dict)}
     inner = document.get("metadata")
     if isinstance(inner, dict):
         flat |= {f"metadata.{key}": value for key, value in inner.items()}
-    column = score_column(list(flat), where)
-    score = flat[column]
-    check_score(
-        score is None or isinstance(score, int | float), column, type(score).__name__, where
-    )
-    return score is not None and score >= min_score
+    column = next((column for column in SCORE_COLUMNS if column in flat), None)
+    score = flat[column] if column else None
+    is_number = score is None or isinstance(score, int | float)
+    check_score(is_number, str(column), type(score).__name__, where)
+    return score
 
 
 def parse_line(line: bytes, text_column: str, where: str) -> dict[str, Any]:
@@ -540,16 +623,25 @@ def parse_line(line: bytes, text_column: str, where: str) -> dict[str, Any]:
     return document
 
 
-def large_strings(texts: dict[int, str | None], path: Path) -> pa.LargeStringArray:
-    try:
-        return pa.array(texts.values(), pa.large_string())
-    except UnicodeEncodeError as error:
-        line = next(number for number, text in texts.items() if text == error.object)
-        raise ForgeError(
-            f"a lone surrogate ({error.object[error.start]!r}) is no text",
-            where=f"{path}, line {line}",
-            fix="repair the \\u escapes of this file",
-        ) from error
+def large_strings(
+    texts: dict[int, str | None],
+    path: Path,
+    on_bad_line: Callable[[ForgeError], None] | None = None,
+) -> pa.LargeStringArray:
+    while True:
+        try:
+            return pa.array(texts.values(), pa.large_string())
+        except UnicodeEncodeError as error:
+            line = next(number for number, text in texts.items() if text == error.object)
+            bad = ForgeError(
+                f"a lone surrogate ({error.object[error.start]!r}) is no text",
+                where=f"{path}, line {line}",
+                fix="repair the \\u escapes of this file",
+            )
+            if on_bad_line is None:
+                raise bad from error
+            on_bad_line(bad)
+            del texts[line]
 
 
 def read_txt(path: Path, part: Part, text_column: str, min_score: float | None) -> Iterator[Batch]:

@@ -261,6 +261,18 @@ def test_index_raw_moves_separators_to_the_front(
     assert forge("prep", "verify", tmp_path).exit_code == 0
 
 
+def test_index_leaves_an_unfinished_run_alone(forge, tmp_path: Path, make_parquet) -> None:
+    make_parquet(tmp_path / "a.parquet", ["a"])
+    out = tmp_path / "out"
+    assert forge("prep", "tokenize", tmp_path / "a.parquet", "--out", out).exit_code == 0
+    (out / "index.json").unlink()
+    (out / ".work").mkdir()
+    result = forge("prep", "index", out)
+    assert result.exit_code == 1
+    assert "unfinished run of forge-prep tokenize" in result.output
+    assert not (out / "index.json").exists()
+
+
 def test_index_refuses_what_is_no_token_file(forge, tmp_path: Path) -> None:
     assert forge("prep", "index", tmp_path).exit_code == 1
     (tmp_path / "train.bin").write_bytes(b"\1\0" * 600)

@@ -44,8 +44,8 @@ def folder_of_text(tmp_path_factory: pytest.TempPathFactory, documents, make_par
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every byte of a finished folder, but for the timing record."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != prepare.TIMING_FILE]
+    """Every byte of a finished folder."""
+    files = [p for p in folder.rglob("*") if p.is_file()]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
@@ -123,7 +123,8 @@ def test_an_error_keeps_finished_slices_and_the_next_run_goes_on(
     assert str(caught.value.where) == f"{path}, row group 2"
     assert not (out / shards.INDEX_FILE).exists()
     assert not list(out.rglob("*.partial"))
-    finished = {p: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
+    of_a = {n for n, each in pieces(source).items() if all(part[0] == "a" for part in each)}
+    finished = {p: p.stat().st_mtime_ns for n in of_a if (p := out / f"train_{n:06}.bin").exists()}
     assert finished
     path.write_bytes(sound)
     make_shards(source, out)
@@ -325,6 +326,27 @@ def test_documents_below_min_score_or_without_one_are_dropped_and_counted(
     assert index.options["min_score"] == 3
 
 
+def test_a_line_without_a_score_is_dropped_as_a_row_without_one_is(
+    tmp_path: Path, make_shards
+) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "a", "metadata": None}, {"text": "b"}, {"text": "c", "score": 4}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = make_shards(path, tmp_path / "out", val_fraction=0.0, min_score=3)
+    assert texts_of(tmp_path / "out", "train") == [b"c"]
+    assert index.skipped["low_score_documents"] == 2
+    path.write_text(json.dumps(rows[1]))
+    with pytest.raises(ForgeError, match="no score"):
+        make_shards(path, tmp_path / "out2", min_score=3)
+
+
+def test_a_score_column_may_have_a_dot_in_its_name(tmp_path: Path, make_shards) -> None:
+    rows = [{"text": text, "metadata.int_score": n} for n, text in enumerate("abcd")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    make_shards(tmp_path / "a.parquet", tmp_path / "out", val_fraction=0.0, min_score=2)
+    assert texts_of(tmp_path / "out", "train") == [b"c", b"d"]
+
+
 def test_min_score_needs_scores(tmp_path: Path, make_parquet, make_shards) -> None:
     source = make_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(ForgeError, match=r"no score: none of metadata\.int_score"):
@@ -365,6 +387,42 @@ def test_damaged_places_are_left_out_and_listed_if_so_wished(
     assert len(damaged) == 2
     assert damaged[0].startswith("a.parquet: not a whole parquet file")
     assert damaged[1].startswith("b.parquet, row group 1: damaged row group")
+
+
+def test_damaged_lines_are_left_out_and_no_others(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {n}"}).encode() for n in range(100)]
+    lines[7], lines[50], lines[51] = b"{", json.dumps({"text": "\ud800"}).encode(), b"\xff"
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    many = [b"[]" for _ in range(30)]
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join([*many, *lines[:3]]))
+    source = sources.resolve(str(tmp_path / "*.jsonl"), None, "train", None)
+    options = Options(val_fraction=0.0)
+    outcome = prepare.tokenize(source, tmp_path / "out", options, workers=1, skip_errors=True)
+    kept = [f"text {n}".encode() for n in range(100) if n not in (7, 50, 51)]
+    assert texts_of(tmp_path / "out", "train") == [*kept, *kept[:3]]
+    damaged = outcome.index.skipped["damaged"]
+    places = [each.split(": ")[0] for each in damaged]
+    assert sorted(places[:3]) == ["a.jsonl, line 51", "a.jsonl, line 52", "a.jsonl, line 8"]
+    assert places[3:-1] == [f"b.jsonl, line {n}" for n in range(1, 21)]
+    assert damaged[-1] == "b.jsonl: 10 more lines"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_what_comes_before_the_cut_of_an_archive_is_kept(tmp_path: Path, suffix: str) -> None:
+    text = random.Random(0)
+    lines = "".join(json.dumps({"text": text.randbytes(30).hex()}) + "\n" for _ in range(60_000))
+    path = tmp_path / f"a.jsonl{suffix}"
+    with pa.output_stream(str(path), compression="detect") as stream:
+        stream.write(lines.encode())
+    path.write_bytes(path.read_bytes()[:-9])
+    source = sources.resolve(str(path), None, "train", None)
+    options = Options(val_fraction=0.0)
+    outcome = prepare.tokenize(source, tmp_path / "out", options, workers=1, skip_errors=True)
+    num_kept = len(texts_of(tmp_path / "out", "train"))
+    assert 0 < num_kept < 60_000
+    (damaged,) = outcome.index.skipped["damaged"]
+    assert damaged.startswith(path.name)
+    assert damaged.endswith(f", after line {num_kept:,}, and what follows")
 
 
 def test_a_source_without_text_is_an_error(tmp_path: Path, make_parquet, make_shards) -> None:
@@ -498,21 +556,88 @@ def test_a_folder_of_other_files_is_refused_and_untouched(
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     before = stamps(out)
-    with pytest.raises(ForgeError, match="holds no unfinished run"):
-        make_shards(make_parquet(tmp_path / "a.parquet", ["a"]), out)
+    source = make_parquet(tmp_path / "a.parquet", ["a"])
+    found = sources.resolve(str(source), None, "train", None)
+    with pytest.raises(ForgeError, match="neither shards nor an unfinished run"):
+        make_shards(source, out)
+    (out / "train_000001.bin").write_text("years of somebody's work")  # and no index
+    before = stamps(out)
+    with pytest.raises(ForgeError, match="neither shards nor an unfinished run"):
+        prepare.tokenize(found, out, Options(), workers=1, overwrite=True)
     assert stamps(out) == before
 
 
 def test_overwrite_removes_shards_and_nothing_else(finished: Path) -> None:
-    (finished / "notes.md").write_text("mine")
+    mine = {finished / name for name in ("notes.md", "train_000000.bin.bak")}
+    for path in mine:
+        path.write_text("mine")
     (finished / "train_000077.bin").write_bytes(b"old")
     source = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
-    with pytest.raises(ForgeError, match="not empty"):
-        prepare.tokenize(source, finished, Options(), workers=1, overwrite=True)
-    assert [p.name for p in finished.iterdir()] == ["notes.md"]
-    (finished / "notes.md").unlink()
     outcome = prepare.tokenize(source, finished, Options(), workers=1, overwrite=True)
+    assert {path.read_text() for path in mine} == {"mine"}
+    assert not (finished / "train_000077.bin").exists()
+    for path in mine:
+        path.unlink()
     assert shards.verify(outcome.index, 1, lambda count: None) == []
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_overwrite_goes_on_after_a_kill(tmp_path: Path, folder_of_text: Path, make_shards) -> None:
+    """It begins a plan once: what that has made is not in its own way."""
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    make_shards(folder_of_text, out, val_fraction=0.0)
+    made = {}
+    for run in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            if run < 2:
+                patch.setattr(prepare, "_commit", None)
+            with pytest.raises(TypeError) if run < 2 else contextlib.nullcontext():
+                found = sources.resolve(str(folder_of_text), None, "train", None)
+                options = Options(val_fraction=0.2)
+                prepare.tokenize(found, out, options, workers=1, overwrite=True)
+        made[run] = {p.name: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
+    assert made[0] == made[1] == made[2]
+    make_shards(folder_of_text, straight)
+    assert contents(out) == contents(straight)
+
+
+def test_a_finished_folder_whose_shard_is_damaged_is_not_up_to_date(finished: Path) -> None:
+    shard = finished / "train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    source = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
+    with pytest.raises(ForgeError, match="shorter than its header says") as caught:
+        prepare.tokenize(source, finished, Options(val_fraction=0.2), workers=1)
+    assert "--overwrite" in str(caught.value.fix)
+
+
+def test_an_edit_between_two_runs_is_noticed_whatever_its_size(
+    tmp_path: Path, make_shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checksum of a file is of its end alone; an unfinished run has its time, too."""
+    monkeypatch.setattr(sources, "TAIL_BYTES", 10)
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    path = source / "a.jsonl"
+    path.write_text('{"text": "old"}\n{"text": "the end"}\n')
+    all_but_the_index(source, out)
+    path.write_text('{"text": "new"}\n{"text": "the end"}\n')
+    make_shards(source, out, val_fraction=0.2)
+    assert sorted(texts_of(out, "train") + texts_of(out, "val")) == [b"new", b"the end"]
+
+
+def test_a_file_that_is_replaced_during_the_run_is_an_error(tmp_path: Path, make_parquet) -> None:
+    path = make_parquet(tmp_path / "a.parquet", ["a", "b"])
+    found = sources.resolve(str(path), None, "train", None)
+    make_parquet(path, ["another", "text"], column="body")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ForgeError, match=r"has changed since this run began|no column"):
+        prepare.tokenize(found, tmp_path / "out", Options(), workers=1)
+    make_parquet(path, ["a", "c"])
+    os.utime(path, ns=(1, 1))
+    out = tmp_path / "out"
+    for skips in (False, True):
+        with pytest.raises(ForgeError, match="has changed since this run began"):
+            prepare.tokenize(found, out, Options(), workers=1, skip_errors=skips)
 
 
 def test_an_out_that_cannot_be_written_is_an_error(
@@ -690,10 +815,16 @@ def test_too_little_room_is_said_before_the_work(
     tmp_path: Path, documents, make_parquet, make_shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_parquet(tmp_path / "a.parquet", documents)
+    small = make_parquet(tmp_path / "b.parquet", documents[:1])
+    index = make_shards(small, tmp_path / "finished")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ForgeError, match="too little room"):
         make_shards(source, tmp_path / "out")
+    found = sources.resolve(str(source), None, "train", None)
+    with pytest.raises(ForgeError, match="too little room"):
+        prepare.tokenize(found, tmp_path / "finished", Options(), workers=1, overwrite=True)
+    assert shards.verify(index, 1, lambda count: None) == []
 
 
 def test_progress_ends_at_the_whole_of_the_plan(

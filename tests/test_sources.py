@@ -145,6 +145,41 @@ def test_a_folder_in_the_source_that_cannot_be_read_is_an_error_not_empty(
     assert str(error.where) == str(tmp_path / "b")
 
 
+def test_links_are_followed_once(tmp_path: Path, make_parquet) -> None:
+    source = tmp_path / "in"
+    make_parquet(source / "a.parquet", ["a"])
+    make_parquet(tmp_path / "other" / "b.parquet", ["b"])
+    (source / "link").symlink_to(tmp_path / "other")
+    found = sources.resolve(str(source), None, "train", None)
+    assert [file.name for file in found.files] == ["a.parquet", "link/b.parquet"]
+    again = sources.resolve(f"{source}/**/**/*.parquet", None, "train", None)
+    assert [file.name for file in again.files] == ["a.parquet", "link/b.parquet"]
+    (tmp_path / "other" / "back").symlink_to(source)
+    with pytest.raises(ForgeError, match="two ways"):
+        sources.resolve(str(source), None, "train", None)
+    (tmp_path / "other" / "back").unlink()
+    (source / "gone.parquet").symlink_to("nowhere")
+    with pytest.raises(ForgeError, match="cannot read a source file"):
+        sources.resolve(str(source), None, "train", None)
+
+
+def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path, make_parquet) -> None:
+    path = make_parquet(tmp_path / "a.parquet", ["a"])
+    path.rename(tmp_path / b"caf\xe9.parquet".decode("utf-8", "surrogateescape"))
+    with pytest.raises(ForgeError, match="not UTF-8"):
+        sources.resolve(str(tmp_path), None, "train", None)
+
+
+def test_batches_of_long_documents_have_few_rows(tmp_path: Path, make_parquet) -> None:
+    """Or their text would take gigabytes."""
+    texts = [f"{n} " * 100_000 for n in range(200)]
+    path = make_parquet(tmp_path / "a.parquet", texts, rows=200)
+    part = sources.Part(0, 0, 1, 0)
+    batches = list(sources.read_texts("parquet", path, part, "text"))
+    assert [text.as_py() for batch in batches for text in batch.texts] == texts
+    assert max(batch.texts.nbytes for batch in batches) < 3 * sources.BATCH_BYTES
+
+
 def test_kinds_are_not_mixed(tmp_path: Path, make_parquet) -> None:
     make_parquet(tmp_path / "a.parquet", ["a"])
     (tmp_path / "b.jsonl").write_bytes(lines_of(["b"]))

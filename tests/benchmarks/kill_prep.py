@@ -82,9 +82,7 @@ def members(group: int) -> list[int]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {
-        p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name != "timing.json"
-    }
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
 
 
 def torment(folder: Path, kills: int, workers: int, seed: int = 0, num_slices: int = 60) -> Tally:
