@@ -40,7 +40,9 @@ def next_commands(folder: Path, tokens: dict[str, int]) -> str:
     config = "gpt2" if least > 2**20 else "tiny"
     train = f"Train: forge-train {config} --data {folder} --check"
     if least < 2**14:
-        train = f"Train: too few tokens for configs/tiny.toml; each split should have {2**14:,}"
+        split = min(tokens, key=tokens.__getitem__)
+        more = ", by a larger --val-fraction" if split == "val" else ""
+        train = f"Train: {split} has few tokens: configs/tiny.toml wants {2**14:,}{more}"
     return f"Look:  forge-prep info {folder}\n{train}"
 
 

@@ -36,7 +36,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
     "--prompts-file",
     type=click.Path(path_type=Path, dir_okay=False),
     help='A prompt a line; of a .jsonl file, a JSON object with "prompt" a line, and JSON lines '
-    "come out, with whatever else came in.",
+    "come out, with whatever else came in under other names than theirs.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True)
 @click.option(
@@ -64,7 +64,12 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
     show_default=True,
     help="Above 1 makes tokens that were there before less likely (CTRL's).",
 )
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End before this text, where \\n is a line's end and \\t a tab; repeatable.",
+)
 @click.option(
     "--at-context-end",
     type=click.Choice(["slide", "stop"]),
@@ -127,6 +132,7 @@ def sample(
     elif prompt is not None or not sys.stdin.isatty():
         text = sys.stdin.read() if prompt == "-" else prompt
         prompts = [terminal.Prompt(DEFAULT_PROMPT if text is None else text)]
+    stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop)
     loaded = load.open_model(model, checkpoint, load.best_device())
     rows = num_samples * len(prompts or [None])
     session = terminal.Session(

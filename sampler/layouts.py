@@ -164,7 +164,7 @@ def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
     """What a config.json describes; ForgeError unless it is a model that we compute right."""
     family = config.get("model_type")
-    if family not in FIXED:
+    if not isinstance(family, str) or family not in FIXED:
         raise ForgeError(
             f"a model of type {family!r}; only GPT-2's and Qwen3's layouts can be read", where=where
         )
@@ -176,8 +176,8 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
     if family == "gpt2" and config.get("n_inner") not in (None, 4 * config.get("n_embd", 0)):
         different.append(f"n_inner is {config['n_inner']}")
     rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        different.append(f"rope_type is {rope['rope_type']!r}")
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        different.append(f"rope_parameters is {rope!r}")
     if different:
         raise ForgeError(
             f"not the architecture that {family} was published with: {', '.join(different)}",

@@ -5,6 +5,7 @@ and export.py, which take what is loaded here.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,22 @@ def open_model(
     `step` chooses a checkpoint of a run (default: the latest); without `dtype` the weights become
     bfloat16 on a GPU and float32 on a CPU.
     """
-    is_checkpoint = (path / checkpoint.STATE_FILE).is_file()
-    if is_checkpoint and step is None:
+    if (path / checkpoint.STATE_FILE).is_file():
+        if step is not None:
+            raise ForgeError(
+                "a checkpoint of its own, and --checkpoint",
+                where=path,
+                fix="give one of them: the run and --checkpoint, or the checkpoint's folder",
+            )
         run, name = path.resolve().parent.parent, path.resolve().name
-        path, step = run, int(name.removeprefix("step_"))
+        step = int(name.removeprefix("step_")) if re.fullmatch(r"step_\d+", name) else -1
+        if path.resolve() != checkpoint.checkpoint_path(run, step).resolve():
+            raise ForgeError(
+                "a checkpoint outside of its run, which has the config and the vocabulary",
+                where=path,
+                fix=f"put it back as RUN/{checkpoint.FOLDER}/step_N, or copy the whole run",
+            )
+        path = run
     if (path / CONFIG_FILE).is_file():
         loaded = _open_run(path, step)
     elif not (path / HF_CONFIG).is_file():

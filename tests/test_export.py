@@ -150,6 +150,7 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
 
     for key, value, reason in (
         ("model_type", "llama", "'llama'"),
+        ("model_type", ["gpt2"], "['gpt2']"),
         ("activation_function", "relu", "activation_function"),
         ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon"),
         ("n_inner", 99, "n_inner"),

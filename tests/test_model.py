@@ -458,6 +458,19 @@ def test_float16_lowers_the_loss_scale_until_gradients_fit() -> None:
     assert losses[-1] < losses[0] - 3
 
 
+def test_float16_keeps_its_loss_scale_in_a_step_left_out_for_another_reason() -> None:
+    """A spike, say, or a shard that is gone: what is saved then is what was before the step."""
+    config = replace(configs.load("tiny"), model=SMALL, precision="float16")
+    model = made(SMALL)
+    optimizer = Optimizer(model, config)
+    inputs, targets = draw(SMALL)
+    for is_sound in (True, False, False):
+        (model(inputs, targets) * optimizer.loss_scale).backward()
+        optimizer.collect()
+        optimizer.update(1e-3, targets.numel(), torch.tensor(is_sound))
+        assert (optimizer.loss_scale.item(), optimizer.sound_steps.item()) == (1, 1)
+
+
 def test_a_compiled_fused_trunk_is_kept_as_long_as_its_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 from conftest import ROOT
 
 from pipeline import shards, tokenizer
+from pipeline.errors import ForgeError
 from sampler import terminal
 from sampler.decode import Decoder, Sampling, draw, penalize
 from sampler.generate import Limits, Sample, generate
@@ -205,6 +207,26 @@ def test_the_repetition_penalty_makes_what_was_there_less_likely() -> None:
     wanted = torch.tensor([1.0, 1.9, -2.0]).softmax(0)
     found = drawn(logits, Sampling(2.0, temperature=1), seen=[0, 2])
     assert list(found.values()) == pytest.approx(wanted.tolist(), abs=2e-3)
+
+
+def test_a_checkpoint_is_read_where_it_belongs_and_nowhere_else(run: Path, tmp_path: Path) -> None:
+    step = checkpoint.steps(run)[-1]
+    path = checkpoint.checkpoint_path(run, step)
+    assert open_model(path, None, CPU).path == run.resolve()
+    with pytest.raises(ForgeError, match="and --checkpoint"):
+        open_model(path, step, CPU)
+    for copy in (tmp_path / "copied", tmp_path / "other" / path.name):
+        shutil.copytree(path, copy)
+        with pytest.raises(ForgeError, match="outside of its run"):
+            open_model(copy, None, CPU)
+
+
+def test_a_stop_text_may_be_a_line_end(run: Path, forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(terminal.Session, "write", lambda self, *_: seen.append(self.limits.stops))
+    result = forge("sample", run, "--prompt", "a", "--stop", r"\n\n", "--stop", r"a\tb")
+    assert result.exit_code == 0, result.output
+    assert seen == [("\n\n", "a\tb")]
 
 
 def test_generation_stops_at_the_end_of_text(run: Path) -> None:

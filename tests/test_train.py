@@ -334,6 +334,49 @@ def test_a_budget_ends_a_run_at_zero_and_can_be_extended(
     assert checkpoint.load_state(aside, last).decayed == 0
 
 
+def test_what_is_no_extension_moves_nothing(
+    small_shards: Path, tmp_path: Path, forge, steady
+) -> None:
+    """Neither one that cannot be nor a limit left out; and a second one finds a name."""
+    run = tmp_path / "run"
+    arguments = ["--data", small_shards, "--out", run, "--resume", *CLOCKED]
+    budget, longer = "--set=schedule.budget_hours=0.001", "--set=schedule.budget_hours=0.0015"
+    assert forge("train", "tiny", *arguments, budget).exit_code == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    last = checkpoint.steps(run)[-1]
+    wrong = forge("train", "tiny", *arguments, longer, "--set=batch.micro_batch_size=3")
+    assert "does not divide" in wrong.output
+    for settings in (
+        [budget],
+        ["--set=schedule.max_steps=5"],
+        ["--set=schedule.max_steps=5", longer],
+    ):
+        result = forge("train", "tiny", *arguments, *settings)
+        assert "The run is complete" in result.output, result.output
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for _ in range(2):
+        assert forge("train", "tiny", *arguments, longer).exit_code == 0
+        for path in [*run.glob("checkpoints/*"), run / "config.toml"]:  # as if it had never been
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path, content in before.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    names = {path.name for path in run.glob("ended_at_step_*")}
+    assert names == {f"ended_at_step_{last:08d}", f"ended_at_step_{last:08d}_2"}
+
+
+def test_a_changed_setting_is_said_on_resume(finished: Path, small_shards: Path, forge) -> None:
+    arguments = ["--data", small_shards, "--out", finished, "--resume", *QUICK]
+    more = "--set=schedule.max_steps=9"
+    result = forge("train", "tiny", *arguments, more, "--set=optimizer.peak_lr=1e-3")
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.output.splitlines() if "Changed since" in line]
+    assert [line.split(": ", 1)[1] for line in said] == [
+        "optimizer.peak_lr: 0.003 -> 0.001",
+        "schedule.max_steps: 8 -> 9",
+    ]
+
+
 @pytest.mark.parametrize("family", [[], MODERN], ids=["gpt2", "modern"])
 def test_a_resumed_run_repeats_the_rates_that_the_clock_has_set(
     family: list[str], small_shards: Path, tmp_path: Path, forge, steady
@@ -396,6 +439,43 @@ def test_a_run_that_cannot_become_finite_stops_with_advice(
     assert "3 steps in a row were not finite" in result.output
     assert "last good checkpoint" in result.output
     assert len(metrics_of(run, "skip")) == 3
+
+
+def test_a_validation_loss_that_is_not_finite_ends_nothing(
+    small_shards: Path, tmp_path: Path, forge
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["--data", small_shards, "--out", run, *QUICK, "--set=schedule.warmup_steps=0"]
+    more = ("--set=optimizer.peak_lr=1e30", "--set=evaluate.every_steps=2")
+    result = forge("train", "tiny", *arguments, *more)
+    assert result.exit_code == 0, result.output
+    assert metrics_of(run, "evaluate")[-1]["loss"] is None
+    assert "not finite" in (run / "README.md").read_text()
+    assert checkpoint.load_state(run, 8).validation_loss is None
+
+
+def test_check_shows_the_plan_and_then_what_the_shards_lack(small_shards: Path, forge) -> None:
+    result = forge("train", "gpt2", "--data", small_shards, "--check")
+    assert result.exit_code == 1
+    plan, _, problem = result.output.partition("Error: ")
+    assert "124,439,808" in plan
+    assert "split has" in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["batch.tokens_per_step=384"], "3 windows a step cannot be shared out evenly"),
+        (["batch.micro_batch_size=2"], "micro-batch 2 x 2 accumulation steps"),
+        (["batch.micro_batch_size=3"], "a micro-batch of 3 does not divide"),
+    ],
+)
+def test_check_plans_for_two_cards_as_they_would_train(
+    small_shards: Path, forge, settings: list[str], says: str
+) -> None:
+    given = [f"--set={setting}" for setting in settings]
+    result = forge("train", "tiny", "--data", small_shards, "--check", *given)
+    assert says in result.output, result.output
 
 
 def test_a_full_disk_in_mid_run_is_a_warning_and_at_the_end_an_error(

@@ -15,11 +15,12 @@ from trainer.ranks import Ranks
 from trainer.run import open_data
 
 CARD_GIB, FREE_GIB = 24, 23  # what is left of it beside the driver and CUDA's context
+MANY_EPOCHS = 5  # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models"
 
 
 def report(config: Config, name: str, folder: Path) -> str:
     """Check config and data; return parameters, tokens a step, accumulation, memory as text."""
-    data = open_data(config, folder)
+    data = open_data(config, folder, checks_amount=False)  # that is said after the plan
     ranks = Ranks.from_environment()
     device = ranks.device()
     plan = memory.plan_step(config, ranks, device)
@@ -53,7 +54,9 @@ def until(config: Config, train_tokens: int) -> str:
     return (
         f"{config.num_steps():,} = {amount(num_tokens)} tokens"
         + f", or {within}" * (budget is not None)
-        + f" = {num_tokens / train_tokens:.2f} epochs"
+        + f" = {num_tokens / max(1, train_tokens):.2f} epochs"
+        + " (text that comes more than some four times teaches little more)"
+        * (num_tokens > MANY_EPOCHS * train_tokens)
     )
 
 
@@ -91,13 +94,18 @@ def evaluation_share(config: Config) -> float:
 
 def two_cards(config: Config) -> str:
     """The step's cut and the memory a card on the machine that this program is meant for."""
-    share = config.step_sizes().of(0) // 2
+    least, given = config.step_sizes().of(0), config.batch.micro_batch_size
+    if least % 2:
+        return f"{least} windows a step cannot be shared out evenly among 2 ranks"
     limit = memory.USABLE * FREE_GIB * 2**30
-    fits = [n for n in memory.divisors(share) if memory.estimate_bytes(config, n) <= limit]
+    sizes = memory.divisors(least // 2) if given == "auto" else [given]
+    fits = [n for n in sizes if memory.estimate_bytes(config, n) <= limit]
     if not fits:
-        least = memory.estimate_bytes(config, 1) / 2**30
-        return f"does not fit: about {least:.1f} GiB a card with a micro-batch of 1"
+        gib = memory.estimate_bytes(config, sizes[0]) / 2**30
+        return f"does not fit: about {gib:.1f} GiB a card with a micro-batch of {sizes[0]}"
     size = max(fits)
+    if (least // 2) % size:
+        return f"a micro-batch of {size} does not divide a rank's {least // 2} windows a step"
     gib = memory.estimate_bytes(config, size) / 2**30
     steps = config.windows_per_step() // 2 // size
     return f"micro-batch {size} x {steps} accumulation steps, about {gib:.1f} GiB a card"

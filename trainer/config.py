@@ -16,10 +16,13 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from sys import float_info
 from typing import Any, Literal
 
 from pipeline.errors import ForgeError
 from pipeline.shards import VOCAB_SIZE
+
+MOST = 2**53  # of what is counted: up to there a float tells a number from the next
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,22 @@ def _toml(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
+def differences(before: Config, after: Config) -> list[str]:
+    """What is another in `after`, a line each; a micro-batch that was found is as good as auto."""
+    flat = []
+    for values in (before.to_dict(), after.to_dict()):
+        parts = {k: v if isinstance(v, dict) else {"": v} for k, v in values.items()}
+        flat.append(
+            {f"{s}.{k}".strip("."): v for s, keys in parts.items() for k, v in keys.items()}
+        )
+    old, new = flat
+    return [
+        f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and new.get(key) != "auto"
+    ]
+
+
 def available() -> list[str]:
     """Names of the configs that come with the program, smallest model first."""
     named = [f for f in files("configs").iterdir() if f.name.endswith(".toml")]
@@ -420,8 +439,9 @@ def _check(config: Config) -> list[str]:
         "batch.micro_batch_size": 1 if batch.micro_batch_size == "auto" else batch.micro_batch_size,
     }
     for name, value in positive.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            problems.append(f"{name} must be more than 0, not {value}")
+        most = MOST if isinstance(value, int) else float_info.max
+        if value is not None and not 0 < value <= most:
+            problems.append(f"{name} must be more than 0 and at most {most:.9g}, not {value}")
     if problems:
         return problems
     problems += _check_family(model)

@@ -138,7 +138,7 @@ class Trainer:
         self.decayed = 1.0  # what the decay has left of the rate, after `step`
         self.schedule = Schedule(config, self.decayed, past.replay)
         self.guard = Guard(config.guard, past.losses)
-        self.clock = Clock(config, past.evaluate_seconds)
+        self.clock = Clock(config, past.evaluate_seconds, past.step_seconds)
         self.room = (0, UNKNOWN_STEPS)  # (step, steps that fitted from it on), as last heard
         self.skipped = 0  # steps in a row
         self.stopping = self.saving = False
@@ -189,7 +189,7 @@ class Trainer:
                 self.say(f"The run is complete: {self.run}")
                 return
         self.metrics = Metrics(self.run, self.ranks.is_first)
-        more = (self.data.index, hold, self.start_metrics)
+        more = (self.past, self.data.index, hold, self.start_metrics)
         from_first(self.ranks, lambda: make_folder(self.run, self.config, *more))
         self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
         if self.ranks.is_first:
@@ -424,7 +424,8 @@ class Trainer:
         self.validation = (self.step, loss)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         text = ""
-        if self.ranks.is_first and self.config.evaluate.sample_tokens and self.step:
+        samples = self.config.evaluate.sample_tokens and self.step and math.isfinite(loss)
+        if self.ranks.is_first and samples:
             text = sample_text(
                 self.model, self.data.vocabulary, self.config.evaluate.sample_tokens, self.step
             )
@@ -470,6 +471,8 @@ class Trainer:
         self.schedule.decayed = state.decayed
         self.room = (self.step, UNKNOWN_STEPS)
         self.say(f"Resuming from step {step}.")
+        for change in self.past.changes:
+            self.say(f"Changed since the last start: {change}")
 
     def save(self) -> None:
         """Begin to save on rank 0, after comparing the weights of all ranks."""
@@ -478,6 +481,8 @@ class Trainer:
         self.wait_for_save()
         self.same_weights()
         loss = self.validation[1] if self.validation and self.validation[0] == self.step else None
+        if loss is not None and not math.isfinite(loss):
+            loss = None
         state = checkpoint.State(
             self.step, self.tokens, self.seconds, decayed=self.decayed, validation_loss=loss
         )

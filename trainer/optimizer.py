@@ -153,17 +153,18 @@ class Optimizer:
         """
         divisor = self.loss_scale * num_tokens
         norm: Tensor = torch.linalg.vector_norm(self.gradients) / divisor
-        is_sound = is_sound & torch.isfinite(norm)
+        fits = torch.isfinite(norm)
+        is_sound = is_sound & fits
         divisor = divisor * (norm / self.max_norm).clamp(min=1.0)
         self.adamw(lr, divisor, is_sound)
         self.muon(lr, divisor, is_sound)
         self.hand_over()
         self.gradients.zero_()
         if self.scales:
-            self.sound_steps.add_(1).mul_(is_sound)
-            doubles = self.sound_steps == LOSS_SCALE_STEPS
+            self.sound_steps.add_(is_sound).mul_(fits)
+            doubles = is_sound & (self.sound_steps == LOSS_SCALE_STEPS)
             self.sound_steps.mul_(~doubles)
-            self.loss_scale.mul_(torch.where(is_sound, 1.0 + doubles.float(), 0.5))
+            self.loss_scale.mul_(torch.where(fits, 1.0 + doubles.float(), 0.5))
         return norm
 
     def adamw(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:

@@ -238,7 +238,7 @@ def process_group(
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     # A connection of its own: whoever waits for a key keeps the other one busy.
     store = _get_default_store().clone()  # type: ignore[attr-defined]
-    beats = Beats(store, ranks, timeout_seconds / 5)
+    beats = Beats(store, ranks, max(timeout_seconds / 5, 5 * BEAT_SECONDS))
     try:
         yield beats
     except ForgeError:

@@ -12,12 +12,14 @@ Before: pipeline/shards.py's folder and an earlier run, if any. After: loop.py.
 """
 
 import fcntl
+import itertools
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from pipeline import shards
 from pipeline.errors import ForgeError
 from pipeline.shards import Index, write_whole
 from trainer import checkpoint
-from trainer.config import Config, load
+from trainer.config import Config, differences, load
 from trainer.metrics import (
     METRICS_FILE,
     Metrics,
@@ -57,8 +59,8 @@ class Data:
     vocabulary: list[bytes]
 
 
-def open_data(config: Config, folder: Path) -> Data:
-    """Open and check a folder of shards against what the config asks of it."""
+def open_data(config: Config, folder: Path, checks_amount: bool = True) -> Data:
+    """Open and check a folder of shards, and that it has as much as the config asks for."""
     index = shards.load_index(folder)
     if index.tokenizer["vocab_size"] > config.model.vocab_size:
         raise ForgeError(
@@ -76,7 +78,7 @@ def open_data(config: Config, folder: Path) -> Data:
         (val, config.evaluate.num_tokens // config.model.context_length, "evaluate.num_tokens"),
     ]
     for windows, wanted, key in needs:
-        if windows.num_windows < wanted:
+        if checks_amount and windows.num_windows < wanted:
             most = windows.num_windows * config.model.context_length
             raise ForgeError(
                 f"{key} asks for {wanted:,} windows, the {windows.split} split has "
@@ -100,6 +102,9 @@ class Past:
     replay: tuple[float, ...] = ()  # schedule.py's `decayed` of the steps after the checkpoint
     evaluate_seconds: float | None = None  # that the last evaluation took
     losses: tuple[tuple[int, float], ...] = ()  # (step, loss) of the last steps before it
+    step_seconds: tuple[float, ...] = ()  # that a full step took before it
+    extends: bool = False  # what came after the checkpoint is to be set aside
+    changes: tuple[str, ...] = ()  # of the config since then, for people
 
 
 class Hold:
@@ -138,7 +143,7 @@ class Hold:
 def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) -> Past:
     """What there is to go on from. ForgeError if the run may not be made or gone on with.
 
-    Writes nothing, but for an extension: there it sets aside what came after the decay began.
+    Writes nothing: what an extension sets aside, make_folder() does.
     """
     nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -177,9 +182,11 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     hold.take()
     found = checkpoint.steps(run)
     last = checkpoint.read_state(run, found[-1]) if found else None
-    if last and last.decayed < 1 and _is_longer(config, before):
-        last = set_aside_decay(run)
-    return read_past(run, config, last, replay=config.schedule == before.schedule)
+    extends = last is not None and last.decayed < 1 and _is_longer(config, before)
+    if extends:
+        last = before_decay(run)
+    past = read_past(run, config, last, config.schedule == before.schedule, extends)
+    return replace(past, changes=tuple(differences(before, config)))
 
 
 def is_ours(run: Path) -> bool:
@@ -218,10 +225,19 @@ def same_folder(run: Path, ranks: Ranks) -> None:
         )
 
 
-def read_past(run: Path, config: Config, last: checkpoint.State | None, replay: bool) -> Past:
+def read_past(
+    run: Path,
+    config: Config,
+    last: checkpoint.State | None,
+    replay: bool,
+    extends: bool = False,
+) -> Past:
     """From metrics.jsonl: what happened up to the checkpoint `last`, and after it."""
-    rows = _rows(run)
     step, seconds = (last.step, last.seconds) if last else (0, 0.0)
+    rows = rows_until(run, step) if extends else _rows(run)
+    timed = (r for r in rows if r["kind"] == "step" and r["step"] <= step)
+    speeds = [row["tokens_per_second"] for row in timed if row.get("tokens_per_second")]
+    each = statistics.median(config.batch.tokens_per_step / speed for speed in speeds[-64:] or [1])
     decayed: dict[int, float] = {}
     for row in rows:
         if row["kind"] == "start":  # with another schedule it has not repeated what was known
@@ -249,21 +265,26 @@ def read_past(run: Path, config: Config, last: checkpoint.State | None, replay: 
         losses=tuple(
             (r["step"], r["loss"]) for r in rows if r["kind"] == "step" and r["step"] <= step
         )[-1 - config.guard.spike_window_steps :],
+        # Two, so that a single slow step is not the median, and the speed of today soon is.
+        step_seconds=(each, each) if speeds else (),
+        extends=extends,
     )
 
 
 def _is_longer(config: Config, before: Config) -> bool:
-    """Whether `config` lets a run go on for longer than `before`."""
-    hours, old_hours = (c.schedule.budget_hours or math.inf for c in (config, before))
-    steps, old_steps = (c.num_steps() or math.inf for c in (config, before))
-    return hours > old_hours or steps > old_steps
+    """Whether `config` lets a run go on for longer than `before`.
 
-
-def set_aside_decay(run: Path) -> checkpoint.State:
-    """Go back to the last checkpoint before the decay; returns its state.
-
-    What came after it moves to RUN/ended_at_step_N/, which is a run folder of its own.
+    To leave out what has ended the run does not: it may have been forgotten.
     """
+    old_hours, old_steps = (
+        x or math.inf for x in (before.schedule.budget_hours, before.num_steps())
+    )
+    hours, steps = config.schedule.budget_hours or old_hours, config.num_steps() or old_steps
+    return hours >= old_hours and steps >= old_steps and (hours, steps) != (old_hours, old_steps)
+
+
+def before_decay(run: Path) -> checkpoint.State:
+    """The last checkpoint before the decay began; ForgeError if there is none."""
     states = [checkpoint.read_state(run, step) for step in checkpoint.steps(run)]
     flat = [state for state in states if state.decayed == 1]
     if not flat:
@@ -272,20 +293,33 @@ def set_aside_decay(run: Path) -> checkpoint.State:
             where=run / checkpoint.FOLDER,
             fix="start a new run with the longer schedule",
         )
-    aside = run / f"ended_at_step_{states[-1].step:08d}"
+    return flat[-1]
+
+
+def set_aside_decay(run: Path) -> checkpoint.State:
+    """Go back to the last checkpoint before the decay; returns its state.
+
+    What came after it moves to RUN/ended_at_step_N/, which is a run folder of its own.
+    """
+    flat, steps = before_decay(run), checkpoint.steps(run)
+    end = f"ended_at_step_{steps[-1]:08d}"
+    asides = (run / (f"{end}_{n}" if n > 1 else end) for n in itertools.count(1))
+    aside = next(
+        each for each in asides if not checkpoint.checkpoint_path(each, steps[-1]).exists()
+    )
     names = (CONFIG_FILE, DATA_FILE, shards.VOCABULARY_FILE, METRICS_FILE, "README.md")
     with writing():
         (aside / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
         for name in names:
             if (run / name).exists() and not (aside / name).exists():
                 write_whole(aside / name, (run / name).read_bytes())
-        write_rows(run, rows_until(run, flat[-1].step))  # its seconds are not those of the decay
+        write_rows(run, rows_until(run, flat.step))  # its seconds are not those of the decay
         # The last one last: killed before that, the next start finds the same end and goes on.
-        for state in states:
-            if state.step > flat[-1].step:
-                path = checkpoint.checkpoint_path(run, state.step)
+        for step in steps:
+            if step > flat.step:
+                path = checkpoint.checkpoint_path(run, step)
                 path.rename(aside / checkpoint.FOLDER / path.name)
-    return flat[-1]
+    return flat
 
 
 @contextmanager
@@ -302,16 +336,24 @@ def writing() -> Iterator[None]:
 
 
 def make_folder(
-    run: Path, config: Config, index: Index, hold: Hold, start_metrics: Callable[[], None]
+    run: Path,
+    config: Config,
+    past: Past,
+    index: Index,
+    hold: Hold,
+    start_metrics: Callable[[], None],
 ) -> None:
     """Make RUN/ with everything that is known before the first step, and hold it.
 
-    Raises ForgeError when that cannot be done. The config comes last: where it is, the row of this
-    start is, too.
+    An extension sets aside what came after the decay began: not before all else is found to be
+    good. Raises ForgeError when that cannot be done. The config comes last: where it is, the row of
+    this start is, too.
     """
     with writing():
         run.mkdir(parents=True, exist_ok=True)
         hold.take()
+        if past.extends:
+            set_aside_decay(run)
         for left in run.glob("*.partial"):  # of a start that was killed
             left.unlink(missing_ok=True)
         for name, copy in (
@@ -331,8 +373,12 @@ def write_readme(
         return
     step = metrics.last.get("step", {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None})
     evaluated, first = metrics.last.get("evaluate"), metrics.first.get("evaluate")
-    loss = f"{evaluated['loss']:.4f}" if evaluated else "-"
-    train_loss = f"{step['loss']:.4f}" if step["loss"] is not None else "-"
+
+    def number(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.4f}"
+
+    loss = number(evaluated["loss"]) if evaluated else "-"
+    train_loss = number(step["loss"]) if step["step"] else "-"
     num_steps = config.num_steps()
     of = f" of {num_steps:,}" if num_steps is not None else ""
     epochs = step["tokens"] / max(1, index.total("num_tokens", "train"))
@@ -349,8 +395,8 @@ def write_readme(
     ]
     if evaluated and first:
         lines.append(
-            f"- Validation loss {first['loss']:.4f} -> {evaluated['loss']:.4f}, "
-            f"{evaluated['bits_per_byte']:.4f} bits a byte; training loss {train_loss}"
+            f"- Validation loss {number(first['loss'])} -> {loss}, "
+            f"{number(evaluated['bits_per_byte'])} bits a byte; training loss {train_loss}"
         )
     revision = (index.source.get("hub") or {}).get("revision")
     sample = metrics.last.get("sample")

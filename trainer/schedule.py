@@ -47,7 +47,7 @@ class Schedule:
 
         `steps_left` is how many the clock leaves room for, this one included.
         """
-        schedule, peak, num_steps = self.config.schedule, self.config.optimizer.peak_lr, None
+        schedule, peak = self.config.schedule, self.config.optimizer.peak_lr
         warmup = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
         num_steps = self.config.num_steps()
         if self.config.shape() == "cosine":
@@ -73,9 +73,14 @@ class Schedule:
 class Clock:
     """How many steps the budget still has room for, from what steps, evaluations, saves took."""
 
-    def __init__(self, config: Config, evaluate_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        evaluate_seconds: float | None = None,
+        step_seconds: tuple[float, ...] = (),
+    ) -> None:
         self.config = config
-        self.step_seconds: deque[float] = deque(maxlen=TIMED_STEPS)
+        self.step_seconds: deque[float] = deque(step_seconds, maxlen=TIMED_STEPS)
         self.evaluate_seconds = evaluate_seconds  # the last one's, unless it had to compile
         self.save_seconds = 0.0  # until the last checkpoint was on the disk
         self.stall_seconds = 0.0  # that it held up training

@@ -62,6 +62,7 @@ def sample_text(model: LanguageModel, vocabulary: list[bytes], num_tokens: int, 
     generator = torch.Generator().manual_seed(step)
     length = min(num_tokens, model.config.context_length - 1)
     tokens = torch.full((1, length + 1), shards.EOT_TOKEN, device=device)
+    n = -1
     # Always the full length, which is causal all the same: new shapes cost a GPU more.
     for n in range(length):
         logits = model.logits(model.hidden(tokens)[:, n]).float().cpu() / 0.8

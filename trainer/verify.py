@@ -38,6 +38,14 @@ def verify_resume(
         f"evaluate.num_tokens={few_tokens}",
         "evaluate.sample_tokens=0",
     ]
+    short += ["schedule.budget_hours=1000"] if chosen.schedule.budget_hours else []
+    if load(config, (*settings, *short)).num_steps() != num_steps:
+        raise ForgeError(
+            f"schedule.max_tokens ends the run before {num_steps} steps",
+            fix="leave it out, or take fewer: --verify-resume 8",
+        )
+    if scratch:
+        scratch = next(path for path in (scratch, *scratch.absolute().parents) if path.exists())
     ranks = max(1, torch.cuda.device_count())
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     command = [sys.executable, "-m", *launcher, "trainer.cli", config, "--data", str(data)]

@@ -160,7 +160,8 @@ def main(data: Path | None, names: str, steps: int, arms: str, plain_arm: str | 
     if plain_arm and data:
         click.echo(json.dumps(plain(plain_arm, data, MICRO_BATCHES[plain_arm], steps)))
         return
-    assert torch.cuda.is_available(), "this benchmark needs a GPU"
+    if not torch.cuda.is_available():
+        raise click.ClickException("this benchmark needs a GPU")
     click.echo(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: sustained 8192^3 bfloat16 "
         f"product {sustained_matmul() / 1e12:.0f} TFLOP/s"
