@@ -41,8 +41,8 @@ def next_commands(folder: Path, tokens: dict[str, int]) -> str:
     train = f"Train: forge-train {config} --data {folder} --check"
     if least < 2**14:
         split = min(tokens, key=tokens.__getitem__)
-        more = ", by a larger --val-fraction" if split == "val" else ""
-        train = f"Train: {split} has few tokens: configs/tiny.toml wants {2**14:,}{more}"
+        more = "; a larger --val-fraction gives more" if split == "val" else ""
+        train = f"Train: too few {split} tokens for configs/tiny.toml, which wants {2**14:,}{more}"
     return f"Look:  forge-prep info {folder}\n{train}"
 
 

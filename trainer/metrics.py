@@ -3,7 +3,7 @@
 Before: loop.py. After: people, and programs that read metrics.jsonl.
 
 metrics.jsonl has one object a line: `kind` (start, step, evaluate, sample, checkpoint, decay, skip,
-stop), and always `step`, `tokens`, `seconds` (of training, over all starts).
+out_of_memory, stop), and always `step`, `tokens`, `seconds` (of training, over all starts).
 """
 
 import contextlib
