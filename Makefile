@@ -1,4 +1,4 @@
-# make demo   the whole program on text that Python carries: no download, some 4 minutes on 2 cores
+# make demo   the whole program on text that Python carries: no download, some 4 minutes on 2 cores, half of it installing
 # make test   everything that CI runs
 # make check  formatting, lint, types
 # make bench  how fast text becomes shards; SOURCE=DIR names a folder of parquet files

@@ -154,7 +154,9 @@ def describe(path: Path) -> tuple[Shard, DocumentLengths]:
         )
     shard = Shard(
         file=path.name,
-        split="val" if re.search("(?<![a-z])val(?![a-z])", path.name.lower()) else "train",
+        split="val"
+        if re.search("(?<![a-z])val(id(ation)?)?(?![a-z])", path.name.lower())
+        else "train",
         num_tokens=num_tokens,
         num_documents=len(bounds) - 1,
         text_bytes=text_bytes,

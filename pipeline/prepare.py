@@ -42,6 +42,7 @@ from pipeline.slices import (
 from pipeline.sources import Slice, Source
 
 DOWNLOADS_FOLDER = "downloads"
+PLAN_FILE = "plan.json"
 SHUFFLE_SEED = 1
 
 
@@ -121,15 +122,15 @@ def tokenize(
         if overwrite and not _goes_on(folder, plan):
             # Not before all is found to be good, as far as it can be looked at.
             _must_be_ours(folder)
-            _check_room(folder, slices, options, source, _shard_files(folder))
+            _check_room(folder, slices, options, source, freed=_shard_files(folder))
             _clear(folder)
         _claim(folder, plan, old)
         first = 1 + max((shard.slice for shard in old.shards), default=-1) if old else 0
         slices = [replace(each, number=each.number + first) for each in slices]
         run = _Run(source, folder, options, slices, keep_downloads, skip_errors, on_progress)
-        _check_room(
-            folder, [each for each in slices if each.number not in run.records], options, source
-        )
+        left = [each for each in slices if each.number not in run.records]
+        kept_tokens = sum(record.num_tokens("train") for record in run.records.values())
+        _check_room(folder, left, options, source, kept_tokens)
         records = run.run(min(workers, len(slices)) or 1)
         index = _commit(folder, plan, records, sorted(damaged), old)
         _tidy(folder, index)
@@ -170,7 +171,7 @@ def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> None:
     `old` is its index when shards are appended to a finished folder.
     """
     work = folder / WORK_FOLDER
-    plan_file = work / "plan.json"
+    plan_file = work / PLAN_FILE
     _must_be_ours(folder)
     work.mkdir(exist_ok=True)
     if plan_file.exists() and any(work.glob("[0-9]*.json")):
@@ -199,7 +200,7 @@ def _must_be_ours(folder: Path) -> None:
 def _goes_on(folder: Path, plan: dict[str, Any]) -> bool:
     """Whether an unfinished run of this very plan lies there: then nothing is in its way."""
     try:
-        made = json.loads((folder / WORK_FOLDER / "plan.json").read_bytes())
+        made = json.loads((folder / WORK_FOLDER / PLAN_FILE).read_bytes())
         _same_plan(plan, made, folder, any_files=True)
     except (OSError, ValueError, ForgeError):
         return False
@@ -278,7 +279,7 @@ def _clear(folder: Path) -> None:
     made = [folder / name for name in (shards.INDEX_FILE, shards.VOCABULARY_FILE)]
     for path in [*made, *_shard_files(folder)]:
         path.unlink(missing_ok=True)
-    for path in work.iterdir():
+    for path in sorted(work.iterdir(), key=lambda p: p.name == PLAN_FILE):  # the plan last
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -286,17 +287,24 @@ def _clear(folder: Path) -> None:
 
 
 def _check_room(
-    folder: Path, slices: list[Slice], options: Options, source: Source, freed: Sequence[Path] = ()
+    folder: Path,
+    slices: list[Slice],
+    options: Options,
+    source: Source,
+    kept_tokens: int = 0,
+    freed: Sequence[Path] = (),
 ) -> None:
     """Refuse a run that cannot end well: too little room for its shards, once `freed` are gone.
 
-    Only parquet's metadata say how much text there is.
+    `slices` are those that are still to be made, the others have `kept_tokens` for train. Only
+    parquet's metadata say how much text there is.
     """
     if source.kind != "parquet" or options.min_score is not None:
         return
     text = sum(each.bytes for each in slices)
     if options.max_tokens:
-        text = min(text, int(options.max_tokens * sources.BYTES_PER_TOKEN))
+        left = max(0, options.max_tokens - kept_tokens)
+        text = min(text, int(left * sources.BYTES_PER_TOKEN))
     needed = text / sources.BYTES_PER_TOKEN * shards.TOKEN_BYTES
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in freed)
     if free < 0.8 * needed:  # the estimate is rough

@@ -200,7 +200,8 @@ def files_in(folder: Path) -> Iterator[Path]:
                 where=root,
                 fix="remove the link, or name the files with a glob",
             )
-        yield from (Path(root, name) for name in names)
+        paths = (Path(root, name) for name in names)
+        yield from (path for path in paths if path.is_file() or not path.exists())  # broken links
 
 
 def kind_of(name: str) -> str | None:
@@ -538,7 +539,7 @@ def read_jsonl(
     with path.open("rb") as raw, _decompressed(raw, path) as lines:
         texts: dict[int, str | None] = {}  # by line number
         size = read_before = num_low_scores = number = 0
-        has_scores = min_score is None
+        without: list[str] | None = None  # keys of a document without a score, if none has one
         cut: OSError | None = None
         while True:
             try:
@@ -552,8 +553,11 @@ def read_jsonl(
                     document = parse_line(line, text_column, f"{path}, line {number}")
                     score = None
                     if min_score is not None:
-                        score = score_of(document, f"{path}, line {number}")
-                        has_scores = has_scores or score is not None
+                        column, score = score_of(document, f"{path}, line {number}")
+                        if column:
+                            without = []
+                        elif without is None:
+                            without = list(document)
                     if min_score is None or (score is not None and score >= min_score):
                         texts[number] = document[text_column]
                     else:
@@ -571,8 +575,8 @@ def read_jsonl(
                 break
         if cut:
             raise OSError(f"{cut}, after line {number - 1:,}") from cut
-        if number > 1 and not has_scores:
-            score_column([], path)
+        if without:
+            score_column(without, path)
 
 
 def _decompressed(raw: io.BufferedReader, path: Path) -> Any:
@@ -585,8 +589,8 @@ def _decompressed(raw: io.BufferedReader, path: Path) -> Any:
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), compression), 2**20)
 
 
-def score_of(document: dict[str, Any], where: str) -> float | None:
-    """A document's score, None where it has none."""
+def score_of(document: dict[str, Any], where: str) -> tuple[str | None, float | None]:
+    """A document's column of the score and the score, None where it has none."""
     flat = {k: v for k, v in document.items() if not isinstance(v, dict)}
     inner = document.get("metadata")
     if isinstance(inner, dict):
@@ -595,7 +599,7 @@ def score_of(document: dict[str, Any], where: str) -> float | None:
     score = flat[column] if column else None
     is_number = score is None or isinstance(score, int | float)
     check_score(is_number, str(column), type(score).__name__, where)
-    return score
+    return column, score
 
 
 def parse_line(line: bytes, text_column: str, where: str) -> dict[str, Any]:

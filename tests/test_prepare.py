@@ -336,7 +336,10 @@ def test_a_line_without_a_score_is_dropped_as_a_row_without_one_is(
     assert texts_of(tmp_path / "out", "train") == [b"c"]
     assert index.skipped["low_score_documents"] == 2
     path.write_text(json.dumps(rows[1]))
-    with pytest.raises(ForgeError, match="no score"):
+    with pytest.raises(ForgeError, match=r"no score: none of .*; there are: text"):
+        make_shards(path, tmp_path / "out2", min_score=3)
+    path.write_text('{"text": "a", "score": null}')
+    with pytest.raises(ForgeError, match="holds no text"):
         make_shards(path, tmp_path / "out2", min_score=3)
 
 
@@ -825,6 +828,19 @@ def test_too_little_room_is_said_before_the_work(
     with pytest.raises(ForgeError, match="too little room"):
         prepare.tokenize(found, tmp_path / "finished", Options(), workers=1, overwrite=True)
     assert shards.verify(index, 1, lambda count: None) == []
+
+
+def test_a_limited_run_needs_room_for_what_is_left_of_it(
+    tmp_path: Path, documents, make_parquet, make_shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MIN_SLICE_BYTES", 40_000)
+    source, out = make_parquet(tmp_path / "a.parquet", documents, rows=20), tmp_path / "out"
+    all_but_the_index(source, out, max_tokens=20_000)
+    last = max((out / ".work").glob("[0-9]*.json"))
+    last.unlink()
+    usage = shutil.disk_usage(tmp_path)._replace(free=15_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    make_shards(source, out, max_tokens=20_000)
 
 
 def test_progress_ends_at_the_whole_of_the_plan(

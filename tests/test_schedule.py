@@ -130,3 +130,13 @@ def test_a_spike_is_judged_by_steps_that_every_start_knows() -> None:
     resumed = Guard(options, ((1, 4.0), (2, 4.1), (3, 3.9), (4, 4.0), (5, 9.0)))
     assert resumed.limit(6) == limit
     assert Guard(replace(options, spike_zscore=None), tuple(guard.losses)).limit(6) == float("inf")
+
+
+def test_one_slow_step_after_a_resume_begins_no_decay() -> None:
+    clock = Clock(wsd(budget_hours=1.0), None, (1.0, 1.0))
+    before = clock.steps_left(1800.0)
+    clock.note_step(1801, 5.0)
+    assert clock.steps_left(1800.0) == pytest.approx(before)
+    for step in (1802, 1803, 1804):  # but what is slow today soon counts
+        clock.note_step(step, 5.0)
+    assert clock.steps_left(1800.0) < before / 4

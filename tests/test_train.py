@@ -354,6 +354,13 @@ def test_what_is_no_extension_moves_nothing(
         result = forge("train", "tiny", *arguments, *settings)
         assert "The run is complete" in result.output, result.output
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    read_state = checkpoint.read_state
+    with pytest.MonkeyPatch.context() as patch:  # stopped in mid-decay
+        patch.setattr(
+            checkpoint, "read_state", lambda *given: replace(read_state(*given), decayed=0.5)
+        )
+        result = forge("train", "tiny", *arguments)
+        assert "falling by the clock" in result.output
     for _ in range(2):
         assert forge("train", "tiny", *arguments, longer).exit_code == 0
         for path in [*run.glob("checkpoints/*"), run / "config.toml"]:  # as if it had never been
@@ -375,6 +382,8 @@ def test_a_changed_setting_is_said_on_resume(finished: Path, small_shards: Path,
         "optimizer.peak_lr: 0.003 -> 0.001",
         "schedule.max_steps: 8 -> 9",
     ]
+    head = (finished / "config.toml").read_text().splitlines()[0]
+    assert "batch.micro_batch_size was found to be 4, with 1 accumulation steps" in head
 
 
 @pytest.mark.parametrize("family", [[], MODERN], ids=["gpt2", "modern"])

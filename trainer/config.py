@@ -258,7 +258,7 @@ def _toml(value: Any) -> str:
 
 
 def differences(before: Config, after: Config) -> list[str]:
-    """What is another in `after`, a line each; a micro-batch that was found is as good as auto."""
+    """What is another in `after`, a line each."""
     flat = []
     for values in (before.to_dict(), after.to_dict()):
         parts = {k: v if isinstance(v, dict) else {"": v} for k, v in values.items()}
@@ -269,7 +269,7 @@ def differences(before: Config, after: Config) -> list[str]:
     return [
         f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
         for key in {**old, **new}
-        if old.get(key) != new.get(key) and new.get(key) != "auto"
+        if old.get(key) != new.get(key)
     ]
 
 

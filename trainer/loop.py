@@ -138,7 +138,8 @@ class Trainer:
         self.decayed = 1.0  # what the decay has left of the rate, after `step`
         self.schedule = Schedule(config, self.decayed, past.replay)
         self.guard = Guard(config.guard, past.losses)
-        self.clock = Clock(config, past.evaluate_seconds, past.step_seconds)
+        known = past.step_seconds if past.hardware == self.hardware else ()
+        self.clock = Clock(config, past.evaluate_seconds, known)
         self.room = (0, UNKNOWN_STEPS)  # (step, steps that fitted from it on), as last heard
         self.skipped = 0  # steps in a row
         self.stopping = self.saving = False
@@ -189,7 +190,13 @@ class Trainer:
                 self.say(f"The run is complete: {self.run}")
                 return
         self.metrics = Metrics(self.run, self.ranks.is_first)
-        more = (self.past, self.data.index, hold, self.start_metrics)
+        found, plan = "", self.plan
+        if self.config.batch.micro_batch_size == "auto":  # and so it stays: the next may find more
+            found = (
+                f"# On {self.hardware}: batch.micro_batch_size was found to be "
+                f"{plan.micro_batch_size}, with {plan.accumulation_steps} accumulation steps.\n"
+            )
+        more = (self.past, self.data.index, hold, found, self.start_metrics)
         from_first(self.ranks, lambda: make_folder(self.run, self.config, *more))
         self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
         if self.ranks.is_first:

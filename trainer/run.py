@@ -103,6 +103,7 @@ class Past:
     evaluate_seconds: float | None = None  # that the last evaluation took
     losses: tuple[tuple[int, float], ...] = ()  # (step, loss) of the last steps before it
     step_seconds: tuple[float, ...] = ()  # that a full step took before it
+    hardware: str = ""  # that it took them on
     extends: bool = False  # what came after the checkpoint is to be set aside
     changes: tuple[str, ...] = ()  # of the config since then, for people
 
@@ -185,6 +186,12 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     extends = last is not None and last.decayed < 1 and _is_longer(config, before)
     if extends:
         last = before_decay(run)
+    elif last is not None and 0 < last.decayed < 1 and config.shape() != before.shape():
+        raise ForgeError(
+            "the learning rate was falling by the clock, and the config has no clock now",
+            where=run / CONFIG_FILE,
+            fix=f"--set schedule.budget_hours={before.schedule.budget_hours}, as before, or more",
+        )
     past = read_past(run, config, last, config.schedule == before.schedule, extends)
     return replace(past, changes=tuple(differences(before, config)))
 
@@ -267,6 +274,7 @@ def read_past(
         )[-1 - config.guard.spike_window_steps :],
         # Two, so that a single slow step is not the median, and the speed of today soon is.
         step_seconds=(each, each) if speeds else (),
+        hardware=next((r["hardware"] for r in reversed(rows) if "hardware" in r), ""),
         extends=extends,
     )
 
@@ -341,13 +349,14 @@ def make_folder(
     past: Past,
     index: Index,
     hold: Hold,
+    found: str,
     start_metrics: Callable[[], None],
 ) -> None:
     """Make RUN/ with everything that is known before the first step, and hold it.
 
-    An extension sets aside what came after the decay began: not before all else is found to be
-    good. Raises ForgeError when that cannot be done. The config comes last: where it is, the row of
-    this start is, too.
+    `found` says, above the config, what was chosen on this machine. An extension sets aside what
+    came after the decay began: not before all else is found to be good. Raises ForgeError when that
+    cannot be done. The config comes last: where it is, the row of this start is, too.
     """
     with writing():
         run.mkdir(parents=True, exist_ok=True)
@@ -362,7 +371,7 @@ def make_folder(
         ):
             write_whole(run / copy, (index.folder / name).read_bytes())
         start_metrics()
-        write_whole(run / CONFIG_FILE, config.to_toml().encode())
+        write_whole(run / CONFIG_FILE, (found + config.to_toml()).encode())
 
 
 def write_readme(
