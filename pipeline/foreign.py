@@ -29,10 +29,10 @@ def index_folder(folder: Path, raw: bool) -> Index:
     if not folder.is_dir():
         raise ForgeError("no such folder", where=folder, fix="check the path")
     with hold(folder):
-        return make_index(folder, raw)
+        return _make_index(folder, raw)
 
 
-def make_index(folder: Path, raw: bool) -> Index:
+def _make_index(folder: Path, raw: bool) -> Index:
     if (folder / shards.INDEX_FILE).exists():
         raise ForgeError("the folder has an index already", where=folder, fix="forge-prep info DIR")
     if (folder / WORK_FOLDER).exists():

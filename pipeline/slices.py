@@ -25,7 +25,7 @@ import xxhash
 from pipeline import shards, sources, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
-from pipeline.sources import Slice, SourceFile
+from pipeline.sources import Part, Slice, SourceFile
 
 WORK_FOLDER = ".work"
 BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
@@ -221,34 +221,42 @@ def tokenize_slice(job: Job) -> Record:
 
 def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
     """The text of a slice; places that cannot be read go to `damaged` if the job skips errors."""
-    columns = (job.options.text_column, job.options.min_score)
     for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
         file.check_unchanged(path)
-        if not job.skip_errors:
+        if job.skip_errors:
+            yield from _readable(job, part, path, file.name, damaged)
+        else:
+            columns = (job.options.text_column, job.options.min_score)
             yield from sources.read_texts(job.kind, path, part, *columns)
-            file.check_unchanged(path)
-            continue
-        num_lines = 0
-
-        def left_out(error: ForgeError, path: Path = path, name: str = file.name) -> str:
-            return f"{error.where}: {error.what}".replace(str(path), name)
-
-        def leave_out(error: ForgeError, name: str = file.name, say: Any = left_out) -> None:
-            nonlocal num_lines
-            num_lines += 1
-            if num_lines > MOST_LINES + 1:
-                damaged.pop()
-            more = f"{name}: {num_lines - MOST_LINES:,} more lines"
-            damaged.append(say(error) if num_lines <= MOST_LINES else more)
-
-        for group in range(part.start, part.stop):
-            each = replace(part, start=group, stop=group + 1)
-            try:
-                yield from sources.read_texts(job.kind, path, each, *columns, leave_out)
-            except ForgeError as error:
-                rest = "" if job.kind == "parquet" else ", and what follows"
-                damaged.append(left_out(error) + rest)
         file.check_unchanged(path)
+
+
+def _readable(
+    job: Job, part: Part, path: Path, name: str, damaged: list[str]
+) -> Iterator[sources.Batch]:
+    """What can be read of a file's part, called `name`."""
+    num_lines = 0
+
+    def leave_out(error: ForgeError) -> None:
+        damaged.append(f"{error.where}: {error.what}".replace(str(path), name))
+
+    def leave_out_line(error: ForgeError) -> None:
+        nonlocal num_lines
+        num_lines += 1
+        if num_lines <= MOST_LINES:
+            leave_out(error)
+        elif num_lines == MOST_LINES + 1:
+            damaged.append(f"{name}: 1 more line")
+        else:
+            damaged[-1] = f"{name}: {num_lines - MOST_LINES:,} more lines"
+
+    columns = (job.options.text_column, job.options.min_score)
+    for group in range(part.start, part.stop):
+        each = replace(part, start=group, stop=group + 1)
+        try:
+            yield from sources.read_texts(job.kind, path, each, *columns, leave_out_line)
+        except ForgeError as error:
+            leave_out(error)
 
 
 def _write_documents(documents: list[bytes], sides: dict[str, _Side], job: Job) -> bool:

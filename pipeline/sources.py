@@ -574,7 +574,7 @@ def read_jsonl(
             if not line:
                 break
         if cut:
-            raise OSError(f"{cut}, after line {number - 1:,}") from cut
+            raise OSError(f"{cut}; line {number - 1:,} is the last before it") from cut
         if without:
             score_column(without, path)
 

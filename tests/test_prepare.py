@@ -425,7 +425,7 @@ def test_what_comes_before_the_cut_of_an_archive_is_kept(tmp_path: Path, suffix:
     assert 0 < num_kept < 60_000
     (damaged,) = outcome.index.skipped["damaged"]
     assert damaged.startswith(path.name)
-    assert damaged.endswith(f", after line {num_kept:,}, and what follows")
+    assert damaged.endswith(f"; line {num_kept:,} is the last before it")
 
 
 def test_a_source_without_text_is_an_error(tmp_path: Path, make_parquet, make_shards) -> None:

@@ -3,24 +3,22 @@
 Before: config.py, memory.py and the folder of shards. After: a person.
 """
 
-from pathlib import Path
-
 import torch
 
+from pipeline.errors import ForgeError
 from trainer import card, memory
 from trainer.config import Config
 from trainer.metrics import amount, hardware
 from trainer.optimizer import compute_dtype
 from trainer.ranks import Ranks
-from trainer.run import open_data
+from trainer.run import Data
 
 CARD_GIB, FREE_GIB = 24, 23  # what is left of it beside the driver and CUDA's context
 MANY_EPOCHS = 5  # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models"
 
 
-def report(config: Config, name: str, folder: Path) -> str:
-    """Check config and data; return parameters, tokens a step, accumulation, memory as text."""
-    data = open_data(config, folder, checks_amount=False)  # that is said after the plan
+def report(config: Config, name: str, data: Data) -> str:
+    """Parameters, tokens a step, accumulation, memory as text; ForgeError if they cannot be."""
     ranks = Ranks.from_environment()
     device = ranks.device()
     plan = memory.plan_step(config, ranks, device)
@@ -31,7 +29,7 @@ def report(config: Config, name: str, folder: Path) -> str:
         f"{model.embedding_size} channels, context {model.context_length}",
         f"parameters    {model.num_parameters():,}",
         f"tokens/step   {tokens:,} = {config.windows_per_step()} windows of {model.context_length}",
-        f"steps         {until(config, train_tokens)} of {folder}",
+        f"steps         {until(config, train_tokens)} of {data.index.folder}",
         f"optimizer     {config.optimizer.describe()}",
         f"compute       {model.flops_per_token() / 1e6:,.1f} MFLOP a token{in_all(config)}",
         f"here          {hardware(device, ranks.world_size)}: micro-batch {plan.micro_batch_size} "
@@ -94,18 +92,11 @@ def evaluation_share(config: Config) -> float:
 
 def two_cards(config: Config) -> str:
     """The step's cut and the memory a card on the machine that this program is meant for."""
-    least, given = config.step_sizes().of(0), config.batch.micro_batch_size
-    if least % 2:
-        return f"{least} windows a step cannot be shared out evenly among 2 ranks"
     limit = memory.USABLE * FREE_GIB * 2**30
-    sizes = memory.divisors(least // 2) if given == "auto" else [given]
-    fits = [n for n in sizes if memory.estimate_bytes(config, n) <= limit]
-    if not fits:
-        gib = memory.estimate_bytes(config, sizes[0]) / 2**30
-        return f"does not fit: about {gib:.1f} GiB a card with a micro-batch of {sizes[0]}"
-    size = max(fits)
-    if (least // 2) % size:
-        return f"a micro-batch of {size} does not divide a rank's {least // 2} windows a step"
-    gib = memory.estimate_bytes(config, size) / 2**30
-    steps = config.windows_per_step() // 2 // size
-    return f"micro-batch {size} x {steps} accumulation steps, about {gib:.1f} GiB a card"
+    try:
+        plan = memory.cut_step(config, 2, limit)
+    except ForgeError as error:
+        return error.what
+    text = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps} accumulation steps"
+    text += f", about {plan.estimated_bytes / 2**30:.1f} GiB a card"
+    return text + ": too much" * (plan.estimated_bytes > limit)

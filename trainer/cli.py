@@ -71,16 +71,17 @@ def main(
     from trainer import check as checking
     from trainer import config as configs
     from trainer import loop, verify
-    from trainer.run import open_data
+    from trainer.run import check_amount, find_data
 
     try:
         chosen = configs.load(config, settings)
         name = Path(config).stem
         if check:
-            text = checking.report(chosen, name, data)
+            found = find_data(chosen, data)
+            text = checking.report(chosen, name, found)
             if os.environ.get("RANK", "0") == "0":
                 click.echo(text)
-            open_data(chosen, data)
+            check_amount(chosen, found)
         elif verify_steps is not None:
             scratch = out.parent if out else None
             click.echo(verify.verify_resume(config, settings, data, scratch, verify_steps))

@@ -67,49 +67,53 @@ def usable_bytes(device: torch.device) -> int:
 
 
 def plan_step(config: Config, ranks: Ranks, device: torch.device) -> Plan:
-    """Cut tokens_per_step for this machine; the same on every rank.
+    """Cut tokens_per_step for this machine; the same on every rank. ForgeError as cut_step()."""
+    if device.type != "cuda":
+        return cut_step(config, ranks.world_size)
+    limit = torch.tensor(usable_bytes(device), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(limit, dist.ReduceOp.MIN)
+    return cut_step(config, ranks.world_size, limit.item())
+
+
+def cut_step(config: Config, world_size: int, limit: float | None = None) -> Plan:
+    """Cut tokens_per_step for so many ranks, with `limit` bytes on each; None for CPUs.
 
     Raises ForgeError when the windows do not divide among the ranks, when a given micro-batch does
     not divide a rank's share, or when not even one window fits.
     """
-    windows, world = config.windows_per_step(), ranks.world_size
-    least = config.step_sizes().of(0)  # all others are multiples of it
-    if least % world:
-        fits = ", ".join(str(n) for n in range(1, 65) if least % n == 0)
+    windows, least = config.windows_per_step(), config.step_sizes().of(0)
+    if least % world_size:  # of the first steps; all others are multiples of it
+        fits = [n for n in range(1, 65) if least % n == 0]
         raise ForgeError(
-            f"{least} windows a step cannot be shared out evenly among {world} ranks",
+            f"{least} windows a step cannot be shared out evenly among {world_size} ranks",
             where="batch.tokens_per_step",
-            fix=f"use one of {fits} ranks, or --set batch.tokens_per_step=...",
+            fix=f"use one of {', '.join(map(str, fits))} ranks, or --set batch.tokens_per_step=...",
         )
-    share = least // world
-    wanted = config.batch.micro_batch_size
-    if wanted == "auto":
-        wanted = _largest(config, share, device, ranks)
-    elif share % wanted:
-        raise ForgeError(
-            f"a micro-batch of {wanted} does not divide a rank's {share} windows a step",
-            where="batch.micro_batch_size",
-            fix=f"use one of {', '.join(map(str, divisors(share)))}",
-        )
-    return Plan(wanted, windows // world // wanted, estimate_bytes(config, wanted))
-
-
-def _largest(config: Config, share: int, device: torch.device, ranks: Ranks) -> int:
-    if device.type != "cuda":
+    share = least // world_size
+    given = config.batch.micro_batch_size
+    if given != "auto":
+        if share % given:
+            raise ForgeError(
+                f"a micro-batch of {given} does not divide a rank's {share} windows a step",
+                where="batch.micro_batch_size",
+                fix=f"use one of {', '.join(map(str, divisors(share)))}",
+            )
+        size = given
+    elif limit is None:
         most = max(1, CPU_TOKENS // config.model.context_length)
-        return max(size for size in divisors(share) if size <= most)
-    limit = torch.tensor(usable_bytes(device), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(limit, dist.ReduceOp.MIN)
-    fits = [size for size in divisors(share) if estimate_bytes(config, size) <= limit.item()]
-    if not fits:
-        raise ForgeError(
-            f"not even a micro-batch of 1 fits: it takes about "
-            f"{estimate_bytes(config, 1) / 2**30:.1f} GiB, {limit.item() / 2**30:.1f} GiB are free",
-            where=f"rank {ranks.rank}, {device}",
-            fix="train a smaller model, or free the GPU of other programs",
-        )
-    return max(fits)
+        size = max(n for n in divisors(share) if n <= most)
+    else:
+        fits = [n for n in divisors(share) if estimate_bytes(config, n) <= limit]
+        if not fits:
+            raise ForgeError(
+                f"not even a micro-batch of 1 fits: it takes about "
+                f"{estimate_bytes(config, 1) / 2**30:.1f} GiB of {limit / 2**30:.1f} on each GPU",
+                where="batch.micro_batch_size",
+                fix="train a smaller model, or free the GPU of other programs",
+            )
+        size = max(fits)
+    return Plan(size, windows // world_size // size, estimate_bytes(config, size))
 
 
 def smaller(plan: Plan, config: Config) -> Plan | None:

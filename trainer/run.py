@@ -59,8 +59,15 @@ class Data:
     vocabulary: list[bytes]
 
 
-def open_data(config: Config, folder: Path, checks_amount: bool = True) -> Data:
-    """Open and check a folder of shards, and that it has as much as the config asks for."""
+def open_data(config: Config, folder: Path) -> Data:
+    """find_data(), with as much as the config asks for."""
+    data = find_data(config, folder)
+    check_amount(config, data)
+    return data
+
+
+def find_data(config: Config, folder: Path) -> Data:
+    """Open and check a folder of shards. ForgeError if it is none, or of other tokens."""
     index = shards.load_index(folder)
     if index.tokenizer["vocab_size"] > config.model.vocab_size:
         raise ForgeError(
@@ -73,23 +80,28 @@ def open_data(config: Config, folder: Path, checks_amount: bool = True) -> Data:
     train, val = (Windows(index, split, config.model.context_length) for split in shards.SPLITS)
     train.check()
     val.check()
+    return Data(index, train, val, vocabulary)
+
+
+def check_amount(config: Config, data: Data) -> None:
+    """ForgeError unless there are windows for a step and for an evaluation."""
+    wanted = config.evaluate.num_tokens // config.model.context_length
     needs = [
-        (train, config.windows_per_step(), "batch.tokens_per_step"),
-        (val, config.evaluate.num_tokens // config.model.context_length, "evaluate.num_tokens"),
+        (data.train, config.windows_per_step(), "batch.tokens_per_step"),
+        (data.val, wanted, "evaluate.num_tokens"),
     ]
     for windows, wanted, key in needs:
-        if checks_amount and windows.num_windows < wanted:
+        if windows.num_windows < wanted:
             most = windows.num_windows * config.model.context_length
             raise ForgeError(
                 f"{key} asks for {wanted:,} windows, the {windows.split} split has "
                 f"{windows.num_windows:,}",
-                where=folder,
+                where=data.index.folder,
                 fix=f"--set {key}={most} at most"
                 if most
                 else "tokenize more text, or with a "
-                f"{'larger' if windows is val else 'smaller'} --val-fraction",
+                f"{'larger' if windows is data.val else 'smaller'} --val-fraction",
             )
-    return Data(index, train, val, vocabulary)
 
 
 @dataclass(frozen=True)
