@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from tests.benchmarks import curves, recipe
 
+MEASURED = Path(recipe.__file__).parent / "measured"
 TOKENS = 100  # a step
 
 
@@ -136,6 +137,15 @@ def test_a_finished_run_is_left_out_and_a_name_stands_for_one_thing(
     assert not bench.is_done(bench.wanted(arm, 5.0, 1))
     with pytest.raises(ClickException, match="their settings differ"):
         bench.is_done(bench.wanted(recipe.Arm("a", "tiny", ()), 20.0, 1))
+
+
+@pytest.mark.parametrize("path", sorted(MEASURED.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_runs_that_are_kept_are_of_the_arms_and_configs_of_today(path: Path) -> None:
+    for run in (line for line in curves.read_lines(path) if "curve" in line):
+        if run["arm"].partition("@")[0] in recipe.ARMS:
+            arm = recipe.find_arm(run["arm"], recipe.ARMS)
+            assert run["config"] == arm.values()
+            assert run["settings"][2:] == [*arm.settings, "batch.micro_batch_size=64"]
 
 
 def test_a_report_without_runs_says_so(tmp_path: Path) -> None:

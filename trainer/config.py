@@ -96,7 +96,10 @@ class OptimizerConfig:
     peak_lr: float
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
     muon_lr: float = 0.02  # Muon's rate where AdamW's is peak_lr; the schedule moves both alike
-    muon_weight_decay: float = 0.1  # Muon's, by its own rate; weight_decay is AdamW's, by peak_lr
+    # Muon's, by its own rate; weight_decay is AdamW's, by peak_lr. What is best is proportional to
+    # tokens_per_step, and in a run of a quarter of the tokens about twice as large (Bergsma et al.
+    # 2025, arXiv:2505.13738, of AdamW); tests/benchmarks/README.md has how far Muon follows.
+    muon_weight_decay: float = 0.02
     muon_normalize: bool = True  # every neuron's part of Muon's updates alike (NorMuon)
     muon_warmup_steps: int = 0  # in which Muon's momentum rises from 0.85 to 0.95
     weight_decay: float = 0.1

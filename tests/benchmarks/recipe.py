@@ -43,17 +43,18 @@ from trainer.metrics import duration, hardware, read_metrics
 from trainer.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
-MUON = ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3")
+MINUTES = "optimizer.muon_weight_decay=0.1"  # for some 2,000 steps; the configs' is for a day
+MUON = ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3", MINUTES)
 TO_ZERO = ("schedule.shape=wsd", "schedule.decay_fraction=0.5")
 ARMS = {  # config, settings
     "gpt2-adamw": ("gpt2",),  # cosine to a tenth
     "gpt2-adamw-wsd": ("gpt2", *TO_ZERO),
     "gpt2-muon": ("gpt2", *MUON, *TO_ZERO),
-    "forge": ("forge_124m",),
+    "forge": ("forge_124m", MINUTES),
     "gpt2_medium-adamw": ("gpt2_medium",),
     "gpt2_medium-adamw-wsd": ("gpt2_medium", *TO_ZERO),
     "gpt2_medium-muon": ("gpt2_medium", *MUON, *TO_ZERO),
-    "forge-350m": ("forge_350m",),
+    "forge-350m": ("forge_350m", MINUTES),
 }
 MICRO_BATCH = 64  # windows, on a GPU
 WARMUP_FRACTION, MOST_WARMUP_STEPS = 0.1, 300  # an arm may set its own
