@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import ForgeError
 from trainer import config as configs
 from trainer.check import evaluation_share
-from trainer.memory import estimate_bytes, plan_step
+from trainer.memory import cut_step, estimate_bytes, plan_step
 from trainer.ranks import Ranks
 
 
@@ -148,6 +148,15 @@ def test_a_batch_that_cannot_be_shared_out_says_what_could() -> None:
     uneven = replace(config, batch=replace(config.batch, micro_batch_size=7))
     with pytest.raises(ForgeError, match="does not divide"):
         plan_step(uneven, Ranks(), torch.device("cpu"))
+
+
+def test_a_batch_warm_up_leaves_the_micro_batch_as_large_as_it_is() -> None:
+    config = configs.load("gpt2")
+    growing = replace(config, batch=replace(config.batch, doublings=4))
+    limit = 23 * 2**30
+    assert cut_step(growing, 2, limit) == cut_step(config, 2, limit)
+    with pytest.raises(ForgeError, match="30 windows a step cannot be shared out"):
+        cut_step(growing, 2 * 2, limit)
 
 
 @pytest.mark.parametrize(

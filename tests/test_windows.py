@@ -65,6 +65,12 @@ def test_steps_that_grow_take_the_windows_one_after_the_other(world_size: int) -
     ]
     assert [len(step) for step in taken] == [6, 6, 6, 12, 12, 12, 24, 24, 24]
     assert np.concatenate(taken).ravel().tolist() == list(range(6 * 3 + 12 * 3 + 24 * 3))
+    assert [sizes.cut(n, world_size, 4) for n in (0, 3, 6)] == {
+        1: [(2, 3), (3, 4), (6, 4)],
+        2: [(1, 3), (2, 3), (3, 4)],
+        6: [(1, 1), (1, 2), (1, 4)],
+    }[world_size]
+    assert step_positions(3, sizes, 4, 0, world_size).shape == sizes.cut(3, world_size, 4)
     assert sizes.spared(0) == 3 * 0.75 + 3 * 0.5
     assert sizes.spared(4) == 2 * 0.5
     assert sizes.spared(6) == sizes.spared(7) == 0

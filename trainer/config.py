@@ -86,7 +86,8 @@ class BatchConfig:
     tokens_per_step: int
     micro_batch_size: Literal["auto"] | int = "auto"  # windows a rank takes through one forward
     # Batch warm-up: the first steps have 2**doublings times fewer tokens, and after each
-    # doubling_steps twice as many, up to tokens_per_step.
+    # doubling_steps twice as many, up to tokens_per_step. Where GPT-2 is compiled, it is once more
+    # for each size that a micro-batch must shrink to.
     doublings: int = 0
     doubling_steps: int = 100
 
@@ -160,6 +161,15 @@ class StepSizes:
     def of(self, step: int) -> int:
         """Windows of one step."""
         return self.windows >> max(0, self.doublings - step // self.doubling_steps)
+
+    def cut(self, step: int, world_size: int, micro_batch_size: int) -> tuple[int, int]:
+        """(accumulation steps, windows in each) of a rank's share of one step.
+
+        A full step's micro-batch divides it; of a smaller one the largest that does is taken.
+        """
+        share = self.of(step) // world_size
+        size = next(n for n in range(min(share, micro_batch_size), 0, -1) if share % n == 0)
+        return share // size, size
 
     def before(self, step: int) -> int:
         """Windows of all the steps before it: where in the endless order it begins."""

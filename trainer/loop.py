@@ -266,11 +266,12 @@ class Trainer:
                 pending = None
                 self.begin_decay()
             limit = self.guard.limit(self.step + 1)
+            cut = sizes.cut(self.step, self.ranks.world_size, plan.micro_batch_size)
             figures = train_step(
                 self.model,
                 self.optimizer,
                 batches,
-                sizes.of(self.step) // self.ranks.world_size // plan.micro_batch_size,
+                cut[0],
                 sizes.of(self.step) * self.config.model.context_length,
                 lr,
                 self.ranks,

@@ -35,7 +35,10 @@ CPU_TOKENS = 1024  # a CPU is fastest when a micro-batch's logits stay near its 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a full step is cut: micro_batch_size * accumulation_steps * world_size windows."""
+    """How a full step is cut: micro_batch_size * accumulation_steps * world_size windows.
+
+    StepSizes.cut() says how the smaller ones of a batch warm-up are.
+    """
 
     micro_batch_size: int
     accumulation_steps: int
@@ -82,7 +85,7 @@ def cut_step(config: Config, world_size: int, limit: float | None = None) -> Pla
     Raises ForgeError when the windows do not divide among the ranks, when a given micro-batch does
     not divide a rank's share, or when not even one window fits.
     """
-    windows, least = config.windows_per_step(), config.step_sizes().of(0)
+    least = config.step_sizes().of(0)
     if least % world_size:  # of the first steps; all others are multiples of it
         fits = [n for n in range(1, 65) if least % n == 0]
         raise ForgeError(
@@ -90,7 +93,7 @@ def cut_step(config: Config, world_size: int, limit: float | None = None) -> Pla
             where="batch.tokens_per_step",
             fix=f"use one of {', '.join(map(str, fits))} ranks, or --set batch.tokens_per_step=...",
         )
-    share = least // world_size
+    share = config.windows_per_step() // world_size
     given = config.batch.micro_batch_size
     if given != "auto":
         if share % given:
@@ -113,14 +116,13 @@ def cut_step(config: Config, world_size: int, limit: float | None = None) -> Pla
                 fix="train a smaller model, or free the GPU of other programs",
             )
         size = max(fits)
-    return Plan(size, windows // world_size // size, estimate_bytes(config, size))
+    return Plan(size, share // size, estimate_bytes(config, size))
 
 
 def smaller(plan: Plan, config: Config) -> Plan | None:
     """The next smaller cut of the same step, None if there is none."""
     share = plan.micro_batch_size * plan.accumulation_steps
-    least = share >> config.batch.doublings
-    fits = [size for size in divisors(least) if size < plan.micro_batch_size]
+    fits = [size for size in divisors(share) if size < plan.micro_batch_size]
     if not fits:
         return None
     return Plan(fits[-1], share // fits[-1], estimate_bytes(config, fits[-1]))

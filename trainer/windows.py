@@ -10,6 +10,7 @@ state, and the same step holds the same windows on 1, 2 or 8 ranks.
 """
 
 import contextlib
+import math
 import os
 import queue
 import threading
@@ -153,10 +154,11 @@ def windows_at(positions: Ids, num_windows: int, seed: int) -> Ids:
 def step_positions(
     step: int, sizes: StepSizes, micro_batch_size: int, rank: int, world_size: int
 ) -> Ids:
-    """This rank's positions in one step: (accumulation_steps, micro_batch_size)."""
-    share = sizes.of(step) // world_size
+    """This rank's positions in one step: (accumulation steps, windows in each)."""
+    cut = sizes.cut(step, world_size, micro_batch_size)
+    share = math.prod(cut)
     first = sizes.before(step) + rank * share
-    return np.arange(first, first + share, dtype=np.int64).reshape(-1, micro_batch_size)
+    return np.arange(first, first + share, dtype=np.int64).reshape(cut)
 
 
 def to_device(windows: npt.NDArray[np.uint16], device: torch.device) -> MicroBatch:

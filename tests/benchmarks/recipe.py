@@ -136,7 +136,7 @@ class Bench:
         """All but the seed and what follows from the number of steps. ForgeError if it is wrong."""
         given = [*self.common, *arm.settings]
         config = configs.load(arm.config, (*given, "schedule.max_steps=1"))
-        windows = config.step_sizes().of(0)
+        windows = config.windows_per_step()
         if torch.cuda.is_available() and "batch.micro_batch_size" not in " ".join(given):
             given.append(f"batch.micro_batch_size={math.gcd(windows, MICRO_BATCH)}")
         return given
