@@ -594,6 +594,22 @@ def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> 
         assert part in result.output
 
 
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (["schedule.max_steps=5", "schedule.warmup_steps=5"], "the rate never gets to its peak"),
+        (["schedule.max_steps=5", "schedule.warmup_steps=4"], None),
+        (["schedule.max_steps=100000"], "text that comes more than some four times"),
+    ],
+)
+def test_check_notes_what_is_seldom_meant(
+    small_shards: Path, forge, settings: list[str], note: str | None
+) -> None:
+    given = [f"--set={setting}" for setting in settings]
+    result = forge("train", "tiny", "--data", small_shards, "--check", *given)
+    assert note in result.output if note else "note  " not in result.output
+
+
 def test_out_is_needed_to_train(small_shards: Path, forge) -> None:
     result = forge("train", "tiny", "--data", small_shards)
     assert result.exit_code == 2

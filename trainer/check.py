@@ -39,6 +39,7 @@ def report(config: Config, name: str, data: Data) -> str:
         f"evaluation    every {config.evaluate.every_steps} steps, about "
         f"{evaluation_share(config):.1%} of the time",
         f"on 2x {CARD_GIB} GiB  {two_cards(config)}",
+        *(f"note          {note}" for note in notes(config, train_tokens)),
     ]
     return "\n".join(lines)
 
@@ -53,9 +54,20 @@ def until(config: Config, train_tokens: int) -> str:
         f"{config.num_steps():,} = {amount(num_tokens)} tokens"
         + f", or {within}" * (budget is not None)
         + f" = {num_tokens / max(1, train_tokens):.2f} epochs"
-        + " (text that comes more than some four times teaches little more)"
-        * (num_tokens > MANY_EPOCHS * train_tokens)
     )
+
+
+def notes(config: Config, train_tokens: int) -> list[str]:
+    """What may be meant so, and mostly is not."""
+    found, num_steps = [], config.num_steps()
+    if num_steps is not None and config.schedule.warmup_steps >= num_steps:
+        found.append(
+            f"schedule.warmup_steps ({config.schedule.warmup_steps:,}) is no less than the steps "
+            f"of the run ({num_steps:,}): the rate never gets to its peak"
+        )
+    if (config.num_tokens() or 0) > MANY_EPOCHS * train_tokens:
+        found.append("text that comes more than some four times teaches little more")
+    return found
 
 
 def in_all(config: Config) -> str:

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import ForgeError
 from trainer import card, checkpoint, cross_entropy, fused, memory
+from trainer.check import notes
 from trainer.config import Config, ModelConfig
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
@@ -582,6 +583,8 @@ class Trainer:
             f"{' or '.join(ends)}, from {index.folder}\n"
             f"Save now: kill -USR1 {os.getpid()}"
         )
+        for note in notes(config, index.total("num_tokens", "train")):
+            self.say(f"Note: {note}")
 
 
 def attention_backends(device: torch.device) -> Any:
