@@ -39,7 +39,7 @@ def test_the_rule_keeps_the_last_the_best_one_a_period_and_the_one_before_the_de
         state(9, 5.6, decayed=0.0, loss=3.2),
     ]
     assert kept(states, OPTIONS) == {2, 3, 5, 6, 8, 9}
-    assert kept(states, CheckpointConfig(keep_last=1, keep_every_hours=None)) == {2, 6, 9}
+    assert kept(states, CheckpointConfig(keep_last=1, keep_every_hours=99.0)) == {2, 6, 9}
 
 
 def test_what_is_saved_is_what_was_there_when_the_save_began(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_damage_to_any_file_is_found_and_the_older_good_checkpoint_named(
 
 def test_a_validation_loss_that_is_no_number_is_not_the_best() -> None:
     states = [state(1, loss=math.nan), state(2, loss=3.0), state(3, loss=4.0), state(4)]
-    assert kept(states, CheckpointConfig(keep_last=1, keep_every_hours=None)) == {2, 4}
+    assert kept(states, CheckpointConfig(keep_last=1, keep_every_hours=99.0)) == {2, 4}
 
 
 class Evil:

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import ForgeError
 from trainer import config as configs
 from trainer.check import evaluation_share
-from trainer.memory import cut_step, estimate_bytes, plan_step
+from trainer.memory import cut_step, divisors, estimate_bytes, plan_step
 from trainer.ranks import Ranks
 
 
@@ -156,7 +156,10 @@ def test_a_batch_warm_up_leaves_the_micro_batch_as_large_as_it_is() -> None:
     limit = 23 * 2**30
     assert cut_step(growing, 2, limit) == cut_step(config, 2, limit)
     with pytest.raises(ForgeError, match="30 windows a step cannot be shared out"):
-        cut_step(growing, 2 * 2, limit)
+        cut_step(growing, 4, limit)
+    assert cut_step(growing, 4, limit, step=400) == cut_step(config, 4, limit)
+    assert divisors(60) == [1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60]
+    assert divisors(49) == [1, 7, 49]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,19 @@
 """Laws of a run's folder: killed while it is begun, gone on with or extended, nothing is lost."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 from conftest import metrics_of
 from test_train import QUICK
 
+from pipeline import shards
+from pipeline.errors import ForgeError
 from trainer import checkpoint
 from trainer import config as configs
-from trainer.metrics import read_metrics
-from trainer.run import read_past, set_aside_decay
+from trainer.metrics import Metrics, read_metrics
+from trainer.run import Hold, Past, make_folder, open_run, read_past, set_aside_decay
 
 
 def rows(*given: dict) -> str:
@@ -129,3 +132,103 @@ def test_the_guard_gets_a_whole_window_of_earlier_losses(tmp_path: Path) -> None
     config = configs.load("tiny", ("guard.spike_window_steps=5000",))
     last = checkpoint.State(6000, 0, 0.0)
     assert len(read_past(tmp_path, config, last, replay=True).losses) == 5001
+
+
+def reopened(
+    data: Path, run: Path, before: list[str], ends: list[tuple[int, float]], now: list[str]
+) -> Past:
+    """open_run() with `now` of a run that `before` made, with checkpoints (step, decayed)."""
+    small = ("model.context_length=64", "batch.tokens_per_step=256")
+    run.mkdir(exist_ok=True)
+    (run / "config.toml").write_text(configs.load("tiny", (*small, *before)).to_toml())
+    for step, decayed in ends:
+        make_checkpoint(run, step, decayed)
+    index, hold = shards.load_index(data), Hold(run)
+    try:
+        return open_run(configs.load("tiny", (*small, *now)), index, run, True, hold)
+    finally:
+        hold.release()
+
+
+CLOCK, STEPS = "schedule.budget_hours=", "schedule.max_steps="
+BOTH = ["schedule.shape=wsd", "schedule.decay_fraction=0.2", STEPS + "80", CLOCK + "1"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "now", "extends"),
+    [
+        ([(40, 1.0), (80, 0.0)], [CLOCK + "2"], False),  # ended by its steps,
+        ([(40, 1.0), (72, 0.5)], [CLOCK + "2"], False),  # or would be,
+        ([(40, 1.0), (80, 0.0)], [STEPS + "99"], True),
+        ([(40, 1.0), (72, 0.5)], [STEPS + "99"], True),
+        ([(40, 1.0), (60, 0.0)], [CLOCK + "2"], True),  # ended by the clock,
+        ([(40, 1.0), (60, 0.4)], [CLOCK + "2"], True),  # or would be
+        ([(40, 1.0), (60, 0.0)], [STEPS + "99"], False),
+        ([(40, 1.0), (60, 0.0)], [CLOCK + "2", STEPS + "70"], False),
+    ],
+)
+def test_a_run_is_extended_by_more_of_what_would_end_it(
+    ends: list[tuple[int, float]], now: list[str], extends: bool, small_shards: Path, tmp_path: Path
+) -> None:
+    past = reopened(small_shards, tmp_path, BOTH, ends, [*BOTH, *now])
+    assert (past.extends, past.checkpoint) == (extends, 40 if extends else ends[-1][0])
+
+
+@pytest.mark.parametrize(
+    ("before", "decayed", "now", "problem"),
+    [
+        (["schedule.shape=cosine"], 1.0, [CLOCK + "1"], "shape is cosine"),
+        ([CLOCK + "1"], 1.0, [], "shape is wsd"),
+        ([CLOCK + "1", "schedule.shape=wsd"], 0.4, ["schedule.shape=wsd"], "falling by the clock"),
+    ],
+)
+def test_a_learning_rate_does_not_change_its_shape(
+    before: list[str],
+    decayed: float,
+    now: list[str],
+    problem: str,
+    small_shards: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ForgeError, match=problem):
+        reopened(small_shards, tmp_path, before, [(40, decayed)], now)
+
+
+def test_a_longer_cosine_says_where_the_rate_jumps(small_shards: Path, tmp_path: Path) -> None:
+    before = ["schedule.shape=cosine", STEPS + "70", "schedule.warmup_steps=5"]
+    assert reopened(small_shards, tmp_path, before, [(70, 1.0)], before).changes == ()
+    longer = [*before, STEPS + "140"]
+    changes = reopened(small_shards, tmp_path, before, [], longer).changes
+    assert "learning rate of step 71: 3.00e-04 -> 1.70e-03" in changes
+
+
+def test_of_two_first_starts_at_once_the_second_leaves_the_run_alone(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    config, index, run = configs.load("tiny"), shards.load_index(small_shards), tmp_path / "run"
+    first, second = Hold(run), Hold(run)
+    pasts = [open_run(config, index, run, False, hold) for hold in (first, second)]
+    make_folder(run, config, pasts[0], index, first, "", lambda: None)
+    first.release()
+    with pytest.raises(ForgeError, match="holds a run already"):
+        make_folder(run, config, pasts[1], index, second, "# other\n", lambda: None)
+    second.release()
+    assert not (run / "config.toml").read_text().startswith("# other")
+
+
+def test_a_line_that_a_full_disk_has_cut_costs_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = Metrics(tmp_path, True)
+    metrics.log("step", 1, 10, 0.0)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))  # the kernel refuses more
+    try:
+        metrics.log("step", 2, 20, 0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    metrics.log("step", 3, 30, 0.0)
+    metrics.log("step", 4, 40, 0.0)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+    assert "step 2: not written" in capsys.readouterr().out

@@ -89,6 +89,15 @@ def test_a_clock_knows_that_the_first_steps_are_smaller() -> None:
     assert decays == pytest.approx(config.schedule.decay_fraction * steps, rel=0.02)
 
 
+@pytest.mark.parametrize("hours", [0.1, 0.03, 0.01])
+def test_a_budget_may_end_in_the_batch_warm_up(hours: float) -> None:
+    config = wsd(budget_hours=hours)
+    config = replace(config, batch=replace(config.batch, doublings=3, doubling_steps=2000))
+    rates, seconds = simulate(config, [1.0] * 9000)
+    assert 0.9 * 3600 * hours <= seconds <= 3600 * hours
+    assert rates[-1] == 0
+
+
 def test_whichever_of_budget_and_steps_ends_first_sets_the_decay() -> None:
     config = wsd(budget_hours=1.0, max_steps=500)
     rates, seconds = simulate(config, [1.0] * 5000)

@@ -1,5 +1,6 @@
 """Laws of the window order: a pure function of (seed, position), shared out among the ranks."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -71,9 +72,9 @@ def test_steps_that_grow_take_the_windows_one_after_the_other(world_size: int) -
         6: [(1, 1), (1, 2), (1, 4)],
     }[world_size]
     assert step_positions(3, sizes, 4, 0, world_size).shape == sizes.cut(3, world_size, 4)
-    assert sizes.spared(0) == 3 * 0.75 + 3 * 0.5
-    assert sizes.spared(4) == 2 * 0.5
-    assert sizes.spared(6) == sizes.spared(7) == 0
+    for step, more in itertools.product(range(9), range(9)):
+        assert sizes.steps(step, sizes.before(step + more) - sizes.before(step)) == more
+    assert sizes.steps(4, 0.5 * 12) == 0.5
 
 
 @pytest.fixture(scope="module")

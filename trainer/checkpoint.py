@@ -112,12 +112,10 @@ def kept(states: list[State], options: CheckpointConfig) -> set[int]:
     losses = {s.step: s.validation_loss for s in states if s.validation_loss is not None}
     if finite := {step: loss for step, loss in losses.items() if math.isfinite(loss)}:
         chosen.add(min(finite, key=lambda step: finite[step]))
-    if options.keep_every_hours is not None:
-        periods: dict[int, int] = {}
-        for state in states:
-            periods.setdefault(int(state.seconds / 3600 / options.keep_every_hours), state.step)
-        chosen |= {step for period, step in periods.items() if period > 0}
-    return chosen
+    periods: dict[int, int] = {}
+    for state in states:
+        periods.setdefault(int(state.seconds / 3600 / options.keep_every_hours), state.step)
+    return chosen | {step for period, step in periods.items() if period > 0}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """forge-train: the trainer's command line. Decorators, one call, one error handler."""
 
+import contextlib
+import io
 import os
 import sys
 import time
@@ -68,6 +70,8 @@ def main(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '/tmp')}/.cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "llm-forge" / "compiled"))
     started = time.perf_counter()  # importing torch is part of the time that a run takes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a sample may have what a terminal cannot show
+        sys.stdout.reconfigure(errors="replace")
     from trainer import check as checking
     from trainer import config as configs
     from trainer import loop, verify
@@ -93,8 +97,9 @@ def main(
                 # All is written, and the process group is left. A rank was seen to end with SIGABRT
                 # after that, on a loaded machine (why is not known: threads of torch are still
                 # there while Python ends), and torchrun then calls the run failed.
-                sys.stdout.flush()
-                sys.stderr.flush()
+                for stream in (sys.stdout, sys.stderr):
+                    with contextlib.suppress(OSError):
+                        stream.flush()
                 os._exit(0)
     except ForgeError as error:
         rank = os.environ.get("RANK")

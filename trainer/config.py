@@ -139,7 +139,7 @@ class EvaluateConfig:
 class CheckpointConfig:
     every_steps: int = 1000
     keep_last: int = 2
-    keep_every_hours: float | None = 6.0  # besides: one for so many hours of training
+    keep_every_hours: float = 6.0  # besides: one for so many hours of training
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,16 @@ class StepSizes:
             left -= steps
         return total + left * self.windows
 
-    def spared(self, step: int) -> float:
-        """How many full steps less the steps from this one on take than if all were full."""
-        end = self.doublings * self.doubling_steps
-        if step >= end:
-            return 0.0
-        return end - step - (self.before(end) - self.before(step)) / self.windows
+    def steps(self, step: int, windows: float) -> float:
+        """How many steps, from this one on, so many windows make."""
+        at = step
+        while at < self.doublings * self.doubling_steps:
+            doubles_at = (at // self.doubling_steps + 1) * self.doubling_steps
+            until_then = (doubles_at - at) * self.of(at)
+            if windows <= until_then:
+                return at - step + windows / self.of(at)
+            at, windows = doubles_at, windows - until_then
+        return at - step + windows / self.windows
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from trainer import card, checkpoint, cross_entropy, fused, memory
 from trainer.check import notes
 from trainer.config import Config, ModelConfig
 from trainer.guard import Guard
-from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, step_line
+from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, say, step_line
 from trainer.model import GPT2, Qwen3, build_model
 from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import (
@@ -85,7 +85,7 @@ def train(
             same_shards(data, ranks)
             same_folder(run, ranks)
             past = from_first(ranks, lambda: open_run(config, data.index, run, resume, hold))
-            plan = memory.plan_step(config, ranks, device)
+            plan = memory.plan_step(config, ranks, device, past.checkpoint or 0)
             with attention_backends(device):
                 trainer = Trainer(config, name, data, run, ranks, device, plan, past, started)
                 trainer.beats = beats
@@ -139,8 +139,8 @@ class Trainer:
         self.decayed = 1.0  # what the decay has left of the rate, after `step`
         self.schedule = Schedule(config, self.decayed, past.replay)
         self.guard = Guard(config.guard, past.losses)
-        known = past.step_seconds if past.hardware == self.hardware else ()
-        self.clock = Clock(config, past.evaluate_seconds, known)
+        timed = (past.evaluate_seconds, past.step_seconds)
+        self.clock = Clock(config, *(timed if past.hardware == self.hardware else ()))
         self.room = (0, UNKNOWN_STEPS)  # (step, steps that fitted from it on), as last heard
         self.skipped = 0  # steps in a row
         self.stopping = self.saving = False
@@ -172,11 +172,11 @@ class Trainer:
         fixed = self.config.num_steps()
         if self.config.schedule.budget_hours is None or self.room[1] >= UNKNOWN_STEPS:
             return fixed or "?"
-        return f"~{min(fixed or math.inf, self.room[0] + int(self.room[1]))}"
+        return f"~{min(fixed or math.inf, self.room[0] - 1 + int(self.room[1]))}"
 
     def say(self, text: str) -> None:
         if self.ranks.is_first:
-            print(text, flush=True)
+            say(text)
 
     def log(self, kind: str, **values: Any) -> None:
         self.metrics.log(kind, self.step, self.tokens, self.seconds, **values)
@@ -232,7 +232,7 @@ class Trainer:
         if self.schedule.is_over(self.step):
             self.say(f"Done in {duration(self.seconds)}: {self.run}")
         else:
-            self.log("stop", signal=wishes.stop)
+            self.log("stop", signal=wishes.stop or "of another rank")
             self.say(f"Stopped at step {self.step}; the same command with --resume goes on.")
 
     def start_metrics(self) -> None:
@@ -345,8 +345,10 @@ class Trainer:
         """Seconds until the end, as far as they are known; `elapsed` are the last step's."""
         times = self.clock.step_seconds or (elapsed,)
         fixed, budget = self.config.num_steps(), self.config.schedule.budget_hours
-        spared = self.config.step_sizes().spared(self.step)
-        left = [(fixed - self.step - spared) * statistics.median(times)] if fixed else []
+        sizes, left = self.config.step_sizes(), []
+        if fixed:
+            full_steps = (sizes.before(fixed) - sizes.before(self.step)) / sizes.windows
+            left.append(full_steps * statistics.median(times))
         if budget is not None:
             left.append(budget * 3600 - self.budget_used)
         return max(0.0, min(left))
@@ -379,14 +381,11 @@ class Trainer:
             f"{windows[0]['shard']}"
         )
         if self.skipped >= self.config.guard.max_skipped_steps:
-            self.saver.wait()
-            saved = from_first(self.ranks, lambda: checkpoint.steps(self.run))
-            good = checkpoint.checkpoint_path(self.run, saved[-1]) if saved else "none yet"
             raise ForgeError(
                 f"{self.skipped} steps in a row were "
                 + ("loss spikes" if spikes else "not finite"),
                 where=f"step {step} of {self.run}",
-                fix=f"lower optimizer.peak_lr; the last good checkpoint: {good}",
+                fix=f"lower optimizer.peak_lr; the last good checkpoint: {self.last_saved()}",
             )
 
     def lower_micro_batch(self, result: StepResult) -> None:
@@ -457,9 +456,9 @@ class Trainer:
 
     def begin_decay(self) -> None:
         """The rate falls from the next step on: keep what was before, to extend the run from."""
-        step, left = self.step + 1, int(self.room[1])
+        step = self.step + 1
         tokens = self.config.tokens_after(step)
-        self.metrics.log("decay", step, tokens, self.seconds, steps_left=left)
+        self.metrics.log("decay", step, tokens, self.seconds, steps_left=self.schedule.left)
         self.say(f"step {step}: the learning rate falls to zero from here on")
         if self.step and self.step != self.saved_step:
             self.save()
@@ -509,14 +508,18 @@ class Trainer:
         masters = self.optimizer.masters
         sums = gather(self.ranks, int(masters.view(torch.int32).sum(dtype=torch.int64)))
         if len(set(sums)) > 1:
-            saved = from_first(self.ranks, lambda: checkpoint.steps(self.run))
-            good = checkpoint.checkpoint_path(self.run, saved[-1]) if saved else "none yet"
             listed = ", ".join(f"rank {rank}: {total:x}" for rank, total in enumerate(sums))
             raise ForgeError(
                 f"the weights are no longer the same on all ranks ({listed})",
                 where=f"step {self.step} of {self.run}",
-                fix=f"suspect a GPU or its memory; the last good checkpoint: {good}",
+                fix=f"suspect a GPU or its memory; the last good checkpoint: {self.last_saved()}",
             )
+
+    def last_saved(self) -> str:
+        """The checkpoint to go on from, once none is being written."""
+        self.wait_for_save()
+        saved = from_first(self.ranks, lambda: checkpoint.steps(self.run))
+        return str(checkpoint.checkpoint_path(self.run, saved[-1])) if saved else "none yet"
 
     def note_saved(self) -> None:
         """Log the saves that have ended."""

@@ -3,6 +3,7 @@
 Before: config.py. After: loop.py, which trains with that micro-batch, and `forge-train --check`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -69,24 +70,27 @@ def usable_bytes(device: torch.device) -> int:
     return int(USABLE * min(free, limit - torch.cuda.memory_reserved(device)))
 
 
-def plan_step(config: Config, ranks: Ranks, device: torch.device) -> Plan:
-    """Cut tokens_per_step for this machine; the same on every rank. ForgeError as cut_step()."""
+def plan_step(config: Config, ranks: Ranks, device: torch.device, step: int = 0) -> Plan:
+    """Cut tokens_per_step for this machine, `step` of the run done; the same on every rank.
+
+    ForgeError as cut_step().
+    """
     if device.type != "cuda":
-        return cut_step(config, ranks.world_size)
+        return cut_step(config, ranks.world_size, step=step)
     limit = torch.tensor(usable_bytes(device), device=device)
     if dist.is_initialized():
         dist.all_reduce(limit, dist.ReduceOp.MIN)
-    return cut_step(config, ranks.world_size, limit.item())
+    return cut_step(config, ranks.world_size, limit.item(), step)
 
 
-def cut_step(config: Config, world_size: int, limit: float | None = None) -> Plan:
+def cut_step(config: Config, world_size: int, limit: float | None = None, step: int = 0) -> Plan:
     """Cut tokens_per_step for so many ranks, with `limit` bytes on each; None for CPUs.
 
     Raises ForgeError when the windows do not divide among the ranks, when a given micro-batch does
     not divide a rank's share, or when not even one window fits.
     """
-    least = config.step_sizes().of(0)
-    if least % world_size:  # of the first steps; all others are multiples of it
+    least = config.step_sizes().of(step)
+    if least % world_size:  # of the next step; all that follow are multiples of it
         fits = [n for n in range(1, 65) if least % n == 0]
         raise ForgeError(
             f"{least} windows a step cannot be shared out evenly among {world_size} ranks",
@@ -129,4 +133,5 @@ def smaller(plan: Plan, config: Config) -> Plan | None:
 
 
 def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

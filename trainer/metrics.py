@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,23 @@ def hardware(device: torch.device, world_size: int) -> str:
     return f"CPU ({os.cpu_count()} cores, {platform.machine()}), {processes}"
 
 
+def say(text: str) -> None:
+    """Print a line. A terminal that is gone or a log on a full disk ends no training."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nor does what is left in the buffer, at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass
+
+
 class Metrics:
     """Appends to metrics.jsonl and keeps what the README needs. Does nothing on other ranks."""
 
     def __init__(self, run: Path, enabled: bool) -> None:
         self.path = run / METRICS_FILE
         self.enabled = enabled
+        self.cut = False  # whether the last line may have been written in part
         self.last: dict[str, dict[str, Any]] = {}
         self.first: dict[str, dict[str, Any]] = {}
 
@@ -87,9 +99,11 @@ class Metrics:
         self._note(row)
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write("\n" * self.cut + json.dumps(row) + "\n")
+            self.cut = False
         except OSError as error:  # a full disk must not end a day's training
-            print(f"WARNING: step {step}: not written to {self.path}: {error}", flush=True)
+            self.cut = True
+            say(f"WARNING: step {step}: not written to {self.path}: {error}")
 
     def _note(self, row: dict[str, Any]) -> None:
         self.last[row["kind"]] = row

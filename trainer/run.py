@@ -37,9 +37,11 @@ from trainer.metrics import (
     duration,
     read_metrics,
     rows_until,
+    say,
     write_rows,
 )
 from trainer.ranks import Ranks, gather, launch
+from trainer.schedule import Schedule
 from trainer.windows import Windows
 
 CONFIG_FILE = "config.toml"
@@ -106,8 +108,9 @@ def check_amount(config: Config, data: Data) -> None:
 
 @dataclass(frozen=True)
 class Past:
-    """What earlier starts left to go on from; all defaults for a new run."""
+    """What earlier starts left to go on from."""
 
+    is_new: bool = False  # nothing: there was no run
     checkpoint: int | None = None  # its step
     seconds: float = 0.0  # of training so far, lost steps included
     started_at: int = field(default_factory=lambda: int(time.time()))  # of the first start
@@ -162,17 +165,13 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ForgeError("--out cannot be made or written there", where=nearest, fix="name another")
     if not run.exists() or not any(run.iterdir()):
-        return Past()
+        return Past(is_new=True)
     if not (run / CONFIG_FILE).is_file():
         if any(p.name not in BEFORE_CONFIG and p.suffix != ".partial" for p in run.iterdir()):
             raise ForgeError("--out is a folder with other things", where=run, fix="name another")
-        return Past()
+        return Past(is_new=True)
     if not (resume or is_ours(run)):
-        raise ForgeError(
-            "--out holds a run already",
-            where=run,
-            fix="add --resume to go on, or name another --out",
-        )
+        raise holds_a_run(run)
     before = load(str(run / CONFIG_FILE))
     fixed = ("model", "seed")
     changed = [key for key in fixed if getattr(before, key) != getattr(config, key)]
@@ -195,17 +194,36 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     hold.take()
     found = checkpoint.steps(run)
     last = checkpoint.read_state(run, found[-1]) if found else None
-    extends = last is not None and last.decayed < 1 and _is_longer(config, before)
+    extends = last is not None and last.decayed < 1 and _is_longer(config, before, last)
     if extends:
         last = before_decay(run)
-    elif last is not None and 0 < last.decayed < 1 and config.shape() != before.shape():
+    hours = before.schedule.budget_hours
+    problem = ""
+    if last is not None and 0 < last.decayed < 1 and hours and not config.schedule.budget_hours:
+        problem = "the learning rate was falling by the clock, and the config has no clock now"
+    elif last is not None and last.decayed and config.shape() != before.shape():
+        problem = f"the run's schedule.shape is {before.shape()}, the config's {config.shape()}"
+    if problem:
         raise ForgeError(
-            "the learning rate was falling by the clock, and the config has no clock now",
+            problem,
             where=run / CONFIG_FILE,
-            fix=f"--set schedule.budget_hours={before.schedule.budget_hours}, as before, or more",
+            fix=f"--set schedule.budget_hours={hours}, as before, or more"
+            if hours
+            else "use the same schedule, or start a new run with another --out",
         )
     past = read_past(run, config, last, config.schedule == before.schedule, extends)
-    return replace(past, changes=tuple(differences(before, config)))
+    changes = differences(before, config)
+    if last is not None and config.shape() == "cosine":
+        was, now = (Schedule(c).rate(last.step + 1, math.inf) for c in (before, config))
+        if now > was:
+            changes.append(f"learning rate of step {last.step + 1:,}: {was:.2e} -> {now:.2e}")
+    return replace(past, changes=tuple(changes))
+
+
+def holds_a_run(run: Path) -> ForgeError:
+    return ForgeError(
+        "--out holds a run already", where=run, fix="add --resume to go on, or name another --out"
+    )
 
 
 def is_ours(run: Path) -> bool:
@@ -291,16 +309,22 @@ def read_past(
     )
 
 
-def _is_longer(config: Config, before: Config) -> bool:
-    """Whether `config` lets a run go on for longer than `before`.
+def _is_longer(config: Config, before: Config, last: checkpoint.State) -> bool:
+    """Whether `config` lets a run go on for longer than `before`, which let it come to `last`.
 
-    To leave out what has ended the run does not: it may have been forgotten.
+    What counts is the limit by which the rate was falling; the other may not be lower. To leave
+    that out does not make a run longer: it may have been forgotten.
     """
     old_hours, old_steps = (
         x or math.inf for x in (before.schedule.budget_hours, before.num_steps())
     )
     hours, steps = config.schedule.budget_hours or old_hours, config.num_steps() or old_steps
-    return hours >= old_hours and steps >= old_steps and (hours, steps) != (old_hours, old_steps)
+    # By the clock the rate is lower, at any step, than by the number of steps: up to rounding.
+    decay_steps = before.schedule.decay_fraction * old_steps
+    behind = last.decayed < (old_steps - last.step - 2) / decay_steps  # inf / inf: not a number
+    by_clock = old_hours < math.inf and (old_steps == math.inf or behind)
+    grows = hours > old_hours if by_clock else steps > old_steps
+    return grows and hours >= old_hours and steps >= old_steps
 
 
 def before_decay(run: Path) -> checkpoint.State:
@@ -373,6 +397,8 @@ def make_folder(
     with writing():
         run.mkdir(parents=True, exist_ok=True)
         hold.take()
+        if past.is_new and (run / CONFIG_FILE).exists():  # made since by another start
+            raise holds_a_run(run)
         if past.extends:
             set_aside_decay(run)
         for left in run.glob("*.partial"):  # of a start that was killed
@@ -432,7 +458,7 @@ def write_readme(
         "`checkpoints/` (safetensors).",
         "",
         f"    forge-sample {run}",
-        f"    forge-export {run} {run.name}-hf",
+        f"    forge-export {run} {run.absolute().name}-hf",
     ]
     if sample:
         lines += [
@@ -444,4 +470,4 @@ def write_readme(
     try:
         write_whole(run / "README.md", ("\n".join(lines) + "\n").encode())
     except OSError as error:  # a full disk must not end a day's training
-        print(f"WARNING: {run / 'README.md'} not written: {error}", flush=True)
+        say(f"WARNING: {run / 'README.md'} not written: {error}")

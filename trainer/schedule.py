@@ -37,6 +37,7 @@ class Schedule:
         self, config: Config, decayed: float = 1.0, replay: tuple[float, ...] = ()
     ) -> None:
         self.config, self.decayed, self.replay = config, decayed, list(replay)
+        self.left = 0  # steps until the end, the last one that rate() was asked for included
 
     def is_over(self, steps_done: int) -> bool:
         num_steps = self.config.num_steps()
@@ -59,7 +60,7 @@ class Schedule:
             return peak * warmup * (final + (1 - final) * cosine)
         if num_steps is not None:
             steps_left = min(steps_left, num_steps - step + 1)
-        left = max(1, math.floor(steps_left))
+        left = self.left = max(1, math.floor(steps_left))
         if self.replay and left >= len(self.replay):
             self.decayed = self.replay.pop(0)
         else:  # nothing to repeat, or no time for it
@@ -107,4 +108,5 @@ class Clock:
         left -= evaluation + self.save_seconds  # the last ones
         each += evaluation / self.config.evaluate.every_steps
         each += self.stall_seconds / self.config.checkpoint.every_steps
-        return min(UNKNOWN_STEPS, max(0.0, left / each + self.config.step_sizes().spared(step)))
+        sizes = self.config.step_sizes()
+        return min(UNKNOWN_STEPS, sizes.steps(step, sizes.windows * max(0.0, left / each)))

@@ -15,7 +15,7 @@ SAME_PRESS_SECONDS = 1.0  # torchrun passes on the Ctrl-C that the terminal has 
 
 
 class Wishes:
-    """SIGINT and SIGTERM: save after this step and leave. SIGUSR1: save, go on.
+    """SIGINT, SIGTERM, SIGHUP: save after this step and leave. SIGUSR1: save, go on.
 
     A second SIGINT ends the process at once; checkpoints are whole or absent all the same.
     """
@@ -43,7 +43,9 @@ class Wishes:
             if not self.stop:
                 self.stop, self.stopped_at = signal.Signals(number).name, now
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
         before = {s: signal.signal(s, remember) for s in numbers}
         try:
             yield
