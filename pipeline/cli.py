@@ -36,13 +36,15 @@ class Count(click.ParamType[int]):
 
 def next_commands(folder: Path, tokens: dict[str, int]) -> str:
     """What to type next, with a config that the shards are enough for."""
-    least = min(tokens.values())  # gpt2 validates on a million tokens, tiny on 8,192
-    config = "gpt2" if least > 2**20 else "tiny"
+    config = "gpt2" if min(tokens.values()) > 2**20 else "tiny"  # gpt2 validates on a million
     train = f"Train: forge-train {config} --data {folder} --check"
-    if least < 2**14:
-        split = min(tokens, key=tokens.__getitem__)
-        more = "; a larger --val-fraction gives more" if split == "val" else ""
-        train = f"Train: too few {split} tokens for configs/tiny.toml, which wants {2**14:,}{more}"
+    most = max(0, tokens["val"] - 1) // 128 * 128  # tiny's context; it validates on 8,192
+    if tokens["train"] < 2**11 or not most:
+        split = "val" if not most else "train"
+        train = f"Train: too few {split} tokens for configs/tiny.toml"
+        train += " (tokenize --val-fraction says how many)" * (split == "val")
+    elif most < 8_192:
+        train += f" --set evaluate.num_tokens={most}"
     return f"Look:  forge-prep info {folder}\n{train}"
 
 

@@ -43,6 +43,7 @@ from pipeline.sources import Slice, Source
 
 DOWNLOADS_FOLDER = "downloads"
 PLAN_FILE = "plan.json"
+FILES_DIFFER = "source files (names, sizes or contents)"
 SHUFFLE_SEED = 1
 
 
@@ -257,7 +258,7 @@ def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_f
                     continue
                 by_name = [sorted(files, key=lambda f: str(f["name"])) for files in (before, now)]
                 if by_name[0] != by_name[1]:
-                    differences.append("source files (names, sizes or contents)")
+                    differences.append(FILES_DIFFER)
             elif before != now:
                 differences.append(f"{section} {key}: {before!r}, now {now!r}")
     if differences:
@@ -265,7 +266,7 @@ def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_f
             f"the folder was made with other options: {'; '.join(differences)}",
             where=folder,
             fix="choose another --out, or start afresh with --overwrite"
-            + ("" if any_files else " (new files: --append)"),
+            + " (new files: --append)" * (FILES_DIFFER in differences),
         )
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -170,15 +171,16 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
             where=name,
             fix="give a path, or a hub dataset id of the form owner/name",
         )
-    kinds = {kind_of(p.name) for p in paths}
+    kinds = Counter(str(kind_of(p.name)) for p in paths)
+    kind = kinds.most_common(1)[0][0]
     if len(kinds) > 1:
         raise ForgeError(
-            f"the source mixes kinds of files: {', '.join(sorted(map(str, kinds)))}",
+            f"the source mixes kinds of files: {', '.join(sorted(kinds))}",
             where=name,
-            fix=f"name one kind with a glob, such as '{name}/*.parquet'",
+            fix=f"name one kind with a glob, such as '{root}/*.{kind}*'",
         )
     files = tuple(describe_file(p, str(p.relative_to(root))) for p in paths)
-    return Source(Path(name).name or name, str(kinds.pop()), str(root.resolve()), files)
+    return Source(Path(name).name or name, kind, str(root.resolve()), files)
 
 
 def files_in(folder: Path) -> Iterator[Path]:
@@ -603,7 +605,10 @@ def score_of(document: dict[str, Any], where: str) -> tuple[str | None, float | 
 
 
 def parse_line(line: bytes, text_column: str, where: str) -> dict[str, Any]:
-    fix = f'each line must be a JSON object in UTF-8 with a string under "{text_column}"'
+    fix = (
+        f'each line must be a JSON object in UTF-8 with a string under "{text_column}"; '
+        "--on-error skip leaves such lines out"
+    )
     try:
         document = json.loads(line)
     except UnicodeDecodeError as error:

@@ -43,7 +43,8 @@ class Sampling:
         for name in ("repetition_penalty", "temperature", "top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ForgeError(f"--{name.replace('_', '-')} must be a number, not {value}")
+                option = f"--{name.replace('_', '-')}"
+                raise ForgeError(f"{option} must be a finite number, not {value}", fix="change it")
 
     @property
     def is_greedy(self) -> bool:

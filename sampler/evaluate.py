@@ -199,13 +199,14 @@ def read_questions(path: Path) -> list[Question]:
                 raise ValueError("an ending is empty")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ForgeError(
-                f"no question in HellaSwag's format: {error!r}",
+                "no question in HellaSwag's format: "
+                + (f"{error} is missing" if isinstance(error, KeyError) else str(error)),
                 where=f"{path}, line {number}",
                 fix='{"ctx": "...", "endings": ["...", "..."], "label": 0}',
             ) from error
         questions.append(question)
     if not questions:
-        raise ForgeError("the file has no question", where=path)
+        raise ForgeError("the file has no question", where=path, fix="one a line, as JSON")
     return questions
 
 

@@ -69,6 +69,8 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("batch.doublings=-1", "from 0 to 15"),
         ("batch.doubling_steps=0", "more than 0"),
         ("optimizer.muon_weight_decay=-1", "muon_weight_decay must be >= 0"),
+        ("peak_lr=3e-4", "did you mean optimizer.peak_lr?"),
+        ("optimizer.peak_lr=-1", "must be more than 0, not -1.0"),
         ("optimizer.muon_warmup_steps=-1", "muon_warmup_steps must be >= 0"),
         ("nonsense", "key=value"),
     ],

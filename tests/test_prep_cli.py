@@ -203,8 +203,11 @@ def test_a_real_process_is_quiet_off_a_terminal_and_needs_no_hub_library(
 def test_what_it_says_to_do_next_works_with_so_many_tokens(forge, source: Path, tmp_path) -> None:
     made = forge("prep", "tokenize", source, "--out", tmp_path / "out")
     assert "too few val tokens for configs/tiny.toml" in made.stdout
-    assert "--val-fraction" in made.stdout
-    assert "forge-train tiny " in next_commands(tmp_path, {"train": 10**8, "val": 2**15})
+    short = next_commands(tmp_path, {"train": 10**8, "val": 6_500})
+    assert "forge-train tiny " in short
+    assert short.endswith("--check --set evaluate.num_tokens=6400")
+    assert "too few train" in next_commands(tmp_path, {"train": 2000, "val": 2**15})
+    assert next_commands(tmp_path, {"train": 10**8, "val": 2**15}).endswith("--check")
     assert "forge-train gpt2 " in next_commands(tmp_path, {"train": 10**8, "val": 2**21})
 
 

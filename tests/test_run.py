@@ -1,7 +1,9 @@
 """Laws of a run's folder: killed while it is begun, gone on with or extended, nothing is lost."""
 
+import functools
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,19 @@ from test_train import QUICK
 
 from pipeline import shards
 from pipeline.errors import ForgeError
-from trainer import checkpoint
+from trainer import checkpoint, loop
 from trainer import config as configs
 from trainer.metrics import Metrics, read_metrics
-from trainer.run import Hold, Past, make_folder, open_run, read_past, set_aside_decay
+from trainer.run import (
+    Hold,
+    Past,
+    check_room,
+    make_folder,
+    open_run,
+    read_past,
+    set_aside_decay,
+    write_files,
+)
 
 
 def rows(*given: dict) -> str:
@@ -208,10 +219,14 @@ def test_of_two_first_starts_at_once_the_second_leaves_the_run_alone(
     config, index, run = configs.load("tiny"), shards.load_index(small_shards), tmp_path / "run"
     first, second = Hold(run), Hold(run)
     pasts = [open_run(config, index, run, False, hold) for hold in (first, second)]
-    make_folder(run, config, pasts[0], index, first, "", lambda: None)
-    first.release()
-    with pytest.raises(ForgeError, match="holds a run already"):
-        make_folder(run, config, pasts[1], index, second, "# other\n", lambda: None)
+    for past, hold, found in zip(pasts, (first, second), ("", "# other\n"), strict=True):
+        write = functools.partial(write_files, run, config, index, found)
+        if hold is first:
+            make_folder(run, past, hold, lambda: None, write)
+            hold.release()
+            continue
+        with pytest.raises(ForgeError, match="holds a run already"):
+            make_folder(run, past, hold, lambda: None, write)
     second.release()
     assert not (run / "config.toml").read_text().startswith("# other")
 
@@ -232,3 +247,36 @@ def test_a_line_that_a_full_disk_has_cut_costs_no_other(
     metrics.log("step", 4, 40, 0.0)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
     assert "step 2: not written" in capsys.readouterr().out
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_an_error_at_once(tmp_path: Path) -> None:
+    check_room(tmp_path, 1)
+    with pytest.raises(ForgeError, match="a checkpoint takes 1000000000000"):
+        check_room(tmp_path, 10**21)
+
+
+def test_files_of_a_run_that_are_removed_meanwhile_are_written_again(
+    small_shards: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, begin = tmp_path / "run", loop.Trainer.loop
+
+    def removed(self: loop.Trainer, *arguments: object) -> None:
+        shutil.rmtree(run)
+        begin(self, *arguments)
+
+    arguments = ["--data", small_shards, "--out", run, *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "loop", removed)
+        result = forge("train", "tiny", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "config.toml was gone" in result.output
+    again = forge("train", "tiny", *arguments, "--resume")
+    assert "The run is complete" in again.output
+
+
+def test_a_run_says_what_of_its_model_is_another(small_shards: Path, tmp_path: Path, forge) -> None:
+    arguments = ["--data", small_shards, "--out", tmp_path / "run", *QUICK]
+    assert forge("train", "tiny", *arguments, "--set=schedule.max_steps=1").exit_code == 0
+    result = forge("train", "tiny", *arguments, "--resume", "--set=model.num_layers=3")
+    assert result.exit_code == 1
+    assert "model.num_layers: 2 -> 3" in result.output

@@ -185,6 +185,9 @@ def test_kinds_are_not_mixed(tmp_path: Path, make_parquet) -> None:
     (tmp_path / "b.jsonl").write_bytes(lines_of(["b"]))
     error = failure(sources.resolve, str(tmp_path), None, "train", None)
     assert "mixes kinds of files: jsonl, parquet" in error.what
+    (tmp_path / "c.jsonl.gz").write_bytes(b"")
+    error = failure(sources.resolve, str(tmp_path), None, "train", None)
+    assert f"'{tmp_path}/*.jsonl*'" in str(error.fix)
 
 
 def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path: Path, make_parquet) -> None:

@@ -321,7 +321,11 @@ def load(name: str, settings: tuple[str, ...] = ()) -> Config:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ForgeError(f"cannot read the config: {error}", where=name) from error
+        raise ForgeError(
+            f"cannot read the config: {error}",
+            where=name,
+            fix="correct it, or give the name of a config",
+        ) from error
     for setting in settings:
         _apply(values, setting)
     return from_dict(values, name)
@@ -362,13 +366,18 @@ def from_dict(values: dict[str, Any], where: str) -> Config:
     return result
 
 
+def names_in(kind: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
 def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, 1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(fields)}"
+            close = [prefix + name for name in difflib.get_close_matches(key, fields, 1)]
+            close += [f"{section}.{key}" for section in fields if key in names_in(hints[section])]
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
             problems.append(f"{prefix}{key} does not exist; {hint}")
     built = {}
     for key, each in fields.items():
@@ -458,7 +467,8 @@ def _check(config: Config) -> list[str]:
     for name, value in positive.items():
         most = MOST if isinstance(value, int) else float_info.max
         if value is not None and not 0 < value <= most:
-            problems.append(f"{name} must be more than 0 and at most {most:.9g}, not {value}")
+            limit = f" and at most {most:.9g}" if value > 0 else ""
+            problems.append(f"{name} must be more than 0{limit}, not {value}")
     if problems:
         return problems
     problems += _check_family(model)

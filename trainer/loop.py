@@ -7,9 +7,11 @@ to stop) travels with the loss through one all-reduce a step. Nothing waits for 
 print: a step's figures are read when the next step has been queued.
 """
 
+import contextlib
 import functools
 import math
 import os
+import re
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,14 +43,17 @@ from trainer.ranks import (
     process_group,
 )
 from trainer.run import (
+    CONFIG_FILE,
     Data,
     Hold,
     Past,
+    check_room,
     make_folder,
     open_data,
     open_run,
     same_folder,
     same_shards,
+    write_files,
     write_readme,
 )
 from trainer.schedule import UNKNOWN_STEPS, Clock, Schedule
@@ -197,8 +202,14 @@ class Trainer:
                 f"# On {self.hardware}: batch.micro_batch_size was found to be "
                 f"{plan.micro_batch_size}, with {plan.accumulation_steps} accumulation steps.\n"
             )
-        more = (self.past, self.data.index, hold, found, self.start_metrics)
-        from_first(self.ranks, lambda: make_folder(self.run, self.config, *more))
+        self.write_files = functools.partial(
+            write_files, self.run, self.config, self.data.index, found
+        )
+        more = (self.past, hold, self.start_metrics, self.write_files)
+        from_first(self.ranks, lambda: make_folder(self.run, *more))
+        saved = (self.optimizer.masters, *self.optimizer.state().values())
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved)
+        from_first(self.ranks, lambda: check_room(self.run, num_bytes))
         self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
         if self.ranks.is_first:
             self.saver.prepare(self.optimizer.views(self.optimizer.masters), self.optimizer.state())
@@ -449,7 +460,7 @@ class Trainer:
         )
         if text:
             self.log("sample", text=text)
-            self.say("  | " + text.strip().replace("\n", "\n  | "))
+            self.say("  | " + re.sub(r"\s*\n\s*", "\n  | ", text.strip()))
         write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
 
     # -- the run folder
@@ -495,6 +506,7 @@ class Trainer:
             self.step, self.tokens, self.seconds, decayed=self.decayed, validation_loss=loss
         )
         if self.ranks.is_first:
+            self.mend_folder()
             masters = self.optimizer.views(self.optimizer.masters)
             self.saver.start(masters, self.optimizer.state(), state)
         self.saved_step = self.step
@@ -502,6 +514,13 @@ class Trainer:
         self.clock.stall_seconds = time.perf_counter() - started
         if self.device.type == "cpu":  # on a GPU the copies count to the next step, where they are
             self.step_began = Moment(self.device)
+
+    def mend_folder(self) -> None:
+        """A checkpoint is of no use without the files beside it: someone may have removed them."""
+        if not (self.run / CONFIG_FILE).exists():
+            self.say(f"WARNING: {self.run / CONFIG_FILE} was gone: writing it again")
+            with contextlib.suppress(OSError):  # the save itself will say so
+                self.write_files()
 
     def same_weights(self) -> None:
         """ForgeError unless the weights are the same bits on all ranks."""
@@ -527,7 +546,11 @@ class Trainer:
             self.unsaved = saved.error
             tokens = self.config.tokens_after(saved.step)
             if saved.error:
-                self.say(f"WARNING: step {saved.step}: checkpoint not saved: {saved.error}")
+                good = checkpoint.steps(self.run)
+                self.say(
+                    f"WARNING: step {saved.step}: checkpoint not saved: {saved.error}; "
+                    + (f"the last one is of step {good[-1]}" if good else "there is none yet")
+                )
                 continue
             took = self.clock.save_seconds = saved.seconds
             stall = self.clock.stall_seconds

@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import math
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ from trainer.windows import Windows
 
 CONFIG_FILE = "config.toml"
 DATA_FILE = "data_index.json"
+# What a run keeps for good, of its config: with another, its weights or its windows do not fit.
+FIXED = ("model.", "seed:", "batch.tokens_per_step:", "batch.doubl")
 ENDING_SECONDS = 5.0  # that a killed process may take to let go of its run
 # What a start that was killed at once may leave: the config, which makes it a run, comes last.
 BEFORE_CONFIG = {shards.VOCABULARY_FILE, DATA_FILE, METRICS_FILE}
@@ -173,14 +176,10 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     if not (resume or is_ours(run)):
         raise holds_a_run(run)
     before = load(str(run / CONFIG_FILE))
-    fixed = ("model", "seed")
-    changed = [key for key in fixed if getattr(before, key) != getattr(config, key)]
-    for key in ("tokens_per_step", "doublings", "doubling_steps"):
-        if getattr(before.batch, key) != getattr(config.batch, key):
-            changed.append(f"batch.{key}")
-    if changed:
+    changes = differences(before, config)
+    if fixed := [change for change in changes if change.startswith(FIXED)]:
         raise ForgeError(
-            f"the run was made with another {' and '.join(changed)}",
+            f"the run was made with another model or order of the text: {', '.join(fixed)}",
             where=run / CONFIG_FILE,
             fix="use the same config, or start a new run with another --out",
         )
@@ -212,7 +211,6 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
             else "use the same schedule, or start a new run with another --out",
         )
     past = read_past(run, config, last, config.schedule == before.schedule, extends)
-    changes = differences(before, config)
     if last is not None and config.shape() == "cosine":
         was, now = (Schedule(c).rate(last.step + 1, math.inf) for c in (before, config))
         if now > was:
@@ -381,35 +379,53 @@ def writing() -> Iterator[None]:
 
 def make_folder(
     run: Path,
-    config: Config,
     past: Past,
-    index: Index,
     hold: Hold,
-    found: str,
     start_metrics: Callable[[], None],
+    write_files: Callable[[], None],
 ) -> None:
     """Make RUN/ with everything that is known before the first step, and hold it.
 
-    `found` says, above the config, what was chosen on this machine. An extension sets aside what
-    came after the decay began: not before all else is found to be good. Raises ForgeError when that
-    cannot be done. The config comes last: where it is, the row of this start is, too.
+    An extension sets aside what came after the decay began: not before all else is found to be
+    good. The config comes last: where it is, the row of this start is, too. Raises ForgeError when
+    it cannot be done, or when another start has made a run there meanwhile.
     """
     with writing():
         run.mkdir(parents=True, exist_ok=True)
         hold.take()
-        if past.is_new and (run / CONFIG_FILE).exists():  # made since by another start
+        if past.is_new and (run / CONFIG_FILE).exists():
             raise holds_a_run(run)
         if past.extends:
             set_aside_decay(run)
         for left in run.glob("*.partial"):  # of a start that was killed
             left.unlink(missing_ok=True)
-        for name, copy in (
-            (shards.VOCABULARY_FILE, shards.VOCABULARY_FILE),
-            (shards.INDEX_FILE, DATA_FILE),
-        ):
-            write_whole(run / copy, (index.folder / name).read_bytes())
         start_metrics()
-        write_whole(run / CONFIG_FILE, (found + config.to_toml()).encode())
+        write_files()
+
+
+def write_files(run: Path, config: Config, index: Index, found: str) -> None:
+    """What a run folder has beside checkpoints and metrics; the config last. OSError if it cannot.
+
+    `found` says, above the config, what was chosen on this machine.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    for name, copy in (
+        (shards.VOCABULARY_FILE, shards.VOCABULARY_FILE),
+        (shards.INDEX_FILE, DATA_FILE),
+    ):
+        write_whole(run / copy, (index.folder / name).read_bytes())
+    write_whole(run / CONFIG_FILE, (found + config.to_toml()).encode())
+
+
+def check_room(run: Path, num_bytes: int) -> None:
+    """ForgeError unless a checkpoint of so many bytes fits: no run is to learn that at its end."""
+    free = shutil.disk_usage(run).free
+    if free < num_bytes:
+        raise ForgeError(
+            f"a checkpoint takes {num_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} left",
+            where=run,
+            fix="make room, or name another --out",
+        )
 
 
 def write_readme(
@@ -427,7 +443,8 @@ def write_readme(
     loss = number(evaluated["loss"]) if evaluated else "-"
     train_loss = number(step["loss"]) if step["step"] else "-"
     num_steps = config.num_steps()
-    of = f" of {num_steps:,}" if num_steps is not None else ""
+    by_steps = num_steps is not None and config.schedule.budget_hours is None
+    of = f" of {num_steps:,}" if by_steps else ""
     epochs = step["tokens"] / max(1, index.total("num_tokens", "train"))
     lines = [
         f"# {name}, trained from scratch",
@@ -440,7 +457,7 @@ def write_readme(
         "Loss is the mean over the fixed validation tokens, in nats a token.",
         "",
     ]
-    if evaluated and first:
+    if evaluated and first and evaluated["step"] > first["step"]:
         lines.append(
             f"- Validation loss {number(first['loss'])} -> {loss}, "
             f"{number(evaluated['bits_per_byte'])} bits a byte; training loss {train_loss}"
