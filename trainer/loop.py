@@ -205,11 +205,11 @@ class Trainer:
         self.write_files = functools.partial(
             write_files, self.run, self.config, self.data.index, found
         )
-        more = (self.past, hold, self.start_metrics, self.write_files)
-        from_first(self.ranks, lambda: make_folder(self.run, *more))
         saved = (self.optimizer.masters, *self.optimizer.state().values())
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved)
         from_first(self.ranks, lambda: check_room(self.run, num_bytes))
+        more = (self.past, hold, self.start_metrics, self.write_files)
+        from_first(self.ranks, lambda: make_folder(self.run, *more))
         self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
         if self.ranks.is_first:
             self.saver.prepare(self.optimizer.views(self.optimizer.masters), self.optimizer.state())

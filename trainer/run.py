@@ -164,7 +164,7 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
 
     Writes nothing: what an extension sets aside, make_folder() does.
     """
-    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
+    nearest = nearest_folder(run)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ForgeError("--out cannot be made or written there", where=nearest, fix="name another")
     if not run.exists() or not any(run.iterdir()):
@@ -216,6 +216,11 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
         if now > was:
             changes.append(f"learning rate of step {last.step + 1:,}: {was:.2e} -> {now:.2e}")
     return replace(past, changes=tuple(changes))
+
+
+def nearest_folder(run: Path) -> Path:
+    """RUN/, or what there is already of the way to it."""
+    return next(path for path in (run, *run.absolute().parents) if path.exists())
 
 
 def holds_a_run(run: Path) -> ForgeError:
@@ -419,7 +424,7 @@ def write_files(run: Path, config: Config, index: Index, found: str) -> None:
 
 def check_room(run: Path, num_bytes: int) -> None:
     """ForgeError unless a checkpoint of so many bytes fits: no run is to learn that at its end."""
-    free = shutil.disk_usage(run).free
+    free = shutil.disk_usage(nearest_folder(run)).free
     if free < num_bytes:
         raise ForgeError(
             f"a checkpoint takes {num_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} left",
