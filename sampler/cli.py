@@ -1,7 +1,10 @@
 """forge-sample, forge-export, forge-eval: decorators, one call each, one error handler."""
 
+import contextlib
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,18 @@ class ForgeCommand(click.Command):
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """While torch is imported Ctrl-C ends the process: inside, the interrupt can get lost."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @click.command(cls=ForgeCommand, context_settings=SETTINGS)
@@ -119,9 +134,10 @@ def sample(
     local folder in transformers' GPT-2 or Qwen3 layout. Prints the text as it comes, and stops at
     <|endoftext|>. Without a prompt, a terminal asks for one after the other.
     """
-    from sampler import load, terminal
-    from sampler.decode import Sampling
-    from sampler.generate import Limits
+    with importing():
+        from sampler import load, terminal
+        from sampler.decode import Sampling
+        from sampler.generate import Limits
 
     if prompt is not None and prompts_file is not None:
         raise click.UsageError("--prompt and --prompts-file exclude each other")
@@ -168,7 +184,8 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
     RUN is a run of forge-train or one of its checkpoints. AutoModelForCausalLM and AutoTokenizer
     load OUT with no custom code; where transformers is installed, that is checked.
     """
-    from sampler import export as exporting
+    with importing():
+        from sampler import export as exporting
 
     checked = exporting.export(run, out, checkpoint, dtype)
     click.echo(f"Exported: {out} ({checked})")
@@ -218,7 +235,8 @@ def evaluate(
     """
     if data is None and jsonl is None:
         raise click.UsageError("say on what: --data DIR, --jsonl FILE, or both")
-    from sampler import evaluate as evaluating
+    with importing():
+        from sampler import evaluate as evaluating
 
     for rows in evaluating.evaluate(models, data, split, tokens, context, jsonl, checkpoint):
         if as_json:
