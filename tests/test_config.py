@@ -66,7 +66,7 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("model.num_kv_heads=2", 'only for model.family = "qwen3"'),
         ("model.family=qwen3", "model.bias must be false"),
         ("batch.doublings=4", "multiple of 16 windows"),
-        ("batch.doublings=-1", "from 0 to 15"),
+        ("batch.doublings=-1", "from 0 to 6"),
         ("batch.doubling_steps=0", "more than 0"),
         ("optimizer.muon_weight_decay=-1", "muon_weight_decay must be >= 0"),
         ("peak_lr=3e-4", "did you mean optimizer.peak_lr?"),

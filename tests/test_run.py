@@ -1,9 +1,11 @@
 """Laws of a run's folder: killed while it is begun, gone on with or extended, nothing is lost."""
 
-import functools
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,8 @@ from trainer.run import (
     make_folder,
     open_run,
     read_past,
+    run_files,
     set_aside_decay,
-    write_files,
 )
 
 
@@ -175,6 +177,7 @@ BOTH = ["schedule.shape=wsd", "schedule.decay_fraction=0.2", STEPS + "80", CLOCK
         ([(40, 1.0), (60, 0.0)], [CLOCK + "2"], True),  # ended by the clock,
         ([(40, 1.0), (60, 0.4)], [CLOCK + "2"], True),  # or would be
         ([(40, 1.0), (60, 0.0)], [STEPS + "99"], False),
+        ([(40, 1.0), (72, 0.5)], [STEPS + "99", CLOCK + "0.5"], False),
         ([(40, 1.0), (60, 0.0)], [CLOCK + "2", STEPS + "70"], False),
     ],
 )
@@ -219,14 +222,10 @@ def test_of_two_first_starts_at_once_the_second_leaves_the_run_alone(
     config, index, run = configs.load("tiny"), shards.load_index(small_shards), tmp_path / "run"
     first, second = Hold(run), Hold(run)
     pasts = [open_run(config, index, run, False, hold) for hold in (first, second)]
-    for past, hold, found in zip(pasts, (first, second), ("", "# other\n"), strict=True):
-        write = functools.partial(write_files, run, config, index, found)
-        if hold is first:
-            make_folder(run, past, hold, lambda: None, write)
-            hold.release()
-            continue
-        with pytest.raises(ForgeError, match="holds a run already"):
-            make_folder(run, past, hold, lambda: None, write)
+    make_folder(run, pasts[0], first, lambda: None, run_files(config, index, ""))
+    first.release()
+    with pytest.raises(ForgeError, match="another start has made a run"):
+        make_folder(run, pasts[1], second, lambda: None, run_files(config, index, "# other\n"))
     second.release()
     assert not (run / "config.toml").read_text().startswith("# other")
 
@@ -249,10 +248,27 @@ def test_a_line_that_a_full_disk_has_cut_costs_no_other(
     assert "step 2: not written" in capsys.readouterr().out
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_an_error_at_once(tmp_path: Path) -> None:
-    check_room(tmp_path, 1)
-    with pytest.raises(ForgeError, match="a checkpoint takes 1000000000000"):
-        check_room(tmp_path, 10**21)
+def test_a_disk_without_room_is_an_error_before_anything_is_made(
+    small_shards: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 bytes a parameter, for two checkpoints and one being written; what is there counts."""
+    left = shutil._ntuple_diskusage(10**9, 10**9, 10**6)  # type: ignore[attr-defined]
+    arguments = ["--data", small_shards, "--out", tmp_path / "run", *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: left)
+        result = forge("train", "tiny", *arguments)
+    assert result.exit_code == 1
+    assert "checkpoints take 0.06 more" in result.output
+    assert not (tmp_path / "run").exists()
+    parameters = 50257 * 32 + 64 * 32 + 2 * (12 * 32**2 + 13 * 32) + 64
+    half = checkpoint.checkpoint_path(tmp_path, 4).with_suffix(".partial")
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(bytes(10**6))
+    free = shutil.disk_usage(tmp_path).free
+    check_room(tmp_path, (free + 10**6) // 3 - 10**7, 2)
+    with pytest.raises(ForgeError, match="GB left"):
+        check_room(tmp_path, (free + 10**6) // 3 + 10**7, 2)
+    assert 3 * 12 * parameters == pytest.approx(0.06e9, abs=0.005e9)
 
 
 def test_files_of_a_run_that_are_removed_meanwhile_are_written_again(
@@ -263,13 +279,15 @@ def test_files_of_a_run_that_are_removed_meanwhile_are_written_again(
     def removed(self: loop.Trainer, *arguments: object) -> None:
         shutil.rmtree(run)
         begin(self, *arguments)
+        with pytest.raises(ForgeError, match="another forge-train is writing it"):
+            Hold(run).take()
 
     arguments = ["--data", small_shards, "--out", run, *QUICK]
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "loop", removed)
         result = forge("train", "tiny", *arguments)
     assert result.exit_code == 0, result.output
-    assert "config.toml was gone" in result.output
+    assert "data_index.json, config.toml of" in result.output
     again = forge("train", "tiny", *arguments, "--resume")
     assert "The run is complete" in again.output
 
@@ -280,3 +298,26 @@ def test_a_run_says_what_of_its_model_is_another(small_shards: Path, tmp_path: P
     result = forge("train", "tiny", *arguments, "--resume", "--set=model.num_layers=3")
     assert result.exit_code == 1
     assert "model.num_layers: 2 -> 3" in result.output
+
+
+def test_a_run_without_a_clock_may_be_extended_with_one(small_shards: Path, tmp_path: Path) -> None:
+    before = [setting for setting in BOTH if CLOCK not in setting]
+    ends = [(40, 1.0), (80, 0.0)]
+    past = reopened(small_shards, tmp_path, before, ends, [*before, STEPS + "99", CLOCK + "1"])
+    assert past.extends
+
+
+@pytest.mark.parametrize("stdout", ["/dev/full", "closed pipe"])
+def test_a_log_that_cannot_be_written_ends_no_run(
+    stdout: str, small_shards: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards)]
+    command += ["--out", str(tmp_path / "run"), *QUICK]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Path("/dev/full").open("w") as full:
+        into = full if stdout == "/dev/full" else writing
+        ran = subprocess.run(command, stdout=into, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert ran.stderr.count("Error") == 0, ran.stderr
+    assert checkpoint.steps(tmp_path / "run") == [4, 8]

@@ -228,15 +228,18 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_sigterm_saves_and_leaves_cleanly(small_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_leaves_cleanly(
+    number: signal.Signals, small_shards: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     process = start(small_shards, run)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "--resume goes on" in output
     stopped = metrics_of(run, "stop")[0]
-    assert stopped["signal"] == "SIGTERM"
+    assert stopped["signal"] == number.name
     assert checkpoint.steps(run)[-1] == stopped["step"]
 
 
@@ -597,8 +600,9 @@ def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> 
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
-        (["schedule.max_steps=5", "schedule.warmup_steps=5"], "the rate never gets to its peak"),
-        (["schedule.max_steps=5", "schedule.warmup_steps=4"], None),
+        (["schedule.max_steps=5", "schedule.warmup_steps=6"], "the rate never gets to its peak"),
+        (["schedule.max_steps=5", "schedule.warmup_steps=5"], None),
+        (["schedule.max_steps=20", "schedule.shape=wsd", "schedule.decay_fraction=0.6"], "never"),
         (["schedule.max_steps=100000"], "text that comes more than some four times"),
     ],
 )

@@ -60,10 +60,11 @@ def until(config: Config, train_tokens: int) -> str:
 def notes(config: Config, train_tokens: int) -> list[str]:
     """What may be meant so, and mostly is not."""
     found, num_steps = [], config.num_steps()
-    if num_steps is not None and config.schedule.warmup_steps >= num_steps:
+    falls = config.schedule.decay_fraction if config.shape() == "wsd" else 0.0
+    if num_steps is not None and config.schedule.warmup_steps > (1 - falls) * num_steps:
         found.append(
-            f"schedule.warmup_steps ({config.schedule.warmup_steps:,}) is no less than the steps "
-            f"of the run ({num_steps:,}): the rate never gets to its peak"
+            f"the warm-up is too long for {num_steps:,} steps (schedule.warmup_steps is "
+            f"{config.schedule.warmup_steps:,}): the rate never gets to its peak"
         )
     if (config.num_tokens() or 0) > MANY_EPOCHS * train_tokens:
         found.append("text that comes more than some four times teaches little more")

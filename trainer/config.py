@@ -97,9 +97,9 @@ class OptimizerConfig:
     peak_lr: float
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
     muon_lr: float = 0.02  # Muon's rate where AdamW's is peak_lr; the schedule moves both alike
-    # Muon's, by its own rate; weight_decay is AdamW's, by peak_lr. What is best is proportional to
-    # tokens_per_step, and in a run of a quarter of the tokens about twice as large (Bergsma et al.
-    # 2025, arXiv:2505.13738, of AdamW); tests/benchmarks/README.md has how far Muon follows.
+    # Muon's, by its own rate; weight_decay is AdamW's, by peak_lr. This is for a day's steps: what
+    # is best is proportional to tokens_per_step, and falls with the length of a run (Bergsma et al.
+    # 2025, arXiv:2505.13738, of AdamW; Muon in minutes: tests/benchmarks/README.md).
     muon_weight_decay: float = 0.02
     muon_normalize: bool = True  # every neuron's part of Muon's updates alike (NorMuon)
     muon_warmup_steps: int = 0  # in which Muon's momentum rises from 0.85 to 0.95
@@ -474,8 +474,8 @@ def _check(config: Config) -> list[str]:
     problems += _check_family(model)
     if not 0 < model.vocab_size <= 2**16:
         problems.append(f"model.vocab_size must fit 16 bits, not {model.vocab_size}")
-    if not 0 <= batch.doublings < 16:
-        return [*problems, f"batch.doublings must be from 0 to 15, not {batch.doublings}"]
+    if not 0 <= batch.doublings < 7:  # the compiler keeps up to 8 graphs
+        return [*problems, f"batch.doublings must be from 0 to 6, not {batch.doublings}"]
     if config.windows_per_step() % 2**batch.doublings:
         problems.append(
             f"batch.tokens_per_step ({batch.tokens_per_step}) must be a multiple of "

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import ForgeError
+from pipeline.shards import write_whole
 from trainer import card, checkpoint, cross_entropy, fused, memory
 from trainer.check import notes
 from trainer.config import Config, ModelConfig
@@ -43,17 +44,17 @@ from trainer.ranks import (
     process_group,
 )
 from trainer.run import (
-    CONFIG_FILE,
     Data,
     Hold,
     Past,
     check_room,
+    falls_by_clock,
     make_folder,
     open_data,
     open_run,
+    run_files,
     same_folder,
     same_shards,
-    write_files,
     write_readme,
 )
 from trainer.schedule import UNKNOWN_STEPS, Clock, Schedule
@@ -193,7 +194,9 @@ class Trainer:
         if last is not None:
             self.resume(last)
             if self.schedule.is_over(self.step):
-                self.say(f"The run is complete: {self.run}")
+                by_clock = falls_by_clock(self.config, self.step, self.decayed)
+                ended = "schedule.budget_hours" if by_clock else "schedule.max_steps or max_tokens"
+                self.say(f"The run is complete: {self.run}. More of {ended} lets it go on.")
                 return
         self.metrics = Metrics(self.run, self.ranks.is_first)
         found, plan = "", self.plan
@@ -202,13 +205,12 @@ class Trainer:
                 f"# On {self.hardware}: batch.micro_batch_size was found to be "
                 f"{plan.micro_batch_size}, with {plan.accumulation_steps} accumulation steps.\n"
             )
-        self.write_files = functools.partial(
-            write_files, self.run, self.config, self.data.index, found
-        )
         saved = (self.optimizer.masters, *self.optimizer.state().values())
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved)
-        from_first(self.ranks, lambda: check_room(self.run, num_bytes))
-        more = (self.past, hold, self.start_metrics, self.write_files)
+        keep_last = self.config.checkpoint.keep_last
+        from_first(self.ranks, lambda: check_room(self.run, num_bytes, keep_last))
+        self.hold, self.files = hold, run_files(self.config, self.data.index, found)
+        more = (self.past, hold, self.start_metrics, self.files)
         from_first(self.ranks, lambda: make_folder(self.run, *more))
         self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
         if self.ranks.is_first:
@@ -402,7 +404,10 @@ class Trainer:
     def lower_micro_batch(self, result: StepResult) -> None:
         """A rank ran out of GPU memory: all of them left the step out, and go on with less."""
         step = result.step
-        plan = memory.smaller(self.plan, self.config)
+        _, used = self.config.step_sizes().cut(
+            step - 1, self.ranks.world_size, self.plan.micro_batch_size
+        )
+        plan = memory.smaller(self.plan, self.config, used)
         if plan is None:
             raise ForgeError(
                 "out of GPU memory with a micro-batch of 1",
@@ -505,8 +510,8 @@ class Trainer:
         state = checkpoint.State(
             self.step, self.tokens, self.seconds, decayed=self.decayed, validation_loss=loss
         )
+        from_first(self.ranks, self.mend_folder)
         if self.ranks.is_first:
-            self.mend_folder()
             masters = self.optimizer.views(self.optimizer.masters)
             self.saver.start(masters, self.optimizer.state(), state)
         self.saved_step = self.step
@@ -517,10 +522,14 @@ class Trainer:
 
     def mend_folder(self) -> None:
         """A checkpoint is of no use without the files beside it: someone may have removed them."""
-        if not (self.run / CONFIG_FILE).exists():
-            self.say(f"WARNING: {self.run / CONFIG_FILE} was gone: writing it again")
+        gone = [name for name in self.files if not (self.run / name).exists()]
+        if gone:
+            self.say(f"WARNING: {', '.join(gone)} of {self.run} was gone: writing it again")
             with contextlib.suppress(OSError):  # the save itself will say so
-                self.write_files()
+                self.run.mkdir(parents=True, exist_ok=True)
+                self.hold.renew()
+                for name in gone:
+                    write_whole(self.run / name, self.files[name])
 
     def same_weights(self) -> None:
         """ForgeError unless the weights are the same bits on all ranks."""

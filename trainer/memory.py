@@ -123,10 +123,10 @@ def cut_step(config: Config, world_size: int, limit: float | None = None, step: 
     return Plan(size, share // size, estimate_bytes(config, size))
 
 
-def smaller(plan: Plan, config: Config) -> Plan | None:
-    """The next smaller cut of the same step, None if there is none."""
+def smaller(plan: Plan, config: Config, used: int) -> Plan | None:
+    """The next cut of a full step whose micro-batch is less than was `used`, None if none is."""
     share = plan.micro_batch_size * plan.accumulation_steps
-    fits = [size for size in divisors(share) if size < plan.micro_batch_size]
+    fits = [size for size in divisors(share) if size < used]
     if not fits:
         return None
     return Plan(fits[-1], share // fits[-1], estimate_bytes(config, fits[-1]))

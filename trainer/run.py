@@ -153,6 +153,13 @@ class Hold:
                     ) from None
                 time.sleep(0.1)
 
+    def renew(self) -> None:
+        """Hold what is RUN/ now, should someone have put another folder in its place."""
+        assert self.descriptor is not None
+        if not os.path.samestat(os.fstat(self.descriptor), self.run.stat()):
+            self.release()
+            self.take()
+
     def release(self) -> None:
         if self.descriptor is not None:
             os.close(self.descriptor)
@@ -174,7 +181,11 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
             raise ForgeError("--out is a folder with other things", where=run, fix="name another")
         return Past(is_new=True)
     if not (resume or is_ours(run)):
-        raise holds_a_run(run)
+        raise ForgeError(
+            "--out holds a run already",
+            where=run,
+            fix="add --resume to go on, or name another --out",
+        )
     before = load(str(run / CONFIG_FILE))
     changes = differences(before, config)
     if fixed := [change for change in changes if change.startswith(FIXED)]:
@@ -196,9 +207,14 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     extends = last is not None and last.decayed < 1 and _is_longer(config, before, last)
     if extends:
         last = before_decay(run)
-    hours = before.schedule.budget_hours
+    hours, clocked = before.schedule.budget_hours, config.schedule.budget_hours is not None
     problem = ""
-    if last is not None and 0 < last.decayed < 1 and hours and not config.schedule.budget_hours:
+    if (
+        last is not None
+        and 0 < last.decayed < 1
+        and falls_by_clock(before, last.step, last.decayed)
+        and not clocked
+    ):
         problem = "the learning rate was falling by the clock, and the config has no clock now"
     elif last is not None and last.decayed and config.shape() != before.shape():
         problem = f"the run's schedule.shape is {before.shape()}, the config's {config.shape()}"
@@ -207,7 +223,7 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
             problem,
             where=run / CONFIG_FILE,
             fix=f"--set schedule.budget_hours={hours}, as before, or more"
-            if hours
+            if hours and config.schedule.shape != "cosine"
             else "use the same schedule, or start a new run with another --out",
         )
     past = read_past(run, config, last, config.schedule == before.schedule, extends)
@@ -221,12 +237,6 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
 def nearest_folder(run: Path) -> Path:
     """RUN/, or what there is already of the way to it."""
     return next(path for path in (run, *run.absolute().parents) if path.exists())
-
-
-def holds_a_run(run: Path) -> ForgeError:
-    return ForgeError(
-        "--out holds a run already", where=run, fix="add --resume to go on, or name another --out"
-    )
 
 
 def is_ours(run: Path) -> bool:
@@ -318,16 +328,22 @@ def _is_longer(config: Config, before: Config, last: checkpoint.State) -> bool:
     What counts is the limit by which the rate was falling; the other may not be lower. To leave
     that out does not make a run longer: it may have been forgotten.
     """
-    old_hours, old_steps = (
-        x or math.inf for x in (before.schedule.budget_hours, before.num_steps())
-    )
+    old_hours, old_steps = before.schedule.budget_hours or 0, before.num_steps() or 0
     hours, steps = config.schedule.budget_hours or old_hours, config.num_steps() or old_steps
-    # By the clock the rate is lower, at any step, than by the number of steps: up to rounding.
-    decay_steps = before.schedule.decay_fraction * old_steps
-    behind = last.decayed < (old_steps - last.step - 2) / decay_steps  # inf / inf: not a number
-    by_clock = old_hours < math.inf and (old_steps == math.inf or behind)
-    grows = hours > old_hours if by_clock else steps > old_steps
+    grows = (
+        hours > old_hours if falls_by_clock(before, last.step, last.decayed) else steps > old_steps
+    )
     return grows and hours >= old_hours and steps >= old_steps
+
+
+def falls_by_clock(config: Config, step: int, decayed: float) -> bool:
+    """Whether the rate falls by the clock, not by the number of steps, `decayed` after `step`."""
+    num_steps = config.num_steps()
+    if config.schedule.budget_hours is None or num_steps is None:
+        return num_steps is None
+    # By the clock it is lower, at any step, than by the number of steps: up to rounding.
+    decay_steps = config.schedule.decay_fraction * num_steps
+    return decayed < (num_steps - step - 2) / decay_steps
 
 
 def before_decay(run: Path) -> checkpoint.State:
@@ -387,7 +403,7 @@ def make_folder(
     past: Past,
     hold: Hold,
     start_metrics: Callable[[], None],
-    write_files: Callable[[], None],
+    files: dict[str, bytes],
 ) -> None:
     """Make RUN/ with everything that is known before the first step, and hold it.
 
@@ -399,37 +415,45 @@ def make_folder(
         run.mkdir(parents=True, exist_ok=True)
         hold.take()
         if past.is_new and (run / CONFIG_FILE).exists():
-            raise holds_a_run(run)
+            raise ForgeError(
+                "another start has made a run there just now",
+                where=run,
+                fix="the same command with --resume goes on with it; or name another --out",
+            )
         if past.extends:
             set_aside_decay(run)
         for left in run.glob("*.partial"):  # of a start that was killed
             left.unlink(missing_ok=True)
         start_metrics()
-        write_files()
+        for name, content in files.items():
+            write_whole(run / name, content)
 
 
-def write_files(run: Path, config: Config, index: Index, found: str) -> None:
-    """What a run folder has beside checkpoints and metrics; the config last. OSError if it cannot.
+def run_files(config: Config, index: Index, found: str) -> dict[str, bytes]:
+    """What RUN/ has beside checkpoints and metrics, by name; the config last.
 
     `found` says, above the config, what was chosen on this machine.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    for name, copy in (
-        (shards.VOCABULARY_FILE, shards.VOCABULARY_FILE),
-        (shards.INDEX_FILE, DATA_FILE),
-    ):
-        write_whole(run / copy, (index.folder / name).read_bytes())
-    write_whole(run / CONFIG_FILE, (found + config.to_toml()).encode())
+    return {
+        shards.VOCABULARY_FILE: (index.folder / shards.VOCABULARY_FILE).read_bytes(),
+        DATA_FILE: (index.folder / shards.INDEX_FILE).read_bytes(),
+        CONFIG_FILE: (found + config.to_toml()).encode(),
+    }
 
 
-def check_room(run: Path, num_bytes: int) -> None:
-    """ForgeError unless a checkpoint of so many bytes fits: no run is to learn that at its end."""
+def check_room(run: Path, num_bytes: int, keep_last: int) -> None:
+    """ForgeError unless the last checkpoints and one being written, of so many bytes each, fit.
+
+    What RUN/ has of them already makes room for the next ones.
+    """
+    needed = (keep_last + 1) * num_bytes
+    needed -= sum(p.stat().st_size for p in (run / checkpoint.FOLDER).rglob("*") if p.is_file())
     free = shutil.disk_usage(nearest_folder(run)).free
-    if free < num_bytes:
+    if free < needed:
         raise ForgeError(
-            f"a checkpoint takes {num_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} left",
+            f"the disk has {free / 1e9:.2f} GB left, and checkpoints take {needed / 1e9:.2f} more",
             where=run,
-            fix="make room, or name another --out",
+            fix="make room, or lower checkpoint.keep_last",
         )
 
 

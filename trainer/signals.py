@@ -44,7 +44,7 @@ class Wishes:
                 self.stop, self.stopped_at = signal.Signals(number).name, now
 
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
             numbers.append(signal.SIGHUP)
         before = {s: signal.signal(s, remember) for s in numbers}
         try:
