@@ -39,8 +39,8 @@ def next_commands(folder: Path, tokens: dict[str, int]) -> str:
     config = "gpt2" if min(tokens.values()) > 2**20 else "tiny"  # gpt2 validates on a million
     train = f"Train: forge-train {config} --data {folder} --check"
     most = max(0, tokens["val"] - 1) // 128 * 128  # tiny's context; it validates on 8,192
-    if tokens["train"] < 2**11 or not most:
-        split = "val" if not most else "train"
+    if tokens["train"] <= 1_024 or not most:  # tiny's step
+        split = "train" if most else "val"
         train = f"Train: too few {split} tokens for configs/tiny.toml"
         train += " (tokenize --val-fraction says how many)" * (split == "val")
     elif most < 8_192:

@@ -44,7 +44,10 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 option = f"--{name.replace('_', '-')}"
-                raise ForgeError(f"{option} must be a finite number, not {value}", fix="change it")
+                raise ForgeError(
+                    f"{option} must be a finite number, not {value}",
+                    fix="give it one, or leave it out",
+                )
 
     @property
     def is_greedy(self) -> bool:

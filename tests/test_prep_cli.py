@@ -206,7 +206,7 @@ def test_what_it_says_to_do_next_works_with_so_many_tokens(forge, source: Path, 
     short = next_commands(tmp_path, {"train": 10**8, "val": 6_500})
     assert "forge-train tiny " in short
     assert short.endswith("--check --set evaluate.num_tokens=6400")
-    assert "too few train" in next_commands(tmp_path, {"train": 2000, "val": 2**15})
+    assert "too few train" in next_commands(tmp_path, {"train": 1024, "val": 2**15})
     assert next_commands(tmp_path, {"train": 10**8, "val": 2**15}).endswith("--check")
     assert "forge-train gpt2 " in next_commands(tmp_path, {"train": 10**8, "val": 2**21})
 

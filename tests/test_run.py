@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import metrics_of
@@ -252,10 +253,9 @@ def test_a_disk_without_room_is_an_error_before_anything_is_made(
     small_shards: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """12 bytes a parameter, for two checkpoints and one being written; what is there counts."""
-    left = shutil._ntuple_diskusage(10**9, 10**9, 10**6)  # type: ignore[attr-defined]
     arguments = ["--data", small_shards, "--out", tmp_path / "run", *QUICK]
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: left)
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
         result = forge("train", "tiny", *arguments)
     assert result.exit_code == 1
     assert "checkpoints take 0.06 more" in result.output

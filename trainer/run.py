@@ -330,9 +330,8 @@ def _is_longer(config: Config, before: Config, last: checkpoint.State) -> bool:
     """
     old_hours, old_steps = before.schedule.budget_hours or 0, before.num_steps() or 0
     hours, steps = config.schedule.budget_hours or old_hours, config.num_steps() or old_steps
-    grows = (
-        hours > old_hours if falls_by_clock(before, last.step, last.decayed) else steps > old_steps
-    )
+    by_clock = falls_by_clock(before, last.step, last.decayed)
+    grows = hours > old_hours if by_clock else steps > old_steps
     return grows and hours >= old_hours and steps >= old_steps
 
 
