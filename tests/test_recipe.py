@@ -72,9 +72,12 @@ def test_the_training_loss_beside_an_evaluation_is_the_mean_before_it() -> None:
 def test_a_loss_is_passed_where_the_line_between_evaluations_crosses_it() -> None:
     run = a_run([0.5] * 100)
     assert curves.loss_at(run, 12.25) == pytest.approx(7.55)
-    assert curves.passed_at(run, 7.55) == pytest.approx(12.25)
-    assert curves.passed_at(run, curves.final(run)) == pytest.approx(50)
-    assert curves.passed_at(run, -0.1) is None
+    assert curves.passed_at([run], 7.55) == pytest.approx(12.25)
+    assert curves.passed_at([run], curves.final(run)) == pytest.approx(50)
+    assert curves.passed_at([run], -0.1) is None
+    slow = a_run([1.0] * 50)  # down to 5, where the other is down to 0
+    assert curves.passed_at([slow], 7.5) == pytest.approx(25)
+    assert curves.passed_at([run, slow], 7.5) == pytest.approx(50 / 3)
 
 
 def test_the_report_says_who_came_how_far_in_which_part_of_the_time(
@@ -92,7 +95,7 @@ def test_the_report_says_who_came_how_far_in_which_part_of_the_time(
     said = capsys.readouterr().out
     both = next(line for line in said.splitlines() if "2 seeds" in line)
     assert "0.5000 ± 0.7071" in both
-    assert "50.0 ± 0.0 %" in both
+    assert both.endswith("|  50.0 % |")
     assert "b, done after 95.0% of that time, ends at 0.5000 ± 0.7071: 4.5000 lower" in said
     assert "b seed 2 took 45.0 s, planned were 50" in said
     pytest.importorskip("matplotlib")

@@ -13,7 +13,6 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 TRAIN_LOSS_STEPS = 32  # up to an evaluation: their mean is the training loss beside it
 COMPILES = 10  # times the median time per token
 MISSED = 0.03  # of its planned seconds: then a run did not get the time that it was to have
+PARTS = 1001  # of a run's time: the points of a curve
 HIDDEN_SHARE = 0.08  # of a run's time: the steep beginning, which would flatten the picture
 
 Row = dict[str, Any]  # a line of metrics.jsonl
@@ -66,13 +66,25 @@ def loss_at(run: Run, seconds: Any) -> Any:
     return np.interp(seconds, [p["seconds"] for p in curve], [p["loss"] for p in curve])
 
 
-def passed_at(run: Run, loss: float) -> float | None:
-    """Seconds after which the validation loss was first down to `loss`; None if it never was."""
-    for before, after in pairwise(run["curve"]):
-        if after["loss"] <= loss < before["loss"]:
-            share = (before["loss"] - loss) / (before["loss"] - after["loss"])
-            return float(before["seconds"] + share * (after["seconds"] - before["seconds"]))
-    return None
+def seeds_curves(runs: list[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """(seconds (PARTS), losses (seeds, PARTS)), at equal parts of the seeds' own times.
+
+    These times differ a little; the seconds are their mean.
+    """
+    parts = np.linspace(0, 1, PARTS)
+    losses = np.stack([loss_at(run, parts * run["seconds"]) for run in runs])
+    return parts * mean([run["seconds"] for run in runs]), losses
+
+
+def passed_at(runs: list[Run], loss: float) -> float | None:
+    """Seconds after which the seeds' mean loss was first down to `loss`; None if it never was."""
+    seconds, losses = seeds_curves(runs)
+    means = losses.mean(0)
+    (down,) = np.nonzero(means <= loss + 1e-9)
+    if not len(down):
+        return None
+    two = slice(max(0, down[0] - 1), down[0] + 1)  # between these it is down to `loss`
+    return float(np.interp(-loss, -means[two], seconds[two]))
 
 
 def final(run: Run) -> float:
@@ -151,10 +163,9 @@ def report(groups: Groups, baseline: str) -> None:
     goal, its_seconds = mean([final(r) for r in against]), mean([r["seconds"] for r in against])
 
     def cells(runs: list[Run], seed: str) -> list[str]:
-        times = [passed_at(run, goal) for run in runs]
-        passed = [100 * t / its_seconds for t in times if t is not None]
         figures = [figure([of(run) for run in runs], *how) for of, *how in COLUMNS.values()]
-        last = f"{figure(passed, 1)} %" if len(passed) == len(runs) else "-"
+        passed = passed_at(runs, goal)
+        last = "-" if passed is None else f"{100 * passed / its_seconds:.1f} %"
         return [runs[0]["arm"], f"{runs[0]['planned_seconds']:g} s", seed, *figures, last]
 
     lines = [["arm", "planned", "seed", *COLUMNS, "passed"]]
@@ -183,8 +194,8 @@ def report(groups: Groups, baseline: str) -> None:
         click.echo(f"There is no run of {baseline}: name another with --baseline.")
         return
     click.echo(
-        f"passed: the part of {baseline}'s {its_seconds:.1f} s after which the loss was down to "
-        f"{goal:.4f}, where {baseline} ended."
+        f"passed: the part of {baseline}'s {its_seconds:.1f} s after which the loss, the mean of "
+        f"the seeds', was down to {goal:.4f}, where {baseline} ended."
     )
     for (name, _), seeds in groups.items():
         if name.partition("@")[0] != baseline.partition("@")[0]:
@@ -206,15 +217,13 @@ def draw(groups: Groups, baseline: str, path: Path) -> None:
         return
     pyplot.switch_backend("agg")
     picture, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    parts, highest = np.linspace(0, 1, 1001), 0.0
+    highest = 0.0
     for (name, planned), runs in groups.items():
-        # Seeds are averaged at equal parts of their own times, which differ a little.
-        losses = np.stack([loss_at(run, parts * run["seconds"]) for run in runs])  # (seeds, parts)
-        seconds = parts * mean([run["seconds"] for run in runs])
+        seconds, losses = seeds_curves(runs)
         label = f"{name}, {planned:g} s: {figure([final(run) for run in runs], 3)}"
         (line,) = axes.plot(seconds, losses.mean(0), label=label)
         axes.fill_between(seconds, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2)
-        highest = max(highest, losses[:, parts >= HIDDEN_SHARE].max())
+        highest = max(highest, losses[:, seconds >= HIDDEN_SHARE * seconds[-1]].max())
     if against := baseline_runs(groups, baseline):
         axes.axhline(mean([final(run) for run in against]), color="gray", linestyle=":")
     axes.set(xlabel="seconds of training", ylabel="validation loss (nats a token)")
