@@ -43,10 +43,10 @@ from trainer.metrics import duration, hardware, read_metrics
 from trainer.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
-MINUTES = "optimizer.muon_weight_decay=0.1"  # for some 2,000 steps; the configs' is for a day
+MINUTES = "optimizer.muon_weight_decay=0.1"  # for 65,536 tokens a step, some 2,000 times
 MUON = ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3", MINUTES)
 TO_ZERO = ("schedule.shape=wsd", "schedule.decay_fraction=0.5")
-# What suits one or two minutes best, for plans that shall end early.
+# What was best over two minutes, for plans that shall end early.
 SHORT = (
     "optimizer.peak_lr=4.8e-3",
     "batch.doublings=1",
