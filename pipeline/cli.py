@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ class Count(click.ParamType[int]):
 def next_commands(folder: Path, tokens: dict[str, int]) -> str:
     """What to type next, with a config that the shards are enough for."""
     config = "gpt2" if min(tokens.values()) > 2**20 else "tiny"  # gpt2 validates on a million
-    train = f"Train: forge-train {config} --data {folder} --check"
+    quoted = shlex.quote(str(folder))
+    train = f"Train: forge-train {config} --data {quoted} --check"
     most = max(0, tokens["val"] - 1) // 128 * 128  # tiny's context; it validates on 8,192
     if tokens["train"] <= 1_024 or not most:  # tiny's step
         split = "train" if most else "val"
@@ -45,7 +47,7 @@ def next_commands(folder: Path, tokens: dict[str, int]) -> str:
         train += " (tokenize --val-fraction says how many)" * (split == "val")
     elif most < 8_192:
         train += f" --set evaluate.num_tokens={most}"
-    return f"Look:  forge-prep info {folder}\n{train}"
+    return f"Look:  forge-prep info {quoted}\n{train}"
 
 
 class ForgeGroup(click.Group):
@@ -98,7 +100,8 @@ def main() -> None:
     type=Count(),
     default="100M",
     show_default=True,
-    help="Tokens a shard, at most, about; a small source gets smaller ones, a text file is one.",
+    help="Tokens a shard, at most, about; a small source gets smaller ones, a text file is one, "
+    "and archives make larger ones.",
 )
 @click.option(
     "--min-score",
@@ -162,6 +165,13 @@ def tokenize(
     if append and overwrite:
         raise click.UsageError("--append keeps the shards, --overwrite removes them: choose one")
     resolved = sources.resolve(source, config, split, revision)
+    given = click.get_current_context().get_parameter_source
+    for name in ("split", "revision"):
+        if not resolved.hub and given(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is none")
+    if others := resolved.not_read:
+        more = f" and {len(others) - 3} more" * (len(others) > 3)
+        click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
     folder = out or Path("data_cache") / default_name(source, config)
     options = Options(text_column, val_fraction, max_tokens, shard_tokens, min_score)
     cores = workers or len(os.sched_getaffinity(0))
@@ -188,6 +198,7 @@ def tokenize(
             "documents": index.total("num_documents"),
             "text_bytes": index.total("text_bytes"),
             **index.skipped,
+            "files_not_read": len(resolved.not_read),
             "seconds": round(outcome.seconds, 3),
         }
         click.echo(json.dumps(summary))
@@ -283,6 +294,8 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
         )
     if not as_json:
         click.echo(f"Sound: {len(index.shards):,} shards, {total / 1e9:.3f} GB.")
+        if (folder / shards.WORK_FOLDER).exists():
+            click.echo("More is on its way: the same forge-prep tokenize --append again ends it.")
 
 
 @main.command()
@@ -358,7 +371,7 @@ class ProgressBar:
             self.first = progress
             self.bar.reset(progress.total_bytes)
             self.bar.initial = progress.done_bytes
-        self.bar.n = progress.done_bytes
+        self.bar.n, self.bar.total = progress.done_bytes, progress.total_bytes
         new = (progress.num_tokens - self.first.num_tokens) / 1e6
         speed = new / max(1e-3, self.bar.format_dict["elapsed"])
         self.bar.set_postfix_str(f"{speed:.1f} M tokens/s", refresh=False)

@@ -16,9 +16,8 @@ import xxhash
 
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
-from pipeline.prepare import hold
-from pipeline.shards import DocumentLengths, Index, Shard, ShardWriter, Tokens
-from pipeline.slices import WORK_FOLDER
+from pipeline.prepare import FOREIGN_KINDS, hold
+from pipeline.shards import WORK_FOLDER, DocumentLengths, Index, Shard, ShardWriter, Tokens
 
 RAW_SHARD_TOKENS = 100_000_000
 CHUNK_TOKENS = 2**22
@@ -67,7 +66,7 @@ def _make_index(folder: Path, raw: bool) -> Index:
         tokenizer=tokenizer.describe(),
         source={
             "name": folder.resolve().name,
-            "kind": "raw tokens" if raw else "token files",
+            "kind": FOREIGN_KINDS[raw],
             "hub": None,
             "files": [{"name": path.name, "bytes": path.stat().st_size} for path in files],
         },
@@ -82,8 +81,8 @@ def _make_index(folder: Path, raw: bool) -> Index:
 
 def convert(folder: Path) -> Iterator[tuple[Shard, DocumentLengths]]:
     """Copy nanoGPT's train.bin and val.bin into shards of whole documents."""
-    for split in shards.SPLITS:
-        path = folder / f"{split}.bin"
+    paths = {split: folder / f"{split}.bin" for split in shards.SPLITS}
+    for path in paths.values():
         if not path.exists() or path.stat().st_size == 0:
             raise ForgeError(
                 "no such headerless token file",
@@ -96,6 +95,7 @@ def convert(folder: Path) -> Iterator[tuple[Shard, DocumentLengths]]:
                 where=path,
                 fix="copy the file again",
             )
+    for split, path in paths.items():
         tokens = np.memmap(path, "<u2", "r")
         start = number = 0
         while start < len(tokens):

@@ -14,6 +14,7 @@ from pipeline.errors import ForgeError
 from pipeline.shards import (
     EOT_TOKEN,
     SPLITS,
+    VOCAB_SIZE,
     DocumentLengths,
     Index,
     Shard,
@@ -154,7 +155,14 @@ def find_document(index: Index, split: str, number: int) -> tuple[Shard, int, np
                 raise ForgeError("the shard is damaged", where=path, fix="run forge-prep verify")
             start = int(starts[number - before]) + 1
             end = int(starts[number - before + 1]) if number - before + 1 < len(starts) else None
-            return shard, start, np.array(tokens[start:end])
+            ids = np.array(tokens[start:end])
+            if ids.size and ids.max() >= VOCAB_SIZE:
+                raise ForgeError(
+                    f"the shard is damaged: token {ids.max()} is none of GPT-2's",
+                    where=path,
+                    fix="run forge-prep verify",
+                )
+            return shard, start, ids
         before += shard.num_documents
     raise ForgeError(
         f"there is no {split} document {number:,}; the last is {before - 1:,}"

@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import time
@@ -27,9 +26,8 @@ from typing import Any
 from pipeline import shards, sources, tokenizer
 from pipeline.downloads import Downloads
 from pipeline.errors import ForgeError
-from pipeline.shards import DocumentLengths, Index
+from pipeline.shards import WORK_FOLDER, DocumentLengths, Index
 from pipeline.slices import (
-    WORK_FOLDER,
     Job,
     Options,
     Record,
@@ -45,6 +43,7 @@ DOWNLOADS_FOLDER = "downloads"
 PLAN_FILE = "plan.json"
 FILES_DIFFER = "source files (names, sizes or contents)"
 SHUFFLE_SEED = 1
+FOREIGN_KINDS = {True: "raw tokens", False: "token files"}  # foreign.py's folders, by --raw
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How tokenize() ended. `seconds` and `new_bytes` are of this run alone."""
+    """How tokenize() ended. All but the index is of this run alone; `new_bytes` are of text."""
 
     index: Index
     up_to_date: bool
@@ -123,6 +122,7 @@ def tokenize(
         if overwrite and not _goes_on(folder, plan):
             # Not before all is found to be good, as far as it can be looked at.
             _must_be_ours(folder)
+            _must_not_be_foreign(folder)
             _check_room(folder, slices, options, source, freed=_shard_files(folder))
             _clear(folder)
         _claim(folder, plan, old)
@@ -136,14 +136,16 @@ def tokenize(
         index = _commit(folder, plan, records, sorted(damaged), old)
         _tidy(folder, index)
         seconds = time.perf_counter() - started
-    return Outcome(index, False, seconds, run.counted_bytes, run.counted_tokens)
+    new = [shard for each in records if each.slice not in run.kept for shard in each.shards]
+    new_bytes = sum(shard.text_bytes for shard in new)
+    return Outcome(index, False, seconds, new_bytes, sum(shard.num_tokens for shard in new))
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Keep every other forge-prep out of `folder`, made if need be, while this one is at work."""
-    is_new = not folder.exists()
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -198,6 +200,20 @@ def _must_be_ours(folder: Path) -> None:
         )
 
 
+def _must_not_be_foreign(folder: Path) -> None:
+    """ForgeError if the folder holds other people's token files: they would stay, as strangers."""
+    try:
+        kind = shards.load_index(folder).source.get("kind")
+    except ForgeError:  # no index, or a damaged one
+        return
+    if kind in FOREIGN_KINDS.values():
+        raise ForgeError(
+            "the folder holds token files that others made: --overwrite removes forge-prep's own",
+            where=folder,
+            fix="choose another --out",
+        )
+
+
 def _goes_on(folder: Path, plan: dict[str, Any]) -> bool:
     """Whether an unfinished run of this very plan lies there: then nothing is in its way."""
     try:
@@ -236,8 +252,7 @@ def _tidy(folder: Path, index: Index) -> None:
 
 def _shard_files(folder: Path) -> list[Path]:
     """Those that forge-prep made there, and halves of such."""
-    name = re.compile(rf"({'|'.join(shards.SPLITS)})_\d{{6}}\.bin(\.\d+\.partial)?")
-    return [path for path in folder.iterdir() if name.fullmatch(path.name)]
+    return [path for path in folder.iterdir() if shards.SHARD_NAME.fullmatch(path.name)]
 
 
 def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_files: bool) -> None:
@@ -245,6 +260,7 @@ def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_f
 
     The order of the files does not count: appended ones stand behind the others. With `any_files`,
     neither do the files nor the hub's commit: each finished slice knows what it was made of.
+    Without, a local source's name does not count where the files are the same: it has many paths.
     """
     differences = []
     for section, old in made.items():
@@ -261,7 +277,8 @@ def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_f
                     differences.append(FILES_DIFFER)
             elif before != now:
                 differences.append(f"{section} {key}: {before!r}, now {now!r}")
-    if differences:
+    renamed = len(differences) == 1 and differences[0].startswith("source name: ")
+    if differences and not (renamed and not any_files and not wanted["source"]["hub"]):
         raise ForgeError(
             f"the folder was made with other options: {'; '.join(differences)}",
             where=folder,
@@ -346,6 +363,8 @@ def _commit(
         + tuple(shard for record in records for shard in record.shards),
     )
     if not index.shards:
+        _clear(folder)  # or its empty records would hold the next try to these options
+        shutil.rmtree(folder / WORK_FOLDER)
         left_out = f"; damaged: {', '.join(skipped['damaged'][:3])}" if skipped["damaged"] else ""
         raise ForgeError(
             "the source holds no text: every document is null, empty, damaged or below --min-score"
@@ -397,6 +416,7 @@ class _Run:
                 self.records[each.number] = record
             else:
                 record_path(folder, each.number).unlink(missing_ok=True)
+        self.kept = set(self.records)  # slices of earlier runs
         self.kept_bytes = sum(each.bytes for each in slices if each.number in self.records)
         self.kept_tokens = sum(
             record.num_tokens(split) for record in self.records.values() for split in shards.SPLITS
@@ -476,14 +496,14 @@ class _Run:
 
     def _next_jobs(self, busy: set[int], free: int) -> Iterator[Job]:
         """At most `free` jobs to start now, and no more than max_tokens is likely to need."""
-        needed, expected = [], 0
+        needed, expected, per_byte = [], 0, self._tokens_per_byte()
         for each in self.slices:
             if expected >= (self.options.max_tokens or math.inf):
                 break  # what lies behind may have records already, and does not count
             if record := self.records.get(each.number):
                 expected += record.num_tokens("train")
             else:
-                expected += int(each.bytes / sources.BYTES_PER_TOKEN)
+                expected += int(each.bytes * per_byte)
                 needed.append(each)
         for position, each in enumerate(needed):
             if each.number in busy:
@@ -514,10 +534,15 @@ class _Run:
             return self.downloads.paths(each, later)
         return tuple(self.source.local_path(part.file) for part in each.parts)
 
+    def _tokens_per_byte(self) -> float:
+        """Of train, as the finished slices have it: a score drops text, an archive is dense."""
+        size = sum(each.bytes for each in self.slices if each.number in self.records)
+        tokens = sum(record.num_tokens("train") for record in self.records.values())
+        return tokens / size if size and tokens else 1 / sources.BYTES_PER_TOKEN
+
     def _report(self) -> None:
-        total = self.total_bytes
-        if self.options.max_tokens is not None:
-            needed = self.options.max_tokens * sources.BYTES_PER_TOKEN
-            total = min(total, max(int(needed), self.kept_bytes))
-        done = min(total, self.kept_bytes + self.counted_bytes)
-        self.on_progress(Progress(done, total, self.kept_tokens + self.counted_tokens))
+        done, tokens = self.kept_bytes + self.counted_bytes, self.kept_tokens + self.counted_tokens
+        total = max(done, self.total_bytes)
+        if self.options.max_tokens is not None and tokens:  # as much more as was needed so far
+            total = max(done, min(total, int(done * self.options.max_tokens / tokens)))
+        self.on_progress(Progress(done, total, tokens))

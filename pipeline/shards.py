@@ -22,6 +22,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -48,9 +49,11 @@ INDEX_FILE = "index.json"
 INDEX_FORMAT = "llm-forge shards"
 INDEX_VERSION = 1
 VOCABULARY_FILE = "r50k_base.tiktoken"
+WORK_FOLDER = ".work"  # of a run of forge-prep tokenize that is not finished
 # The very hash that tiktoken pins for OpenAI's published r50k_base.tiktoken.
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 SPLITS = ("train", "val")
+SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin(\.\d+\.partial)?")  # and halves
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -338,8 +341,14 @@ def load_index(folder: Path) -> Index:
             ("tokenizer", "vocab_size"),
             ("tokenizer", "sha256"),
             ("source", "name"),
+            ("skipped", "null_documents"),
+            ("skipped", "empty_documents"),
         ):
             raw[section][key]  # what others rely on
+        for figures in lengths.values():
+            _check_counts(figures.min, figures.max, *figures.histogram)
+        for shard in raw["shards"]:
+            _check_counts(*(shard[key] for key in ("num_tokens", "num_documents", "text_bytes")))
         return Index(
             folder=folder,
             tokenizer=raw["tokenizer"],
@@ -350,12 +359,18 @@ def load_index(folder: Path) -> Index:
             shards=tuple(Shard(**shard) for shard in raw["shards"]),
             sha256=hashlib.sha256(data).hexdigest(),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ForgeError(
             f"the index is damaged: {error!r}",
             where=path,
             fix="make the folder again with forge-prep tokenize --overwrite",
         ) from error
+
+
+def _check_counts(*values: Any) -> None:
+    for value in values:
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{value!r} is no count")
 
 
 def save_index(index: Index) -> None:
@@ -432,9 +447,10 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
             problems.append(f"{INDEX_FILE}: the totals of {split} are not the sums over its shards")
     known = {shard.file for shard in index.shards}
     known |= {file["name"] for file in index.source.get("files", [])}
+    goes_on = (index.folder / WORK_FOLDER).exists()  # an --append that is not finished
     for path in sorted(index.folder.glob("*.bin")):
-        if path.name not in known:
-            problems.append(f"{path.name}: a stranger, not in the index")
+        if path.name not in known and not (goes_on and SHARD_NAME.fullmatch(path.name)):
+            problems.append(f"{path.name}: a stranger, not in the index: move it elsewhere")
     try:
         vocabulary = (index.folder / VOCABULARY_FILE).read_bytes()
         if hashlib.sha256(vocabulary).hexdigest() != index.tokenizer["sha256"]:

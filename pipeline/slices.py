@@ -24,10 +24,9 @@ import xxhash
 
 from pipeline import shards, sources, tokenizer
 from pipeline.errors import ForgeError
-from pipeline.shards import DocumentLengths, Shard, ShardWriter
+from pipeline.shards import WORK_FOLDER, DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Part, Slice, SourceFile
 
-WORK_FOLDER = ".work"
 BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
 MOST_LINES = 20  # of a file, that are listed as damaged: the rest are counted
 

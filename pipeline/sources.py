@@ -40,6 +40,7 @@ BYTES_PER_TOKEN = 4.4  # English text under GPT-2's BPE; only sizes slices and e
 # Where a document's educational score may stand, in order of preference.
 SCORE_COLUMNS = ("metadata.int_score", "metadata.score", "int_score", "score")
 TAIL_BYTES = 64 * 1024
+ARCHIVE_BYTES = 2**14  # read at a time: so much is lost before the place where an archive is cut
 MIN_SLICE_BYTES = 48 * 2**20  # each slice has a few ms of its own: to open, to commit
 ENOUGH_SLICES = 256  # so that some 16 cores or more end at about the same time
 
@@ -112,6 +113,7 @@ class Source:
     root: str  # local folder of the files, or "" for a hub dataset
     files: tuple[SourceFile, ...]
     hub: dict[str, str] | None = None  # dataset, config, split, revision (a commit)
+    not_read: tuple[str, ...] = ()  # files beside them whose ending is not known
 
     def record(self) -> dict[str, Any]:
         """What index.json says of it."""
@@ -145,8 +147,13 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
             where=name,
             fix="give read permission, or name another source",
         ) from error
+    others: list[Path] = []
     if path.is_dir():
-        paths = sorted(p for p in files_in(path) if kind_of(p.name))
+        found = sorted(files_in(path))
+        paths, others = (
+            [p for p in found if kind_of(p.name)],
+            [p for p in found if not kind_of(p.name)],
+        )
         root = path
         if not paths:
             raise ForgeError(
@@ -157,8 +164,11 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
         if not kind_of(path.name):
             raise ForgeError("unknown kind of file", where=path, fix=f"known endings: {SUFFIXES}")
     elif glob.has_magic(name):
-        found = {Path(path) for path in glob.glob(name, recursive=True)}  # ** may find one twice
-        paths = sorted(path for path in found if kind_of(path.name))
+        named = {Path(path) for path in glob.glob(name, recursive=True)}  # ** may find one twice
+        of_kind = {path for path in named if kind_of(path.name)}
+        others = sorted(path for path in named - of_kind if path.is_file())
+        inside = (files_in(path) if path.is_dir() else [path] for path in of_kind)  # Spark's are
+        paths = sorted({path for each in inside for path in each if kind_of(path.name)})
         if not paths:
             raise ForgeError("no file matches", where=name, fix=f"known endings: {SUFFIXES}")
         # The folder in front of the first wildcard; escape() puts a bracket before each one.
@@ -180,11 +190,15 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
             fix=f"name one kind with a glob, such as '{root}/*.{kind}*'",
         )
     files = tuple(describe_file(p, str(p.relative_to(root))) for p in paths)
-    return Source(Path(name).name or name, kind, str(root.resolve()), files)
+    not_read = tuple(str(p.relative_to(root)) for p in others)
+    return Source(Path(name).name or name, kind, str(root.resolve()), files, not_read=not_read)
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, through links, too. What cannot be read is an error, not empty."""
+    """All files below `folder`, through links, too, but no hidden ones (editors keep copies there).
+
+    What cannot be read is an error, not empty.
+    """
 
     def fail(error: OSError) -> None:
         raise ForgeError(
@@ -194,7 +208,8 @@ def files_in(folder: Path) -> Iterator[Path]:
         ) from error
 
     seen: dict[Path, str] = {}
-    for root, _, names in os.walk(folder, onerror=fail, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         before = seen.setdefault(Path(root).resolve(), root)
         if before != root:
             raise ForgeError(
@@ -202,7 +217,7 @@ def files_in(folder: Path) -> Iterator[Path]:
                 where=root,
                 fix="remove the link, or name the files with a glob",
             )
-        paths = (Path(root, name) for name in names)
+        paths = (Path(root, name) for name in names if not name.startswith("."))
         yield from (path for path in paths if path.is_file() or not path.exists())  # broken links
 
 
@@ -414,7 +429,7 @@ def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
         )
     kind = schema.field(text_column).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if plain not in (pa.string(), pa.large_string(), pa.string_view()):
+    if plain not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):  # null: all are
         raise ForgeError(
             f"column {text_column!r} holds {kind}, not strings",
             where=where,
@@ -485,7 +500,10 @@ def read_texts(
 def read_parquet(
     path: Path, part: Part, text_column: str, min_score: float | None
 ) -> Iterator[Batch]:
-    fix = "fetch or copy the file again and run the same command; finished slices are kept"
+    fix = (
+        "fetch or copy the file again and run the same command (finished slices are kept), or "
+        "leave it out with --on-error skip"
+    )
     try:
         file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except pa.ArrowException as error:
@@ -576,7 +594,7 @@ def read_jsonl(
             if not line:
                 break
         if cut:
-            raise OSError(f"{cut}; line {number - 1:,} is the last before it") from cut
+            raise OSError(f"{cut}; line {number - 1:,} is the last that could be read") from cut
         if without:
             score_column(without, path)
 
@@ -588,7 +606,8 @@ def _decompressed(raw: io.BufferedReader, path: Path) -> Any:
         return raw
     if not raw.peek(1):  # even an archive of nothing has a header
         raise OSError("the archive is empty: it was cut off")
-    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), compression), 2**20)
+    stream = pa.CompressedInputStream(pa.PythonFile(raw), compression)
+    return io.BufferedReader(stream, ARCHIVE_BYTES)
 
 
 def score_of(document: dict[str, Any], where: str) -> tuple[str | None, float | None]:
@@ -659,7 +678,7 @@ def read_txt(path: Path, part: Part, text_column: str, min_score: float | None) 
         score_column([], path)
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ForgeError(
             f"invalid UTF-8: {error.reason} at byte {error.start:,}",

@@ -172,9 +172,13 @@ def test_verify_is_exit_code_0_or_1(forge, small_shards: Path, tmp_path: Path) -
         file.seek(3000)
         file.write(b"\1\1")
     assert_error(forge("prep", "verify", copy), "1 problems", "train_000000.bin: checksum")
+    with (copy / "train_000000.bin").open("r+b") as file:
+        file.seek(shards.HEADER.size + 2)
+        file.write(b"\xff\xff")
+    assert_error(forge("prep", "show", copy, 0), "token 65535 is none of GPT-2's")
     report = forge("prep", "verify", copy, "--json")
     assert report.exit_code == 1
-    assert len(json.loads(report.stdout)["problems"]) == 1
+    assert len(json.loads(report.stdout)["problems"]) == 2
 
 
 def test_the_folder_is_named_after_the_source() -> None:
@@ -209,6 +213,38 @@ def test_what_it_says_to_do_next_works_with_so_many_tokens(forge, source: Path, 
     assert "too few train" in next_commands(tmp_path, {"train": 1024, "val": 2**15})
     assert next_commands(tmp_path, {"train": 10**8, "val": 2**15}).endswith("--check")
     assert "forge-train gpt2 " in next_commands(tmp_path, {"train": 10**8, "val": 2**21})
+    assert "--data 'my folder'" in next_commands(Path("my folder"), {"train": 10**8, "val": 2**21})
+
+
+def test_files_of_other_kinds_are_named_and_hidden_ones_are_not_read(forge, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl.xz", ".ipynb_checkpoints/a-checkpoint.jsonl", "._a.jsonl"):
+        (folder / name).write_text('{"text": "some text"}\n')
+    made = forge("prep", "tokenize", folder, "--out", tmp_path / "out", "--json")
+    assert json.loads(made.stdout)["documents"] == 1
+    assert json.loads(made.stdout)["files_not_read"] == 1
+    assert made.stderr == "Not read, of other kinds: b.jsonl.xz\n"
+    made = forge("prep", "tokenize", folder / "*", "--out", tmp_path / "glob")
+    assert made.stderr == "Not read, of other kinds: b.jsonl.xz\n"
+
+
+@pytest.mark.parametrize("option", ["--split", "--revision"])
+def test_what_is_of_the_hub_alone_is_refused_elsewhere(forge, source: Path, option: str) -> None:
+    result = forge("prep", "tokenize", source, option, "test")
+    assert result.exit_code == 2
+    assert f"{option} is for a hub dataset" in result.stderr
+
+
+def test_verify_of_an_append_that_was_killed_says_that_more_is_on_its_way(
+    forge, small_shards: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(small_shards, tmp_path / "copy"))
+    (copy / shards.WORK_FOLDER).mkdir()
+    shutil.copy(copy / "train_000000.bin", copy / "train_000001.bin")
+    sound = forge("prep", "verify", copy)
+    assert sound.exit_code == 0
+    assert "--append again ends it" in sound.stdout
 
 
 def test_append_and_max_tokens_exclude_each_other_in_a_new_folder_too(

@@ -104,6 +104,10 @@ def test_verify_finds_truncated_missing_and_strange_shards(copy: Path) -> None:
     assert "train_000000.bin: the shard is shorter" in found
     assert "val_000000.bin: cannot read" in found
     assert "val_000077.bin: a stranger" in found
+    (copy / shards.WORK_FOLDER).mkdir()  # of an --append that was killed: its shards are to come
+    assert "a stranger" not in problems(copy)
+    shutil.move(copy / "val_000077.bin", copy / "other.bin")
+    assert "other.bin: a stranger" in problems(copy)
 
 
 def test_verify_finds_tokens_outside_the_vocabulary_and_wrong_counts(copy: Path) -> None:
@@ -150,7 +154,13 @@ def test_a_folder_without_index_is_not_finished(copy: Path) -> None:
 def test_a_damaged_index_is_an_error_not_a_traceback(copy: Path) -> None:
     whole = json.loads((copy / "index.json").read_text())
     without = [json.dumps(whole | {section: {}}) for section in ("tokenizer", "source")]
-    for text in ('{"format": "llm-forge shards"', *without):
+    without += [json.dumps(whole | {"splits": []}), json.dumps(whole | {"skipped": {}})]
+    for key, value in (("num_tokens", "12"), ("num_documents", None), ("text_bytes", -1)):
+        first = whole["shards"][0] | {key: value}
+        without.append(json.dumps(whole | {"shards": [first]}))
+    lengths = {"document_tokens": {"min": 1, "max": 2, "histogram": ["a"]}}
+    without.append(json.dumps(whole | {"splits": {"train": lengths}}))
+    for text in ('{"format": "llm-forge shards"', "[" * 100_000, *without):
         (copy / "index.json").write_text(text)
         with pytest.raises(ForgeError, match="damaged"):
             shards.load_index(copy)

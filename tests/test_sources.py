@@ -85,11 +85,13 @@ def test_all_types_of_strings_read_alike(tmp_path: Path) -> None:
         path = tmp_path / "a.parquet"
         pq.write_table(pa.table({"text": pa.array(TEXTS, kind)}), path)
         assert read(path) == TEXTS
+    pq.write_table(pa.table({"text": pa.nulls(3)}), path)  # as of a file in which all happen to be
+    assert read(path) == [None] * 3
 
 
 def test_a_txt_file_is_one_document_with_its_line_ends(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes("naïve\r\nline\n\n".encode())
-    (tmp_path / "a.txt").write_bytes(b"first")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst")  # a byte order mark is no text
     assert read(tmp_path) == ["first", "naïve\r\nline\n\n"]
 
 
@@ -100,6 +102,8 @@ def test_a_folder_is_read_in_the_order_of_names_at_any_depth(tmp_path: Path) -> 
         path.write_bytes(lines_of([name]))
     assert read(tmp_path) == ["a.jsonl", "b/a/z.jsonl", "b/x.jsonl"]
     assert read(tmp_path / "**" / "z*.jsonl") == ["b/a/z.jsonl"]
+    (tmp_path / "b").rename(tmp_path / "b.jsonl")  # a folder, as Spark makes them
+    assert read(tmp_path / "*.jsonl") == ["a.jsonl", "b/a/z.jsonl", "b/x.jsonl"]
 
 
 @pytest.mark.parametrize(

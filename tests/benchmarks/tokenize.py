@@ -83,7 +83,7 @@ def run_with_tiktoken(source: sources.Source, folder: Path) -> int:
     slices._encoder = TiktokenEncoder()  # type: ignore[assignment]
     slices._done_bytes, slices._done_tokens = context.Value("q"), context.Value("q")
     first = sources.plan(source, "text", TIKTOKEN_BYTES, None)[0]
-    (folder / slices.WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / shards.WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     paths = tuple(source.local_path(part.file) for part in first.parts)
     files = tuple(source.files[part.file] for part in first.parts)
     job = Job(first, source.kind, paths, files, folder, Options(), None)
