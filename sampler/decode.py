@@ -3,8 +3,9 @@
 Before: load.py, which brings the model. After: generate.py, which fills the rows.
 
 Every row has its own length, and its text starts at position 0: prompts are padded on the right,
-where causal attention does not look, so a row's numbers do not depend on its neighbours. On a GPU a
-whole step, the drawing included, is one CUDA graph; it fits all lengths, since they are read there.
+where causal attention does not look, so a row's numbers do not depend on its neighbours, but for
+their last bits, which follow the batch's shape. On a GPU a whole step, the drawing included, is one
+CUDA graph; it fits all lengths, since they are read there.
 """
 
 import math

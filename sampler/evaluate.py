@@ -186,12 +186,15 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             row = json.loads(line)
-            endings = [str(ending) for ending in row["endings"]]
+            endings = row["endings"]
+            if not isinstance(endings, list) or not all(isinstance(e, str) for e in endings):
+                raise TypeError("endings is no list of texts")
             if "ctx_a" in row:
-                text = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-                context, endings = _clean(text), [_clean(ending) for ending in endings]
+                title, first, then = (_text(row, k) for k in ("activity_label", "ctx_a", "ctx_b"))
+                context = _clean(f"{title}: {first} {then.capitalize()}")
+                endings = [_clean(ending) for ending in endings]
             else:
-                context = str(row["ctx"] if "ctx" in row else row["context"])
+                context = _text(row, "ctx" if "ctx" in row else "context")
             question = Question(context, endings, int(row["label"]))
             if not 0 <= question.label < len(endings):
                 raise ValueError(f"label {question.label} of {len(endings)} endings")
@@ -208,6 +211,13 @@ def read_questions(path: Path) -> list[Question]:
     if not questions:
         raise ForgeError("the file has no question", where=path, fix="one a line, as JSON")
     return questions
+
+
+def _text(row: Row, key: str) -> str:
+    text = row[key]
+    if not isinstance(text, str):
+        raise TypeError(f"{key} is no text")
+    return text
 
 
 def _clean(text: str) -> str:

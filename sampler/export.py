@@ -4,13 +4,14 @@ Before: a run (trainer/checkpoint.py). After: transformers, and all that reads i
 
 OUT gets config.json, generation_config.json, model.safetensors, tokenizer.json, vocab.json,
 merges.txt, tokenizer_config.json and README.md (the model card). It loads with no custom code;
-where transformers is installed, the folder is kept only if transformers agrees with our model.
+where transformers is installed and can, it must agree with our model, or no folder is kept.
 """
 
-import copy
+import importlib.metadata
 import importlib.util
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,81 +45,121 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
     Returns what check() says.
     """
     out = out.resolve()
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise ForgeError("the folder for the export is not empty", where=out, fix="name a new one")
+    exists = out.exists()
+    if exists and (there := next(out.iterdir() if out.is_dir() else iter([out]), None)):
+        raise ForgeError(
+            "the folder for the export is not empty", where=there, fix="name a new one"
+        )
     loaded = open_model(run, step, torch.device("cpu"))
     if loaded.state is None:
         raise ForgeError("that is an exported folder", where=run, fix="give a run of forge-train")
     model = loaded.model
     card = model_card(loaded.path.resolve(), loaded.state, dtype)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        weights = {name: w.to(DTYPES[dtype]) for name, w in transformers_weights(model).items()}
-        checkpoint.save_tensors(weights, partial / checkpoint.MODEL_FILE)
-        files = {
-            "config.json": model_config(model.config, dtype),
-            "generation_config.json": {
-                "bos_token_id": shards.EOT_TOKEN,
-                "eos_token_id": shards.EOT_TOKEN,
-                "do_sample": True,
-            },
-            "tokenizer.json": tokenizer_json(),
-            "tokenizer_config.json": {
-                "tokenizer_class": "GPT2Tokenizer",
-                "model_max_length": model.config.context_length,
-                "add_prefix_space": False,
-                **dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.EOT_TEXT),
-            },
-        }
-        for name, content in files.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False)
-            (partial / name).write_text(text + "\n", encoding="utf-8")
-        # OpenAI's own files are transformers' two under other names.
-        shutil.copyfile(tokenizer.package_data() / "encoder.json", partial / "vocab.json")
-        shutil.copyfile(tokenizer.package_data() / "vocab.bpe", partial / "merges.txt")
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        checked = check(partial, model, dtype)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Within a folder that exists: it may be a disk of its own, or all that we may write to.
+        with tempfile.TemporaryDirectory(
+            prefix=f"{out.name}.partial.",
+            dir=out if exists else out.parent,
+            ignore_cleanup_errors=True,
+        ) as made:
+            partial = Path(made) / out.name
+            partial.mkdir()  # with the usual rights, which `made` does not have
+            write_files(partial, model, card, dtype)
+            checked = check(partial, model, dtype)
+            if exists:
+                move_files(partial, out)
+            else:
+                partial.rename(out)
     except OSError as error:
         raise ForgeError(f"cannot write: {error.strerror or error}", where=out) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return checked
+
+
+def move_files(partial: Path, out: Path) -> None:
+    """Move all files into `out`, or none; config.json last, without which it is no model.
+
+    `out` has nothing in it but the folder that `partial` is in.
+    """
+    if any(path != partial.parent for path in out.iterdir()):
+        raise ForgeError("the folder was filled meanwhile", where=out, fix="name a new one")
+    names = sorted((path.name for path in partial.iterdir()), key=lambda n: n == "config.json")
+    try:
+        for name in names:
+            (partial / name).rename(out / name)
+    except BaseException:
+        for name in reversed(names):
+            if not (partial / name).exists():
+                (out / name).unlink()
+        raise
+
+
+def write_files(folder: Path, model: LanguageModel, card: str, dtype: str) -> None:
+    """All files of an export."""
+    weights = {name: w.to(DTYPES[dtype]) for name, w in transformers_weights(model).items()}
+    checkpoint.save_tensors(weights, folder / checkpoint.MODEL_FILE)
+    files = {
+        "config.json": model_config(model.config, dtype),
+        "generation_config.json": {
+            "bos_token_id": shards.EOT_TOKEN,
+            "eos_token_id": shards.EOT_TOKEN,
+            "do_sample": True,
+        },
+        "tokenizer.json": tokenizer_json(),
+        "tokenizer_config.json": {
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": model.config.context_length,
+            "add_prefix_space": False,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.EOT_TEXT),
+        },
+    }
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    # OpenAI's own files are transformers' two under other names.
+    shutil.copyfile(tokenizer.package_data() / "encoder.json", folder / "vocab.json")
+    shutil.copyfile(tokenizer.package_data() / "vocab.bpe", folder / "merges.txt")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def check(folder: Path, model: LanguageModel, dtype: str) -> str:
     """Read an export with transformers, where it is installed, and compare; says how it went.
 
-    Raises ForgeError if logits in float32 differ by 1e-4 from those of `model`, its weights rounded
-    to `dtype`, or if the tokenizer gives other ids than tiktoken.
+    Raises ForgeError if logits in float32 differ by 1e-4 from those of `model`, whose weights are
+    rounded to `dtype` here, or if the tokenizer gives other ids than tiktoken.
     """
     if importlib.util.find_spec("transformers") is None:
         return "not checked: transformers is not installed"
-    import transformers
+    name = "transformers"
+    try:
+        name += f" {importlib.metadata.version(name)}"
+        import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    rounded = copy.deepcopy(model).to(DTYPES[dtype]).float()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        # A tensor of the wrong shape is left out then, and shows in the logits.
+        options = {"ignore_mismatched_sizes": True}
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        theirs.float()  # the option for it has another name in each version
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # it is optional, and many things can be amiss with it
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return f"not checked: {name} cannot load it ({reason})"
+    model.to(DTYPES[dtype]).float()
     length = min(256, model.config.context_length)
     tokens = torch.randint(VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted = rounded.logits(rounded.hidden(tokens))
+        wanted = model.logits(model.hidden(tokens))
         difference = (wanted - theirs(tokens).logits).abs().max().item()
     # 1e-4 for logits of ordinary size; float32 has seven digits, whatever their size.
     if not difference < 1e-4 * max(1.0, wanted.abs().max().item() / 100):
         raise ForgeError(f"transformers' logits differ by {difference:.2g}", where=folder)
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     their_tokenizer.model_max_length = 10**6  # or it warns of texts that no model reads here
     for text in CHECK_TEXTS:
         if their_tokenizer(text)["input_ids"] != tokenizer.encode(text):
             raise ForgeError(f"transformers' tokens differ for {text[:40]!r}", where=folder)
     return (
-        f"checked with transformers {transformers.__version__}: logits differ by at most "
-        f"{difference:.1e} in float32, tokens are tiktoken's"
+        f"checked with {name}: logits differ by at most {difference:.1e} in float32, "
+        "tokens are tiktoken's"
     )
 
 

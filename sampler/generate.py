@@ -52,7 +52,10 @@ class Sample:
         self._held = ""
 
     def noise(self, count: int) -> npt.NDArray[np.float64]:
-        """The next uniform numbers of this text: (count,), whatever its neighbours are."""
+        """The next uniform numbers of this text: (count,), whatever its neighbours are.
+
+        The tokens that they draw may change with the batch's shape, which logits' last bits follow.
+        """
         return self._generator.random(count)
 
     def history(self, most: int) -> list[int]:
@@ -114,11 +117,6 @@ def generate(
             if old is None and (new := next(waiting, None)) is not None:
                 rows[row] = new
                 unread[row] = new.history(length)
-                if len(new.prompt) > length and not limits.slides:
-                    raise ForgeError(
-                        f"a prompt of {len(new.prompt):,} tokens; the context has {length:,}",
-                        fix="shorten it, or --at-context-end slide, which reads the end of it",
-                    )
         if unread:
             decoder.read(unread)
             unread = {}

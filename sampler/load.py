@@ -140,10 +140,12 @@ def _check_tokenizer(folder: Path) -> None:
     published = _read_json(tokenizer.package_data() / "encoder.json")
     for name in ("vocab.json", "tokenizer.json"):
         if (folder / name).is_file():
-            content = _read_json(folder / name)
+            content: Any = _read_json(folder / name)
             if name == "tokenizer.json":
-                content = content.get("model", {}).get("vocab", {})
-            if {tokenizer.EOT_TEXT: EOT_TOKEN, **content} != published:
+                model = content.get("model")
+                content = model.get("vocab") if isinstance(model, dict) else None
+            known = content if isinstance(content, dict) else {}
+            if {tokenizer.EOT_TEXT: EOT_TOKEN, **known} != published:
                 raise ForgeError("the tokenizer is not GPT-2's", where=folder / name)
 
 

@@ -29,6 +29,28 @@ PARALLEL = {"cuda": 64, "cpu": 8}  # texts at a time: what a device can use
 class Prompt:
     text: str
     row: dict[str, Any] = field(default_factory=dict)  # what came with it in a .jsonl file
+    where: str | None = None  # file and line
+
+
+def is_jsonl(path: Path) -> bool:
+    return path.suffix.lower() == ".jsonl"
+
+
+def read_prompt() -> Prompt:
+    """All of standard input, less a line end at its end, as echo writes one."""
+    if sys.stdin is None:
+        raise ForgeError(
+            "standard input is closed", fix="pipe a text in, or name it: --prompt TEXT"
+        )
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ForgeError(
+            f"cannot read the prompt: {getattr(error, 'strerror', None) or error}",
+            where="standard input",
+            fix="give --prompt - a text in UTF-8",
+        ) from error
+    return Prompt(text.replace("\r\n", "\n").removesuffix("\n"))
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -46,18 +68,19 @@ def read_prompts(path: Path) -> list[Prompt]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
-            prompts.append(Prompt(line.removesuffix("\r")))
+        where = f"{path}, line {number}"
+        if not is_jsonl(path):
+            prompts.append(Prompt(line.removesuffix("\r"), where=where))
             continue
         try:
             row = json.loads(line)
             if not isinstance(row["prompt"], str):
                 raise TypeError("the prompt is no text")
-            prompts.append(Prompt(row["prompt"], row))
+            prompts.append(Prompt(row["prompt"], row, where))
         except (ValueError, KeyError, TypeError) as error:
             raise ForgeError(
                 'not a JSON object with a text as its "prompt"',
-                where=f"{path}, line {number}",
+                where=where,
                 fix='write {"prompt": "..."} on each line',
             ) from error
     if not prompts:
@@ -85,16 +108,28 @@ class Session:
 
     def samples(self, prompts: list[Prompt], num_samples: int, seed: int) -> Iterator[Sample]:
         """num_samples of each prompt; the same seeds for each, counted up from `seed`."""
-        for number in range(len(prompts) * num_samples):
-            prompt = prompts[number // num_samples]
+        length = self.decoder.context_length
+        for place, prompt in enumerate(prompts):
             tokens = tokenizer.encode(prompt.text)
-            length = self.decoder.context_length
-            if len(tokens) > length and self.limits.slides:
+            if len(tokens) > length:
                 _tell(f"The prompt has {len(tokens):,} tokens: only the last {length:,} are read.")
-            yield Sample(number, tokens, seed + number % num_samples)
+            for number in range(num_samples):
+                yield Sample(place * num_samples + number, tokens, seed + number)
+
+    def check(self, prompts: list[Prompt]) -> None:
+        """ForgeError if a prompt is longer than the context, and may not be cut."""
+        length = self.decoder.context_length
+        for prompt in [] if self.limits.slides else prompts:
+            if (count := len(tokenizer.encode(prompt.text))) > length:
+                raise ForgeError(
+                    f"a prompt of {count:,} tokens; the context has {length:,}",
+                    where=prompt.where,
+                    fix="shorten it, or --at-context-end slide, which reads the end of it",
+                )
 
     def write(self, prompts: list[Prompt], num_samples: int, seed: int) -> None:
         """Write all texts to standard output, in order; the one at hand streams."""
+        self.check(prompts)
         total = len(prompts) * num_samples
         grown = generate(
             self.decoder,
@@ -151,8 +186,11 @@ class Session:
             while True:
                 try:
                     line = ask("> ")
-                    self.write([Prompt(line)], num_samples, seed)
-                    seed += num_samples  # the same prompt again gives another text
+                    # Raised before Ctrl-C can come: the same prompt again gives another text.
+                    first, seed = seed, seed + num_samples
+                    self.write([Prompt(line)], num_samples, first)
+                except ForgeError as error:
+                    _tell(f"Error: {error}")
                 except KeyboardInterrupt:
                     print()
                 except EOFError:

@@ -180,7 +180,18 @@ def test_spaces_at_the_context_s_end_count_as_the_ending_s() -> None:
 def test_a_question_that_is_none_is_named_by_its_line(run: Path, tmp_path: Path, forge) -> None:
     good = {"ctx": "It is", "endings": ["a", "b"], "label": 1}
     path = tmp_path / "q.jsonl"
-    for bad in ({**good, "label": 2}, {"ctx": "x", "label": 0}, {**good, "endings": ["a", ""]}, []):
+    parts = {"activity_label": "Jumping", "ctx_a": "She jumps.", "ctx_b": "she"}
+    for bad in (
+        {**good, "label": 2},
+        {"ctx": "x", "label": 0},
+        {**good, "endings": ["a", ""]},
+        {**good, "endings": "ab"},
+        {**good, "endings": ["a", 1]},
+        {**good, "endings": ["a", None]},
+        {**good, "ctx": None},
+        *({**good, **parts, key: None} for key in parts),
+        [],
+    ):
         path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
         result = forge("eval", run, "--jsonl", path)
         assert result.exit_code == 1

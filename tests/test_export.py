@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,42 @@ def test_an_export_that_transformers_reads_otherwise_is_not_kept(
     assert result.exit_code == 1
     assert "logits differ" in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_stands_where_transformers_cannot_load_it(
+    run: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    honest = transformers.AutoModelForCausalLM.from_pretrained
+
+    def older(folder: Path, **options: object) -> object:
+        if "dtype" in options:  # which transformers 4.55 hands to the model
+            raise TypeError("__init__() got an unexpected keyword argument 'dtype'")
+        return honest(folder, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", older)
+    assert "logits differ by at most" in forge("export", run, tmp_path / "older").output
+
+    def without_qwen3(folder: Path, **options: object) -> None:
+        raise ValueError("does not know `qwen3`.\nA second line.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", without_qwen3)
+    result = forge("export", run, tmp_path / "oldest")
+    assert result.exit_code == 0, result.output
+    name = f"transformers {transformers.__version__}"
+    assert f"(not checked: {name} cannot load it (ValueError: does not know `qwen3`.))" in (
+        result.output
+    )
+
+    fake = tmp_path / "packages" / "transformers"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("raise ImportError('tokenizers>=0.22 is required')\n")
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.syspath_prepend(fake.parent)
+    result = forge("export", run, tmp_path / "unfit")
+    assert result.exit_code == 0, result.output
+    assert "cannot load it (ImportError: tokenizers>=0.22 is required)" in result.output
+    assert (tmp_path / "unfit" / "model.safetensors").is_file()
 
 
 def test_what_is_exported_writes_the_run_s_text(either_run: Path, tmp_path: Path, forge) -> None:
@@ -169,6 +206,11 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
     (folder / "vocab.json").write_text(json.dumps(vocabulary | {"the": 1, "!": 2}))
     refused(forge, folder, "tokenizer is not GPT-2's")
     (folder / "vocab.json").unlink()
+    whole = (folder / "tokenizer.json").read_text()
+    for other in ({"type": "Unigram", "vocab": [["a", 0.0]]}, None, "BPE"):
+        (folder / "tokenizer.json").write_text(json.dumps({"model": other}))
+        refused(forge, folder, "tokenizer is not GPT-2's")
+    (folder / "tokenizer.json").write_text(whole)
 
     tensors = load_file(folder / "model.safetensors")
     untied = tensors["transformer.wte.weight"] + 1
@@ -197,3 +239,64 @@ def test_an_export_does_not_overwrite(run: Path, tmp_path: Path, forge) -> None:
     result = forge("export", run, tmp_path)
     assert result.exit_code == 1
     assert "not empty" in result.output
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "check", lambda *_: "not checked")
+
+
+def test_an_export_makes_its_folder_or_fills_an_empty_one_in_place(
+    run: Path, tmp_path: Path, forge, unchecked: None
+) -> None:
+    """Which may be where somebody stands, or a disk of its own."""
+    for name in ("new", "empty", "other"):
+        (tmp_path / f"{name}.partial").mkdir()  # the user's
+    (tmp_path / "other").mkdir(0o777)
+    (tmp_path / "empty").mkdir(0o700)
+    before = (tmp_path / "empty").stat()
+    for name in ("new", "empty"):
+        result = forge("export", run, tmp_path / name)
+        assert result.exit_code == 0, result.output
+    after = (tmp_path / "empty").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "other").stat().st_mode
+    made = [{path.name for path in (tmp_path / name).iterdir()} for name in ("new", "empty")]
+    assert made[0] == made[1] > {"config.json", "model.safetensors"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"{n}{end}" for n in ("new", "empty", "other") for end in ("", ".partial")}
+
+
+@pytest.mark.parametrize("name", ["new", "empty"])
+def test_an_export_that_is_broken_off_leaves_nothing(
+    name: str, run: Path, tmp_path: Path, forge, unchecked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    moved: list[str] = []
+    rename = Path.rename
+
+    def broken(path: Path, to: Path) -> Path:
+        moved.append(path.name)
+        if path.name in ("config.json", "new"):
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    assert forge("export", run, tmp_path / name).exit_code == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+    assert moved[-1] == ("config.json" if name == "empty" else "new")
+    assert len(moved) == (8 if name == "empty" else 1)
+
+
+def test_an_export_adds_nothing_to_a_folder_that_was_filled_meanwhile(
+    run: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*_: object) -> str:
+        (tmp_path / "config.json").write_text("precious")
+        return "not checked"
+
+    monkeypatch.setattr(export, "check", check)
+    result = forge("export", run, tmp_path)
+    assert result.exit_code == 1
+    assert "filled meanwhile" in result.output
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]

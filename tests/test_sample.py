@@ -1,6 +1,8 @@
 """forge-sample: the tokens of the plain way, whatever the batch and the cache."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import pty
@@ -8,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +18,12 @@ from typing import Literal
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import ROOT
 
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
-from sampler import terminal
+from sampler import cli, terminal
 from sampler.decode import Decoder, Sampling, draw, penalize
 from sampler.generate import Limits, Sample, generate
 from sampler.load import open_model
@@ -296,7 +300,7 @@ def test_a_file_of_prompts_comes_out_in_order_with_what_came_in(
     run: Path, tmp_path: Path, forge
 ) -> None:
     rows = [{"prompt": text, "id": n} for n, text in enumerate(["One", "Two \u2028— ", ""] * 3)]
-    path = tmp_path / "prompts.jsonl"
+    path = tmp_path / "prompts.JSONL"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     out = forge("sample", run, "--prompts-file", path, "--max-tokens", 5).output.splitlines()
     found = [json.loads(line) for line in out]
@@ -369,10 +373,130 @@ def test_more_texts_at_a_time_than_the_memory_holds_is_one_clear_error(run: Path
 
 def test_a_prompt_beyond_the_context_is_cut_or_refused_never_silently(run: Path, forge) -> None:
     long = ["--prompt", "word " * 100, "--max-tokens", 2]
-    assert "only the last 64 are read" in forge("sample", run, *long).stderr
+    told = forge("sample", run, *long, "--num-samples", 3).stderr
+    assert told.count("only the last 64 are read") == 1
     result = forge("sample", run, *long, "--at-context-end", "stop")
     assert result.exit_code == 1
     assert "the context has 64" in result.output
+
+
+def test_a_prompt_beyond_the_context_is_named_before_any_text_is_made(
+    run: Path, tmp_path: Path, forge
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("One\n\nTwo\n" + "word " * 100 + "\n")
+    options = ["--at-context-end", "stop", "--max-tokens", 2, "--parallel", 1]
+    result = forge("sample", run, "--prompts-file", path, *options)
+    assert result.exit_code == 1
+    assert f"{path}, line 4" in result.stderr
+    assert not result.stdout
+
+
+def session(run: Path, slides: bool = True) -> terminal.Session:
+    return terminal.Session(open_model(run, None, CPU), GREEDY, Limits(2, (), slides), 1, False)
+
+
+def asked(*lines: str) -> Callable[[str], str]:
+    """Somebody who types these, and then Ctrl-D."""
+    left = iter(lines)
+
+    def ask(_: str) -> str:
+        with contextlib.suppress(StopIteration):
+            return next(left)
+        raise EOFError
+
+    return ask
+
+
+def test_the_interactive_mode_outlives_an_error(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    session(run, slides=False).interact(1, 0, asked("word " * 100, "It is"))
+    said = capsys.readouterr()
+    assert said.out.startswith("It is")
+    assert "the context has 64" in said.err
+
+
+def test_a_text_that_ctrl_c_ended_is_not_made_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def write(_: object, prompts: object, num_samples: int, seed: int) -> None:
+        seeds.append(seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(terminal.Session, "write", write)
+    session(run).interact(2, 5, asked("a", "a"))
+    assert seeds == [5, 7]
+
+
+def test_a_prompt_from_standard_input_is_utf8_less_its_line_end(run: Path) -> None:
+    arguments = [str(run), "--prompt", "-", "--max-tokens", "1", "--json"]
+    for data, prompt in (
+        (b"One\n", "One"),
+        (b"One\r\nTwo \r\n", "One\nTwo "),
+        ("\ufeffé\n\n".encode(), "é\n"),
+        (b"", ""),
+    ):
+        result = CliRunner().invoke(cli.sample, arguments, input=data)
+        assert json.loads(result.stdout)["prompt"] == prompt
+    result = CliRunner().invoke(cli.sample, arguments, input=b"caf\xe9\n")
+    assert result.exit_code == 1
+    assert "a text in UTF-8" in result.stderr
+
+
+def test_standard_input_may_be_closed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    cli.sample.main([str(run), "--max-tokens", "1"], standalone_mode=False)
+    assert capsys.readouterr().out.startswith(cli.DEFAULT_PROMPT)
+    with pytest.raises(SystemExit, match="1"):
+        cli.sample.main([str(run), "--prompt", "-"])
+    assert "standard input is closed" in capsys.readouterr().err
+
+
+def test_what_a_terminal_cannot_show_is_replaced(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    cli.sample.main([str(run), "--max-tokens", "1", "--prompt", "café"], standalone_mode=False)
+    assert shown.getvalue().startswith(b"caf?")
+
+
+def test_output_that_cannot_be_written_is_one_clear_error(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit, match="1"):
+            cli.sample.main([str(run), "--max-tokens", "1", "--prompt", "a"])
+        assert full.closed  # or Python would try again at its end
+    assert capsys.readouterr().err.splitlines() == [
+        "Error: cannot read or write: No space left on device",
+        "  where:      standard output",
+        "  what to do: make room or get access, then run the command again",
+    ]
+
+
+def test_a_reader_that_has_enough_is_no_error(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As head -1."""
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    output = os.fdopen(ours, "w")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # click puts others in their places
+    with pytest.raises(SystemExit):
+        cli.sample.main([str(run), "--max-tokens", "1", "--prompt", "a"])
+    assert not capsys.readouterr().err
+    with contextlib.suppress(BrokenPipeError):
+        output.close()
 
 
 def test_the_interactive_mode_outlives_ctrl_c(run: Path, tmp_path: Path) -> None:
