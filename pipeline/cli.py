@@ -113,7 +113,8 @@ def main() -> None:
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="At a damaged file, row group or line: stop, or leave it out and list it in index.json.",
+    help="At a damaged file, row group, line or text: stop, or leave it out and list it in "
+    "index.json.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
 @click.option(

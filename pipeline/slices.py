@@ -28,7 +28,7 @@ from pipeline.shards import WORK_FOLDER, DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Part, Slice, SourceFile
 
 BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
-MOST_LINES = 20  # of a file, that are listed as damaged: the rest are counted
+MOST_BAD = 20  # lines or texts of a file that are listed as damaged: the rest are counted
 
 
 @dataclass(frozen=True)
@@ -234,26 +234,26 @@ def _readable(
     job: Job, part: Part, path: Path, name: str, damaged: list[str]
 ) -> Iterator[sources.Batch]:
     """What can be read of a file's part, called `name`."""
-    num_lines = 0
+    num_bad, one = 0, "line" if job.kind == "jsonl" else "text"
 
     def leave_out(error: ForgeError) -> None:
         damaged.append(f"{error.where}: {error.what}".replace(str(path), name))
 
-    def leave_out_line(error: ForgeError) -> None:
-        nonlocal num_lines
-        num_lines += 1
-        if num_lines <= MOST_LINES:
+    def leave_out_one(error: ForgeError) -> None:
+        nonlocal num_bad
+        num_bad += 1
+        if num_bad <= MOST_BAD:
             leave_out(error)
-        elif num_lines == MOST_LINES + 1:
-            damaged.append(f"{name}: 1 more line")
+        elif num_bad == MOST_BAD + 1:
+            damaged.append(f"{name}: 1 more {one}")
         else:
-            damaged[-1] = f"{name}: {num_lines - MOST_LINES:,} more lines"
+            damaged[-1] = f"{name}: {num_bad - MOST_BAD:,} more {one}s"
 
     columns = (job.options.text_column, job.options.min_score)
     for group in range(part.start, part.stop):
         each = replace(part, start=group, stop=group + 1)
         try:
-            yield from sources.read_texts(job.kind, path, each, *columns, leave_out_line)
+            yield from sources.read_texts(job.kind, path, each, *columns, leave_out_one)
         except ForgeError as error:
             leave_out(error)
 

@@ -476,19 +476,20 @@ def read_texts(
     part: Part,
     text_column: str,
     min_score: float | None = None,
-    on_bad_line: Callable[[ForgeError], None] | None = None,
+    on_bad: Callable[[ForgeError], None] | None = None,
 ) -> Iterator[Batch]:
     """Stream the text of one part.
 
     Raises ForgeError, naming the place, for anything that cannot be read as UTF-8 text; but
-    `on_bad_line` is told of a line of JSON Lines, which is then left out.
+    `on_bad` is told of a line of JSON Lines or a text of parquet, which is then left out.
     """
     try:
         if kind == "jsonl":
-            yield from read_jsonl(path, text_column, min_score, on_bad_line)
+            yield from read_jsonl(path, text_column, min_score, on_bad)
+        elif kind == "parquet":
+            yield from read_parquet(path, part, text_column, min_score, on_bad)
         else:
-            reader = read_parquet if kind == "parquet" else read_txt
-            yield from reader(path, part, text_column, min_score)
+            yield from read_txt(path, min_score)
     except OSError as error:
         raise ForgeError(
             f"cannot read a source file: {error.strerror or error}",
@@ -498,7 +499,11 @@ def read_texts(
 
 
 def read_parquet(
-    path: Path, part: Part, text_column: str, min_score: float | None
+    path: Path,
+    part: Part,
+    text_column: str,
+    min_score: float | None,
+    on_bad: Callable[[ForgeError], None] | None = None,
 ) -> Iterator[Batch]:
     fix = (
         "fetch or copy the file again and run the same command (finished slices are kept), or "
@@ -514,6 +519,7 @@ def read_parquet(
         columns.append(score_column(names, path))
     with file:
         for group in range(part.start, part.stop):
+            where, row = f"{path}, row group {group}", 0
             try:
                 batches = file.iter_batches(
                     batch_rows(file.metadata.row_group(group), text_column),
@@ -523,22 +529,54 @@ def read_parquet(
                 )
                 for batch in batches:
                     texts = batch.column(text_column).cast(pa.large_string())
-                    texts.validate(full=True)  # parquet's strings are UTF-8 only by promise
+                    size = texts.nbytes
+                    if bad := invalid_texts(texts, where, row, on_bad):
+                        sound = pa.array([n not in bad for n in range(len(texts))])
+                        batch, texts = batch.filter(sound), texts.filter(sound)
+                    row += batch.num_rows + len(bad)
                     if min_score is None:
-                        yield Batch(texts, texts.nbytes)
+                        yield Batch(texts, size)
                         continue
                     is_flat = columns[1] in batch.schema.names
                     first, *inside = [columns[1]] if is_flat else columns[1].split(".")
                     scores = batch.column(first)
                     scores = pc.struct_field(scores, inside) if inside else scores
                     kept = texts.filter(pc.fill_null(pc.greater_equal(scores, min_score), False))
-                    yield Batch(kept, texts.nbytes, len(texts) - len(kept))
+                    yield Batch(kept, size, len(texts) - len(kept))
             except (pa.ArrowException, OSError) as error:
                 raise ForgeError(
-                    f"damaged row group: {str(error).strip().splitlines()[0]}",
-                    where=f"{path}, row group {group}",
-                    fix=fix,
+                    f"damaged row group: {str(error).strip().splitlines()[0]}", where=where, fix=fix
                 ) from error
+
+
+def invalid_texts(
+    texts: pa.LargeStringArray,
+    where: str,
+    first: int,
+    on_bad: Callable[[ForgeError], None] | None,
+) -> set[int]:
+    """Which texts are not UTF-8, as parquet's are only by promise; `on_bad` is told of each.
+
+    Without it, pa.ArrowException. `first` is the number of the first text, in `where`.
+    """
+    try:
+        texts.validate(full=True)
+        return set()
+    except pa.ArrowInvalid:
+        if on_bad is None:
+            raise
+    binary = texts.cast(pa.large_binary())
+    binary.validate(full=True)  # or it is not the encoding that is wrong
+    bad = set()
+    for number, text in enumerate(binary.to_pylist()):
+        try:
+            (text or b"").decode()
+        except UnicodeDecodeError as error:
+            bad.add(number)
+            place = f"{where}, text {first + number + 1}"
+            fix = "write the file again, from texts in UTF-8"
+            on_bad(ForgeError(f"invalid UTF-8: {error.reason}", where=place, fix=fix))
+    return bad
 
 
 def batch_rows(group: Any, text_column: str) -> int:
@@ -554,7 +592,7 @@ def read_jsonl(
     path: Path,
     text_column: str,
     min_score: float | None,
-    on_bad_line: Callable[[ForgeError], None] | None = None,
+    on_bad: Callable[[ForgeError], None] | None = None,
 ) -> Iterator[Batch]:
     with path.open("rb") as raw, _decompressed(raw, path) as lines:
         texts: dict[int, str | None] = {}  # by line number
@@ -583,11 +621,11 @@ def read_jsonl(
                     else:
                         num_low_scores += 1
                 except ForgeError as error:
-                    if on_bad_line is None:
+                    if on_bad is None:
                         raise
-                    on_bad_line(error)
+                    on_bad(error)
             if size and (size >= BATCH_BYTES or not line):
-                strings = large_strings(texts, path, on_bad_line)
+                strings = large_strings(texts, path, on_bad)
                 yield Batch(strings, raw.tell() - read_before, num_low_scores)
                 read_before = raw.tell()
                 texts, size, num_low_scores = {}, 0, 0
@@ -654,7 +692,7 @@ def parse_line(line: bytes, text_column: str, where: str) -> dict[str, Any]:
 def large_strings(
     texts: dict[int, str | None],
     path: Path,
-    on_bad_line: Callable[[ForgeError], None] | None = None,
+    on_bad: Callable[[ForgeError], None] | None = None,
 ) -> pa.LargeStringArray:
     while True:
         try:
@@ -666,13 +704,13 @@ def large_strings(
                 where=f"{path}, line {line}",
                 fix="repair the \\u escapes of this file",
             )
-            if on_bad_line is None:
+            if on_bad is None:
                 raise bad from error
-            on_bad_line(bad)
+            on_bad(bad)
             del texts[line]
 
 
-def read_txt(path: Path, part: Part, text_column: str, min_score: float | None) -> Iterator[Batch]:
+def read_txt(path: Path, min_score: float | None) -> Iterator[Batch]:
     """A .txt file is one document."""
     if min_score is not None:
         score_column([], path)

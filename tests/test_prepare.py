@@ -410,6 +410,35 @@ def test_damaged_lines_are_left_out_and_no_others(tmp_path: Path) -> None:
     assert damaged[-1] == "b.jsonl: 10 more lines"
 
 
+@pytest.mark.parametrize("min_score", [None, 3])
+def test_a_text_of_parquet_that_is_not_utf8_is_left_out_alone(
+    tmp_path: Path, min_score: int | None
+) -> None:
+    texts: list[bytes | None] = [b"text %d" % n for n in range(3000)]
+    texts[2], texts[5], texts[2500] = None, b"caf\xe9", b"\xff"
+    column = pa.Array.from_buffers(
+        pa.string(), len(texts), pa.array(texts, pa.binary()).buffers(), null_count=1
+    )
+    scores = [n % 5 for n in range(3000)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": column, "score": scores}), path, row_group_size=2000)
+    source = sources.resolve(str(path), None, "train", None)
+    options = Options(val_fraction=0.0, min_score=min_score)
+    with pytest.raises(ForgeError, match="damaged row group"):
+        prepare.tokenize(source, tmp_path / "stops", options, workers=1)
+    outcome = prepare.tokenize(source, tmp_path / "out", options, workers=1, skip_errors=True)
+    kept = [
+        text
+        for n, text in enumerate(texts)
+        if n not in (2, 5, 2500) and (min_score is None or scores[n] >= min_score)
+    ]
+    assert texts_of(tmp_path / "out", "train") == kept
+    assert outcome.index.skipped["damaged"] == [
+        "a.parquet, row group 0, text 6: invalid UTF-8: unexpected end of data",
+        "a.parquet, row group 1, text 501: invalid UTF-8: invalid start byte",
+    ]
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_what_comes_before_the_cut_of_an_archive_is_kept(tmp_path: Path, suffix: str) -> None:
     text = random.Random(0)
