@@ -296,7 +296,7 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     if not as_json:
         click.echo(f"Sound: {len(index.shards):,} shards, {total / 1e9:.3f} GB.")
         if (folder / shards.WORK_FOLDER).exists():
-            click.echo("More is on its way: the same forge-prep tokenize --append again ends it.")
+            click.echo("An unfinished run lies here, too: the same forge-prep tokenize ends it.")
 
 
 @main.command()

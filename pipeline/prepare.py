@@ -364,7 +364,8 @@ def _commit(
     )
     if not index.shards:
         _clear(folder)  # or its empty records would hold the next try to these options
-        shutil.rmtree(folder / WORK_FOLDER)
+        if all(path.name in (WORK_FOLDER, DOWNLOADS_FOLDER) for path in folder.iterdir()):
+            (folder / WORK_FOLDER).rmdir()
         left_out = f"; damaged: {', '.join(skipped['damaged'][:3])}" if skipped["damaged"] else ""
         raise ForgeError(
             "the source holds no text: every document is null, empty, damaged or below --min-score"

@@ -447,7 +447,7 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
             problems.append(f"{INDEX_FILE}: the totals of {split} are not the sums over its shards")
     known = {shard.file for shard in index.shards}
     known |= {file["name"] for file in index.source.get("files", [])}
-    goes_on = (index.folder / WORK_FOLDER).exists()  # an --append that is not finished
+    goes_on = (index.folder / WORK_FOLDER).exists()  # a run that is not finished
     for path in sorted(index.folder.glob("*.bin")):
         if path.name not in known and not (goes_on and SHARD_NAME.fullmatch(path.name)):
             problems.append(f"{path.name}: a stranger, not in the index: move it elsewhere")

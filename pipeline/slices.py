@@ -234,20 +234,21 @@ def _readable(
     job: Job, part: Part, path: Path, name: str, damaged: list[str]
 ) -> Iterator[sources.Batch]:
     """What can be read of a file's part, called `name`."""
-    num_bad, one = 0, "line" if job.kind == "jsonl" else "text"
+    num_bad, place, one = 0, 0, "line" if job.kind == "jsonl" else "text"
 
     def leave_out(error: ForgeError) -> None:
         damaged.append(f"{error.where}: {error.what}".replace(str(path), name))
 
     def leave_out_one(error: ForgeError) -> None:
-        nonlocal num_bad
+        nonlocal num_bad, place
         num_bad += 1
         if num_bad <= MOST_BAD:
             leave_out(error)
         elif num_bad == MOST_BAD + 1:
+            place = len(damaged)
             damaged.append(f"{name}: 1 more {one}")
         else:
-            damaged[-1] = f"{name}: {num_bad - MOST_BAD:,} more {one}s"
+            damaged[place] = f"{name}: {num_bad - MOST_BAD:,} more {one}s"
 
     columns = (job.options.text_column, job.options.min_score)
     for group in range(part.start, part.stop):

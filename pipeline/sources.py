@@ -166,9 +166,10 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
     elif glob.has_magic(name):
         named = {Path(path) for path in glob.glob(name, recursive=True)}  # ** may find one twice
         of_kind = {path for path in named if kind_of(path.name)}
-        others = sorted(path for path in named - of_kind if path.is_file())
-        inside = (files_in(path) if path.is_dir() else [path] for path in of_kind)  # Spark's are
-        paths = sorted({path for each in inside for path in each if kind_of(path.name)})
+        each = (files_in(path) if path.is_dir() else [path] for path in of_kind)  # Spark's are
+        inside = {path for found in each for path in found}
+        paths = sorted(path for path in inside if kind_of(path.name))
+        others = sorted({p for p in named - of_kind if p.is_file()} | (inside - set(paths)))
         if not paths:
             raise ForgeError("no file matches", where=name, fix=f"known endings: {SUFFIXES}")
         # The folder in front of the first wildcard; escape() puts a bracket before each one.

@@ -244,7 +244,7 @@ def test_verify_of_an_append_that_was_killed_says_that_more_is_on_its_way(
     shutil.copy(copy / "train_000000.bin", copy / "train_000001.bin")
     sound = forge("prep", "verify", copy)
     assert sound.exit_code == 0
-    assert "--append again ends it" in sound.stdout
+    assert "An unfinished run lies here" in sound.stdout
 
 
 def test_append_and_max_tokens_exclude_each_other_in_a_new_folder_too(

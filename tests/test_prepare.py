@@ -439,6 +439,24 @@ def test_a_text_of_parquet_that_is_not_utf8_is_left_out_alone(
     ]
 
 
+def test_a_damaged_row_group_is_listed_among_many_bad_texts(tmp_path: Path) -> None:
+    texts = [b"\xff"] * 25 + [b"sound %d" % n for n in range(25)] + [b"\xff"] + [b"end"] * 24
+    column = pa.Array.from_buffers(pa.string(), 75, pa.array(texts, pa.binary()).buffers())
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": column}), path, 25, use_dictionary=False, compression="none")
+    data = bytearray(path.read_bytes())
+    start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    data[start : start + 12] = b"\xff" * 12
+    path.write_bytes(data)
+    source = sources.resolve(str(path), None, "train", None)
+    options = Options(val_fraction=0.0)
+    outcome = prepare.tokenize(source, tmp_path / "out", options, workers=1, skip_errors=True)
+    damaged = outcome.index.skipped["damaged"]
+    assert len(damaged) == 22
+    assert damaged[20] == "a.parquet: 6 more texts"
+    assert damaged[21].startswith("a.parquet, row group 1: damaged row group")
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_what_comes_before_the_cut_of_an_archive_is_kept(tmp_path: Path, suffix: str) -> None:
     text = random.Random(0)
@@ -592,6 +610,11 @@ def test_a_column_without_text_binds_nobody_to_it(tmp_path: Path, make_shards) -
     out.mkdir()
     with pytest.raises(ForgeError, match="no text"):
         make_shards(path, out)
+    assert make_shards(path, out, text_column="body").total("num_documents") == 2
+    (out / "notes.txt").write_text("mine")
+    source = sources.resolve(str(path), None, "train", None)
+    with pytest.raises(ForgeError, match="no text"):
+        prepare.tokenize(source, out, Options(), workers=1, overwrite=True)
     assert make_shards(path, out, text_column="body").total("num_documents") == 2
 
 

@@ -75,9 +75,11 @@ def test_a_loss_is_passed_where_the_line_between_evaluations_crosses_it() -> Non
     assert curves.passed_at([run], 7.55) == pytest.approx(12.25)
     assert curves.passed_at([run], curves.final(run)) == pytest.approx(50)
     assert curves.passed_at([run], -0.1) is None
+    run["seconds"] = 49.9996  # a curve's are rounded
+    assert curves.passed_at([run], curves.final(run)) == pytest.approx(50, abs=1e-3)
     slow = a_run([1.0] * 50)  # down to 5, where the other is down to 0
     assert curves.passed_at([slow], 7.5) == pytest.approx(25)
-    assert curves.passed_at([run, slow], 7.5) == pytest.approx(50 / 3)
+    assert curves.passed_at([run, slow], 7.5) == pytest.approx(50 / 3, abs=1e-3)
 
 
 def test_the_report_says_who_came_how_far_in_which_part_of_the_time(

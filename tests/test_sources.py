@@ -104,6 +104,9 @@ def test_a_folder_is_read_in_the_order_of_names_at_any_depth(tmp_path: Path) -> 
     assert read(tmp_path / "**" / "z*.jsonl") == ["b/a/z.jsonl"]
     (tmp_path / "b").rename(tmp_path / "b.jsonl")  # a folder, as Spark makes them
     assert read(tmp_path / "*.jsonl") == ["a.jsonl", "b/a/z.jsonl", "b/x.jsonl"]
+    (tmp_path / "b.jsonl" / "part-0.json").write_text("{}")
+    found = sources.resolve(str(tmp_path / "*.jsonl"), None, "train", None)
+    assert found.not_read == ("b.jsonl/part-0.json",)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def seeds_curves(runs: list[Run]) -> tuple[np.ndarray, np.ndarray]:
     These times differ a little; the seconds are their mean.
     """
     parts = np.linspace(0, 1, PARTS)
-    losses = np.stack([loss_at(run, parts * run["seconds"]) for run in runs])
+    losses = np.stack([loss_at(run, parts * run["curve"][-1]["seconds"]) for run in runs])
     return parts * mean([run["seconds"] for run in runs]), losses
 
 
