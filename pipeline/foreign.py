@@ -16,7 +16,7 @@ import xxhash
 
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
-from pipeline.prepare import FOREIGN_KINDS, hold
+from pipeline.prepare import hold
 from pipeline.shards import WORK_FOLDER, DocumentLengths, Index, Shard, ShardWriter, Tokens
 
 RAW_SHARD_TOKENS = 100_000_000
@@ -66,7 +66,7 @@ def _make_index(folder: Path, raw: bool) -> Index:
         tokenizer=tokenizer.describe(),
         source={
             "name": folder.resolve().name,
-            "kind": FOREIGN_KINDS[raw],
+            "kind": "raw tokens" if raw else "token files",
             "hub": None,
             "files": [{"name": path.name, "bytes": path.stat().st_size} for path in files],
         },

@@ -43,7 +43,6 @@ DOWNLOADS_FOLDER = "downloads"
 PLAN_FILE = "plan.json"
 FILES_DIFFER = "source files (names, sizes or contents)"
 SHUFFLE_SEED = 1
-FOREIGN_KINDS = {True: "raw tokens", False: "token files"}  # foreign.py's folders, by --raw
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,6 @@ def tokenize(
         if overwrite and not _goes_on(folder, plan):
             # Not before all is found to be good, as far as it can be looked at.
             _must_be_ours(folder)
-            _must_not_be_foreign(folder)
             _check_room(folder, slices, options, source, freed=_shard_files(folder))
             _clear(folder)
         _claim(folder, plan, old)
@@ -190,7 +188,10 @@ def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> None:
 
 
 def _must_be_ours(folder: Path) -> None:
-    """ForgeError if something lies in the folder, and neither shards nor an unfinished run."""
+    """ForgeError if something lies there, and neither shards of ours nor an unfinished run.
+
+    Other people's shards would stay behind as strangers: only our own are ever removed.
+    """
     ours = (folder / shards.INDEX_FILE).exists() or (folder / WORK_FOLDER).exists()
     if not ours and any(path.name != DOWNLOADS_FOLDER for path in folder.iterdir()):
         raise ForgeError(
@@ -198,17 +199,12 @@ def _must_be_ours(folder: Path) -> None:
             where=folder,
             fix="choose another --out (--overwrite removes shards only, nothing else)",
         )
-
-
-def _must_not_be_foreign(folder: Path) -> None:
-    """ForgeError if the folder holds other people's token files: they would stay, as strangers."""
-    try:
+    kind = None
+    with suppress(ForgeError):  # no index, or a damaged one
         kind = shards.load_index(folder).source.get("kind")
-    except ForgeError:  # no index, or a damaged one
-        return
-    if kind in FOREIGN_KINDS.values():
+    if kind is not None and kind not in sources.KINDS.values():
         raise ForgeError(
-            "the folder holds token files that others made: --overwrite removes forge-prep's own",
+            "the folder holds token files that others made",
             where=folder,
             fix="choose another --out",
         )
@@ -260,13 +256,15 @@ def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_f
 
     The order of the files does not count: appended ones stand behind the others. With `any_files`,
     neither do the files nor the hub's commit: each finished slice knows what it was made of.
-    Without, a local source's name does not count where the files are the same: it has many paths.
+    Without, the files say what a local source is, and its name does not count: it has many paths.
     """
     differences = []
     for section, old in made.items():
         new = wanted[section]
         for key in {**old, **new}:
             before, now = old.get(key), new.get(key)
+            if key == "name" and section == "source" and not (any_files or new["hub"]):
+                continue
             if any_files and section == "source" and key == "hub" and before and now:
                 before, now = before | {"revision": ""}, now | {"revision": ""}
             if key == "files":
@@ -277,8 +275,7 @@ def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_f
                     differences.append(FILES_DIFFER)
             elif before != now:
                 differences.append(f"{section} {key}: {before!r}, now {now!r}")
-    renamed = len(differences) == 1 and differences[0].startswith("source name: ")
-    if differences and not (renamed and not any_files and not wanted["source"]["hub"]):
+    if differences:
         raise ForgeError(
             f"the folder was made with other options: {'; '.join(differences)}",
             where=folder,

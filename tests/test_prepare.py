@@ -527,7 +527,7 @@ def test_other_options_are_refused_and_named(
 
 def test_another_source_is_refused_and_named(finished: Path, make_parquet, make_shards) -> None:
     make_parquet(finished.parent / "b.parquet", ["other"])
-    with pytest.raises(ForgeError, match=r"source name: 'a\.parquet', now 'b\.parquet'"):
+    with pytest.raises(ForgeError, match="source files"):
         make_shards(finished.parent / "b.parquet", finished)
     finished.parent.joinpath("b.parquet").unlink()
     make_shards(finished.parent, finished)  # the same file by another path
