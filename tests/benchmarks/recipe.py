@@ -48,20 +48,21 @@ MUON = ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3", MINUTES)
 TO_ZERO = ("schedule.shape=wsd", "schedule.decay_fraction=0.5")
 # What was best over two minutes, for plans that shall end early.
 SHORT = (
-    "optimizer.peak_lr=4.8e-3",
     "batch.doublings=1",
     "batch.doubling_steps=400",
     "schedule.shape=wsd",
     "schedule.decay_fraction=0.8",
 )
 MUON_SHORT = ("optimizer.name=muon", "optimizer.muon_lr=0.03", MINUTES)
+GPT2_EMBEDDING = ("optimizer.weight_decay=0.25", "optimizer.peak_lr=4.8e-3")
+FORGE_EMBEDDING = ("optimizer.weight_decay=0.1", "optimizer.peak_lr=9.6e-3")
 ARMS = {  # config, settings
     "gpt2-adamw": ("gpt2",),  # cosine to a tenth
     "gpt2-adamw-wsd": ("gpt2", *TO_ZERO),
     "gpt2-muon": ("gpt2", *MUON, *TO_ZERO),
-    "gpt2-muon-short": ("gpt2", *MUON_SHORT, "optimizer.weight_decay=0.25", *SHORT),
+    "gpt2-muon-short": ("gpt2", *MUON_SHORT, *GPT2_EMBEDDING, *SHORT),
     "forge": ("forge_124m", MINUTES),
-    "forge-short": ("forge_124m", MINUTES, "optimizer.weight_decay=0.05", *SHORT),
+    "forge-short": ("forge_124m", MINUTES, *FORGE_EMBEDDING, *SHORT),
     "gpt2_medium-adamw": ("gpt2_medium",),
     "gpt2_medium-adamw-wsd": ("gpt2_medium", *TO_ZERO),
     "gpt2_medium-muon": ("gpt2_medium", *MUON, *TO_ZERO),
