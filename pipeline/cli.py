@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from pipeline.command import ForgeCommand
 from pipeline.errors import ForgeError
 
 # Before numpy: its BLAS, which nothing here calls, would spin with a thread a core in each process.
@@ -51,13 +52,7 @@ def next_commands(folder: Path, tokens: dict[str, int]) -> str:
 
 
 class ForgeGroup(click.Group):
-    """Turns a ForgeError of any command into one message and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ForgeError as error:
-            raise click.ClickException(str(error)) from error
+    command_class = ForgeCommand
 
 
 @click.group(cls=ForgeGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -102,7 +102,7 @@ def convert(folder: Path) -> Iterator[tuple[Shard, DocumentLengths]]:
             stop = end_of_document(tokens, start + RAW_SHARD_TOKENS)
             # A separator is the last token of the documents; it becomes the first.
             body = tokens[start : stop - 1 if tokens[stop - 1] == shards.EOT_TOKEN else stop]
-            writer = ShardWriter(folder / f"{split}_{number:06d}.bin")
+            writer = ShardWriter(shards.shard_path(folder, split, number))
             try:
                 writer.write(np.array([shards.EOT_TOKEN], np.uint16))
                 for chunk in range(0, len(body), CHUNK_TOKENS):

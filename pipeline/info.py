@@ -83,7 +83,7 @@ def render(index: Index) -> str:
     """The facts as text for a terminal."""
     facts = summarize(index)
     source, tokenizer, skipped = facts["source"], facts["tokenizer"], facts["skipped"]
-    hub = source.get("hub") or {}
+    hub, fraction = source.get("hub") or {}, facts["options"].get("val_fraction")
     origin = f"{source['name']} ({source['kind']}, {source['num_files']} files)"
     if hub:
         config = f"config {hub['config']}, " if "config" in hub else ""
@@ -93,8 +93,8 @@ def render(index: Index) -> str:
         f"source     {origin}",
         f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, "
         f"sha256 {tokenizer['sha256'][:16]}",
-        f"split      {facts['options'].get('split_rule')}, "
-        f"val_fraction {facts['options'].get('val_fraction')}",
+        f"split      {facts['options'].get('split_rule')}"
+        + (f", val_fraction {fraction}" if fraction is not None else ""),
         f"skipped    {skipped['null_documents']:,} null and "
         f"{skipped['empty_documents']:,} empty documents, "
         f"{skipped.get('low_score_documents', 0):,} below min_score, "

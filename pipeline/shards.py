@@ -164,6 +164,16 @@ class Index:
         return json.dumps(head, indent=2)[:-2] + f',\n  "shards": [\n{rows}\n  ]\n}}\n'
 
 
+def shard_path(folder: Path, split: str, number: int) -> Path:
+    """The file of the shard that slice `number` (from 0) has of a split."""
+    return folder / f"{split}_{number:06d}.bin"
+
+
+def shard_bytes(num_tokens: int) -> int:
+    """Where in a shard token `num_tokens` (from 0) starts; so also the size of one with as many."""
+    return HEADER.size + TOKEN_BYTES * num_tokens
+
+
 def encode_header(num_tokens: int) -> bytes:
     """The 1024 bytes in front of the tokens."""
     return HEADER.pack(MAGIC, VERSION, num_tokens)
@@ -260,7 +270,7 @@ def check_header(path: Path) -> int:
         )
     if head != encode_header(num_tokens):
         raise ForgeError("damaged shard: bytes in its header are not zero", where=path, fix=fix)
-    wanted = HEADER.size + TOKEN_BYTES * num_tokens
+    wanted = shard_bytes(num_tokens)
     if size != wanted:
         longer = "shorter" if size < wanted else "longer"
         raise ForgeError(
@@ -282,6 +292,11 @@ def map_shard(path: Path, num_tokens: int) -> Tokens:
         ) from error
 
 
+def parse_vocabulary(data: bytes) -> list[bytes]:
+    """Bytes of each token, by rank, of lines `base64(bytes) rank`. ValueError or IndexError."""
+    return [base64.b64decode(line.split()[0]) for line in data.splitlines()]
+
+
 def read_vocabulary(path: Path) -> list[bytes]:
     """Bytes of each token: (vocab_size,), with <|endoftext|> as the last and empty.
 
@@ -289,8 +304,7 @@ def read_vocabulary(path: Path) -> list[bytes]:
     """
     fix = f"copy {VOCABULARY_FILE} from another folder of shards"
     try:
-        lines = path.read_bytes().splitlines()
-        tokens = [base64.b64decode(line.split()[0]) for line in lines]
+        tokens = parse_vocabulary(path.read_bytes())
     except (OSError, ValueError, IndexError) as error:
         raise ForgeError(f"cannot read the vocabulary: {error}", where=path, fix=fix) from error
     if len(tokens) != VOCAB_SIZE - 1:

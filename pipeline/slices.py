@@ -134,7 +134,7 @@ class _Side:
 
     def __init__(self, folder: Path, split: str, number: int) -> None:
         self.split, self.number = split, number
-        self.path = shard_path(folder, split, number)
+        self.path = shards.shard_path(folder, split, number)
         self.writer: ShardWriter | None = None
         self.num_tokens = self.text_bytes = 0
         self.lengths = array("q")
@@ -165,13 +165,13 @@ class _Side:
             self.path.unlink(missing_ok=True)
             return [], DocumentLengths()
         shard = Shard(
-            self.path.name,
-            self.split,
-            self.num_tokens,
-            len(self.lengths),
-            self.text_bytes,
-            self._flush().commit(),
-            self.number,
+            file=self.path.name,
+            split=self.split,
+            num_tokens=self.num_tokens,
+            num_documents=len(self.lengths),
+            text_bytes=self.text_bytes,
+            checksum=self._flush().commit(),
+            slice=self.number,
         )
         return [shard], DocumentLengths.of(np.array(self.lengths))
 
@@ -196,15 +196,15 @@ def tokenize_slice(job: Job) -> Record:
         committed = {split: side.commit() for split, side in sides.items()}
         shards.sync_folder(job.folder)
         record = Record(
-            job.slice.number,
-            job.pieces,
-            job.limit,
-            tuple(shard for made, _ in committed.values() for shard in made),
-            {split: lengths for split, (_, lengths) in committed.items()},
-            num_nulls,
-            num_empty,
-            num_low_scores,
-            tuple(damaged),
+            slice=job.slice.number,
+            pieces=job.pieces,
+            limit=job.limit,
+            shards=tuple(shard for made, _ in committed.values() for shard in made),
+            document_tokens={split: lengths for split, (_, lengths) in committed.items()},
+            null_documents=num_nulls,
+            empty_documents=num_empty,
+            low_score_documents=num_low_scores,
+            damaged=tuple(damaged),
         )
         # Not waited for: should a power cut take it, its slice is made again.
         path = record_path(job.folder, job.slice.number)
@@ -296,10 +296,6 @@ def cannot_write(error: OSError, folder: Path) -> ForgeError:
         fix="make room (or give write permission) and run the same command again; "
         "finished slices are kept",
     )
-
-
-def shard_path(folder: Path, split: str, number: int) -> Path:
-    return folder / f"{split}_{number:06d}.bin"
 
 
 def record_path(folder: Path, number: int) -> Path:

@@ -24,7 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import ForgeError
-from pipeline.shards import EOT_TOKEN, VOCAB_SIZE, VOCABULARY_FILE, VOCABULARY_SHA256
+from pipeline.shards import (
+    EOT_TOKEN,
+    VOCAB_SIZE,
+    VOCABULARY_FILE,
+    VOCABULARY_SHA256,
+    parse_vocabulary,
+)
 
 EOT_TEXT = "<|endoftext|>"
 # GPT-2's split pattern (openai/gpt-2 src/encoder.py), in the equivalent form that tiktoken uses.
@@ -117,7 +123,7 @@ def memory_bytes() -> int:
 @cache
 def token_bytes() -> tuple[bytes, ...]:
     """Bytes of each token: (vocab_size,); <|endoftext|> is no text, so it has none."""
-    ordinary = [base64.b64decode(line.split()[0]) for line in vocabulary().splitlines()]
+    ordinary = parse_vocabulary(vocabulary())
     return (*ordinary, b"")
 
 

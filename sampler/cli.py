@@ -1,8 +1,6 @@
 """forge-sample, forge-export, forge-eval: decorators, one call each, one error handler."""
 
 import contextlib
-import errno
-import io
 import json
 import signal
 import sys
@@ -12,41 +10,9 @@ from typing import Any
 
 import click
 
-from pipeline.errors import ForgeError
+from pipeline.command import ForgeCommand
 
 DEFAULT_PROMPT = "Fruits are good for you because"
-
-
-class ForgeCommand(click.Command):
-    """Turns a ForgeError, and what the system refuses, into one message and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal cannot
-        try:
-            return super().invoke(ctx)
-        except ForgeError as error:
-            raise click.ClickException(str(error)) from error
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # nobody reads on: click ends quietly
-            failure = ForgeError(
-                f"cannot read or write: {error.strerror or error}",
-                where=error.filename or ("an open file" if _can_flush() else "standard output"),
-                fix="make room or get access, then run the command again",
-            )
-            raise click.ClickException(str(failure)) from error
-
-
-def _can_flush() -> bool:
-    """Whether standard output takes what it holds; else closes it, or Python tries at the end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):
-            sys.stdout.close()
-        return False
-    return True
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}

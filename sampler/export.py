@@ -212,7 +212,7 @@ def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
             fix=f"restore its {DATA_FILE} and {METRICS_FILE}",
         ) from error
     before = [row for row in rows if row["step"] <= state.step]
-    evaluated = [row for row in before if row["kind"] == "evaluate"][-1:]
+    evaluated = [row for row in before if row["kind"] == "evaluate" and row["loss"]][-1:]
     trained = [row for row in before if row["kind"] == "step"][-1:]
     started = [row for row in before if row["kind"] == "start"][-1:]
     hub = data.get("hub") or {}
@@ -225,7 +225,7 @@ def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
         f"{config.model.context_length}; {FAMILIES[config.model.family]}'s architecture, GPT-2's "
         "tokenizer",
         f"- Trained from scratch on {state.tokens:,} tokens of {data['name']}{revision}, "
-        f"in {state.step:,} steps and {duration(state.seconds)} hours",
+        f"in {state.step:,} steps and {duration(state.seconds)} (h:mm:ss)",
         *(f"- Hardware: {row['hardware']}" for row in started),
         *(f"- Training loss {row['loss']:.4f} nats a token at the last step" for row in trained),
         *(

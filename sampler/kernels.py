@@ -48,16 +48,16 @@ def is_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _wait(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _wait(EARLY: tl.constexpr):
     """Until the kernels before this one are done; lets the next one start."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend(  # type: ignore[no-untyped-def]
+@triton.jit
+def _attend(
     q, k, v, keys, values, lengths, out,
     q_row, q_head, k_row, k_head, v_row, v_head, size, scale,
     GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
@@ -136,15 +136,15 @@ def attend(
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _turned(x, paired, gain, paired_gain, cos, sin, epsilon, D: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _turned(x, paired, gain, paired_gain, cos, sin, epsilon, D: tl.constexpr):
     """x normalized and turned, as trainer/model.py does it; `paired` is x, its halves exchanged."""
     scale = tl.rsqrt(tl.sum(x * x, 0) / D + epsilon)
     return (x * gain * cos + paired * paired_gain * sin) * scale
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend_parts(  # type: ignore[no-untyped-def]
+@triton.jit
+def _attend_parts(
     q, k, v, q_gain, k_gain, turns, keys, values, length_at, out, log_weights, size, scale, epsilon,
     GROUP: tl.constexpr, TURN: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
@@ -239,8 +239,8 @@ def attend_parts(
     return out, log_weights
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _joined(  # type: ignore[no-untyped-def]
+@triton.jit
+def _joined(
     parts, log_weights,
     H: tl.constexpr, PADDED_H: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     PARTS: tl.constexpr,
@@ -263,8 +263,8 @@ def _joined(  # type: ignore[no-untyped-def]
     return tl.reshape(mixed / total[:, None], (PADDED_H * PADDED,))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _linear(  # type: ignore[no-untyped-def]
+@triton.jit
+def _linear(
     x, log_weights, gain, shift, weight, bias, out, num_outputs, epsilon,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     PADDED: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr,
@@ -370,8 +370,8 @@ def linear(
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _project(  # type: ignore[no-untyped-def]
+@triton.jit
+def _project(
     x, weight, out, num_rows, num_outputs, size, part,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -418,8 +418,8 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_norm(  # type: ignore[no-untyped-def]
+@triton.jit
+def _add_norm(
     x, parts, bias, gain, shift, out, num_rows, size, epsilon,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr,
     EARLY: tl.constexpr,
@@ -465,8 +465,8 @@ def add_norm(x: Tensor, parts: Tensor | None, bias: Tensor | None, norm: nn.Laye
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _embed(  # type: ignore[no-untyped-def]
+@triton.jit
+def _embed(
     tokens, lengths, wte, wpe, out, size,
     BLOCK: tl.constexpr, LEARNED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -495,8 +495,8 @@ def embed(tokens: Tensor, lengths: Tensor, wte: Tensor, wpe: Tensor | None = Non
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _block_top(  # type: ignore[no-untyped-def]
+@triton.jit
+def _block_top(
     logits, candidates, stride, num_tokens, K: tl.constexpr, BLOCK: tl.constexpr,
     NARROW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -520,8 +520,8 @@ def _block_top(  # type: ignore[no-untyped-def]
         tl.store(candidates + place, tl.topk(packed, K))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _draw_top(  # type: ignore[no-untyped-def]
+@triton.jit
+def _draw_top(
     logits, candidates, noise, number, drawn, last, lengths, num_candidates,
     top_k, temperature, top_p, min_p,
     K: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr, EARLY: tl.constexpr,

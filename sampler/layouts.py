@@ -15,19 +15,19 @@ from torch import Tensor
 from pipeline import shards
 from pipeline.errors import ForgeError
 from trainer.config import ModelConfig
-from trainer.model import Fused, LanguageModel
+from trainer.model import LAYER_NORM_EPS, RMS_NORM_EPS, Fused, LanguageModel
 
 # What a config.json may say otherwise, and we would compute wrong: the default, and what is right.
 FIXED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "gpt2": {
-        "layer_norm_epsilon": (1e-5, (1e-5,)),
+        "layer_norm_epsilon": (LAYER_NORM_EPS, (LAYER_NORM_EPS,)),
         "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
         "scale_attn_weights": (True, (True,)),
         "scale_attn_by_inverse_layer_idx": (False, (False,)),
         "add_cross_attention": (False, (False,)),
     },
     "qwen3": {
-        "rms_norm_eps": (1e-6, (1e-6,)),
+        "rms_norm_eps": (RMS_NORM_EPS, (RMS_NORM_EPS,)),
         "hidden_act": ("silu", ("silu",)),
         "attention_bias": (False, (False,)),
         "use_sliding_window": (False, (False,)),
@@ -139,7 +139,7 @@ def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "head_dim": config.head_dim(),
             "max_position_embeddings": config.context_length,
             "rope_theta": config.rope_theta,
-            "rms_norm_eps": 1e-6,
+            "rms_norm_eps": RMS_NORM_EPS,
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -154,7 +154,7 @@ def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "n_embd": config.embedding_size,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
-        "layer_norm_epsilon": 1e-5,
+        "layer_norm_epsilon": LAYER_NORM_EPS,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,

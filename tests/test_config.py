@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import ForgeError
 from trainer import config as configs
-from trainer.check import evaluation_share
+from trainer.check import evaluation_share, without_effect
 from trainer.memory import cut_step, divisors, estimate_bytes, plan_step
 from trainer.ranks import Ranks
 
@@ -73,6 +73,12 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("optimizer.peak_lr=-1", "must be more than 0, not -1.0"),
         ("optimizer.muon_warmup_steps=-1", "muon_warmup_steps must be >= 0"),
         ("nonsense", "key=value"),
+        ("seed=1\nmodel.bias=false", "takes one value"),
+        ("optimizer={peak_lr=1e-3}", "takes one value"),
+        ("optimizer.peak_lr.x=1", "peak_lr is no section"),
+        (f"seed={'1' * 5001}", "a whole number"),
+        (f"optimizer.peak_lr=1{'0' * 400}", "a number"),
+        ("guard.timeout_seconds=1e10", "at most 1,000,000"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(setting: str, says: str) -> None:
@@ -184,3 +190,12 @@ def test_flops_follow_the_published_formula() -> None:
     modern = configs.load("forge_124m").model
     gains = 12 * (2 * 768 + 2 * 128) + 768
     assert modern.flops_per_token() == 6 * (modern.num_parameters() - gains) + 12 * 12 * 768 * 1024
+
+
+def test_keys_without_effect_are_named() -> None:
+    assert without_effect(configs.load("gpt2")) == without_effect(configs.load("forge_350m")) == []
+    given = ("optimizer.muon_lr=0.05", "schedule.decay_fraction=0.5", "batch.doubling_steps=7")
+    muon, doublings, decay = without_effect(configs.load("gpt2", given))
+    assert muon == 'muon_lr (optimizer.name = "adamw")'
+    assert "doubling_steps" in doublings
+    assert "decay_fraction" in decay

@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounter
 
 from sampler.decode import KVCache
 from sampler.layouts import model_config, pieces, transformers_weights
+from trainer import backends, fused
 from trainer import config as configs
-from trainer import fused, loop
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
 from trainer.model import LanguageModel, build_model, rotary_table, rotate
@@ -477,10 +477,10 @@ def test_a_compiled_fused_trunk_is_kept_as_long_as_its_file(
     """In a fresh process: importing torch alone does not load all that this needs."""
     program = """
 import torch
-from trainer import config, fused, loop, model
+from trainer import backends, config, fused, model
 fused.available = lambda *_: True
 chosen = config.load("tiny", ("compile=full",))
-loop.compile_model(model.build_model(chosen.model), chosen, torch.device("cpu"))
+backends.compile_model(model.build_model(chosen.model), chosen, torch.device("cpu"))
 assert torch._functorch.config.autograd_cache_allow_custom_autograd_functions
 print(torch.compiler.config.cache_key_tag)
 """
@@ -497,7 +497,7 @@ def test_a_gpu_compiles_what_is_faster_for_it(
     monkeypatch.setattr(fused, "available", lambda *_: True)
     monkeypatch.setattr(fused, "use_compile_cache", lambda: None)
     model = build_model(config)
-    loop.compile_model(model, configs.load("tiny"), torch.device("cuda"))
+    backends.compile_model(model, configs.load("tiny"), torch.device("cuda"))
     assert isinstance(model.trunk, functools.partial) is not compiles
 
 
@@ -506,8 +506,8 @@ def test_the_attention_kernel_is_the_fastest_of_that_kind_of_card(
     capability: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
-    monkeypatch.setattr(loop, "sdpa_kernel", lambda order, set_priority: (order, set_priority))
-    order, is_order = loop.attention_backends(torch.device("cuda"))
+    monkeypatch.setattr(backends, "sdpa_kernel", lambda order, set_priority: (order, set_priority))
+    order, is_order = backends.attention_backends(torch.device("cuda"))
     assert is_order
     assert order[0].name == f"{chosen}_ATTENTION"
 

@@ -18,9 +18,10 @@ from conftest import ROOT, metrics_of
 from test_train import MODERN, QUICK, train_alone, weights
 
 from pipeline import shards
+from pipeline.errors import ForgeError
 from trainer import checkpoint
 from trainer.config import StepSizes
-from trainer.ranks import Beats, Ranks
+from trainer.ranks import Heartbeat, Ranks
 from trainer.windows import Windows, step_positions, windows_at
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks on one GPU")
@@ -149,10 +150,10 @@ def test_no_thread_is_left_in_torch_when_python_ends() -> None:
             time.sleep(0.5)
             super().set(key, value)
 
-    beats = Beats(SlowStore(), Ranks(0, 0, 2), 60)
+    heartbeat = Heartbeat(SlowStore(), Ranks(0, 0, 2), 60)
     assert entered.wait(10)
-    beats.end()
-    assert not beats.thread.is_alive()
+    heartbeat.end()
+    assert not heartbeat.thread.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -282,3 +283,19 @@ def test_a_shard_that_goes_away_stops_all_ranks_and_nothing_is_lost(
     # Of both ranks, unless torchrun ends one while it says so.
     assert "cannot read a shard: No such file or directory" in output
     assert checkpoint.steps(run)[-1] == metrics_of(run, "step")[-1]["step"]
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_PORT"])
+def test_one_of_several_processes_does_not_train_alone(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert Ranks.from_environment() == Ranks()
+    for name, value in ({"WORLD_SIZE": "2"} | names).items():
+        monkeypatch.setenv(name, value)
+    assert Ranks.from_environment() == Ranks(1, 1, 2)
+    monkeypatch.delenv(missing)
+    with pytest.raises(ForgeError, match=f"{missing}' is missing"):
+        Ranks.from_environment()

@@ -19,8 +19,8 @@ from trainer import checkpoint, loop
 from trainer import config as configs
 from trainer.metrics import Metrics, read_metrics
 from trainer.run import (
-    Hold,
     Past,
+    RunLock,
     check_room,
     make_folder,
     open_run,
@@ -69,7 +69,7 @@ def test_a_folder_with_other_things_is_no_place_for_a_run(
     (tmp_path / "mine.txt").write_text("mine")
     result = forge("train", "tiny", "--data", small_shards, "--out", tmp_path, *QUICK)
     assert result.exit_code == 1
-    assert "other things" in result.output
+    assert "other things, and no run: mine.txt" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -157,7 +157,7 @@ def reopened(
     (run / "config.toml").write_text(configs.load("tiny", (*small, *before)).to_toml())
     for step, decayed in ends:
         make_checkpoint(run, step, decayed)
-    index, hold = shards.load_index(data), Hold(run)
+    index, hold = shards.load_index(data), RunLock(run)
     try:
         return open_run(configs.load("tiny", (*small, *now)), index, run, True, hold)
     finally:
@@ -187,6 +187,30 @@ def test_a_run_is_extended_by_more_of_what_would_end_it(
 ) -> None:
     past = reopened(small_shards, tmp_path, BOTH, ends, [*BOTH, *now])
     assert (past.extends, past.checkpoint) == (extends, 40 if extends else ends[-1][0])
+
+
+def test_a_run_does_not_begin_anew_where_its_checkpoints_are_gone(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    reopened(small_shards, run, [STEPS + "80"], [(40, 1.0)], [STEPS + "80"])
+    row = {"kind": "checkpoint", "step": 40, "seconds": 1.0, "tokens": 0}
+    (run / "metrics.jsonl").write_text(rows(row))
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    for _ in range(2):  # gone; then a link to a disk that is not there
+        with pytest.raises(ForgeError, match=r"gone: metrics\.jsonl tells of one at step 40"):
+            reopened(small_shards, run, [STEPS + "80"], [], [STEPS + "80"])
+        if not (run / "checkpoints").is_symlink():
+            (run / "checkpoints").symlink_to(tmp_path / "nowhere")
+    assert (run / "metrics.jsonl").read_text() == rows(row)
+
+
+def test_what_ended_a_run_is_judged_by_the_config_that_it_had(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    now = ["schedule.shape=wsd", STEPS + "80"]
+    ended = reopened(small_shards, tmp_path / "run", BOTH, [(40, 1.0), (50, 0.0)], now)
+    assert ended.by_clock
 
 
 @pytest.mark.parametrize(
@@ -221,7 +245,7 @@ def test_of_two_first_starts_at_once_the_second_leaves_the_run_alone(
     small_shards: Path, tmp_path: Path
 ) -> None:
     config, index, run = configs.load("tiny"), shards.load_index(small_shards), tmp_path / "run"
-    first, second = Hold(run), Hold(run)
+    first, second = RunLock(run), RunLock(run)
     pasts = [open_run(config, index, run, False, hold) for hold in (first, second)]
     make_folder(run, pasts[0], first, lambda: None, run_files(config, index, ""))
     first.release()
@@ -280,7 +304,7 @@ def test_files_of_a_run_that_are_removed_meanwhile_are_written_again(
         shutil.rmtree(run)
         begin(self, *arguments)
         with pytest.raises(ForgeError, match="another forge-train is writing it"):
-            Hold(run).take()
+            RunLock(run).take()
 
     arguments = ["--data", small_shards, "--out", run, *QUICK]
     with monkeypatch.context() as patch:

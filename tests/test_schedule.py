@@ -78,6 +78,12 @@ def test_the_decay_ends_at_zero_within_one_percent_of_the_budget(seconds_of: lis
     assert max(a - b for a, b in pairwise(falling)) < 0.05 * peak  # no jumps
 
 
+def test_a_budget_ends_a_run_whose_decay_is_less_than_a_step() -> None:
+    rates, seconds = simulate(wsd(budget_hours=0.02, decay_fraction=1e-4), [1.5] * 1000)
+    assert seconds <= 72
+    assert rates[-1] == 0
+
+
 def test_a_clock_knows_that_the_first_steps_are_smaller() -> None:
     config = wsd(budget_hours=1.0)
     config = replace(config, batch=replace(config.batch, doublings=3, doubling_steps=200))

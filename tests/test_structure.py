@@ -16,7 +16,14 @@ PACKAGES = ("pipeline", "trainer", "sampler")
 ALLOWED = {
     "pipeline": {"pipeline"},
     "trainer": {"trainer", "pipeline.shards", "pipeline.errors"},
-    "sampler": {"sampler", "trainer", "pipeline.shards", "pipeline.errors", "pipeline.tokenizer"},
+    "sampler": {
+        "sampler",
+        "trainer",
+        "pipeline.shards",
+        "pipeline.errors",
+        "pipeline.tokenizer",
+        "pipeline.command",
+    },
 }
 FORBIDDEN = {
     "pipeline": {"torch"},

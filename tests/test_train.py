@@ -768,3 +768,27 @@ def test_an_evaluation_computes_no_gradients(
     inputs = torch.zeros(1, 64, dtype=torch.int64)
     model(inputs, inputs).backward()
     assert products  # that is how the head's gradient is computed
+
+
+def test_verify_resume_that_is_ended_leaves_nothing(small_shards: Path, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards), *QUICK]
+    place = tmp_path / "run"
+    process = subprocess.Popen([*program, f"--out={place}", "--verify-resume=4000"], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (found := list(tmp_path.glob("forge-verify-*/straight/metrics.jsonl"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+    folder = str(found[0].parent)
+    while any(folder.encode() in command_line(process) for process in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return b""

@@ -3,11 +3,14 @@
 Before: config.py, memory.py and the folder of shards. After: a person.
 """
 
+import dataclasses
+from typing import Any
+
 import torch
 
 from pipeline.errors import ForgeError
 from trainer import card, memory
-from trainer.config import Config
+from trainer.config import Config, OptimizerConfig, names_in
 from trainer.metrics import amount, hardware
 from trainer.optimizer import compute_dtype
 from trainer.ranks import Ranks
@@ -58,7 +61,7 @@ def until(config: Config, train_tokens: int) -> str:
 
 
 def notes(config: Config, train_tokens: int) -> list[str]:
-    """What may be meant so, and mostly is not."""
+    """Warnings about settings that are legal and mostly mistakes."""
     found, num_steps = [], config.num_steps()
     falls = config.schedule.decay_fraction if config.shape() == "wsd" else 0.0
     if num_steps is not None and config.schedule.warmup_steps > (1 - falls) * num_steps:
@@ -68,6 +71,27 @@ def notes(config: Config, train_tokens: int) -> list[str]:
         )
     if (config.num_tokens() or 0) > MANY_EPOCHS * train_tokens:
         found.append("text that comes more than some four times teaches little more")
+    if idle := without_effect(config):
+        found.append(f"without effect in this config: {', '.join(idle)}")
+    return found
+
+
+def without_effect(config: Config) -> list[str]:
+    """Keys that differ from their defaults and that nothing reads, with what makes it so."""
+    muon = [name for name in names_in(OptimizerConfig) if name.startswith("muon_")]
+    unread: list[tuple[Any, list[str], bool, str]] = [
+        (config.optimizer, muon, config.optimizer.name != "muon", 'optimizer.name = "adamw"'),
+        (config.batch, ["doubling_steps"], not config.batch.doublings, "batch.doublings = 0"),
+        (config.schedule, ["decay_fraction"], config.shape() == "cosine", "a cosine"),
+        (config.schedule, ["final_lr_fraction"], config.shape() == "wsd", "wsd"),
+        (config.schedule, ["count_downtime"], config.schedule.budget_hours is None, "no budget"),
+    ]
+    found = []
+    for section, names, is_idle, why in unread:
+        defaults = {field.name: field.default for field in dataclasses.fields(section)}
+        changed = [name for name in names if getattr(section, name) != defaults[name]]
+        if is_idle and changed:
+            found.append(f"{', '.join(changed)} ({why})")
     return found
 
 

@@ -35,7 +35,7 @@ from pipeline.errors import ForgeError
     flag_value=20,
     metavar="[STEPS]",
     help="Train for 20 (or so many) steps twice, the second time killed half way and resumed; "
-    "compare. Starts torchrun itself, keeps nothing.",
+    "compare. Starts torchrun itself, keeps nothing. Put it last, or write --verify-resume=20.",
 )
 @click.version_option(package_name="llm-forge")
 def main(
@@ -75,15 +75,18 @@ def main(
     from trainer import check as checking
     from trainer import config as configs
     from trainer import loop, verify
+    from trainer.ranks import Ranks
     from trainer.run import check_amount, find_data
 
+    if check and verify_steps is not None:
+        raise click.UsageError("--check and --verify-resume exclude each other")
     try:
         chosen = configs.load(config, settings)
         name = Path(config).stem
         if check:
             found = find_data(chosen, data)
             text = checking.report(chosen, name, found)
-            if os.environ.get("RANK", "0") == "0":
+            if Ranks.from_environment().is_first:
                 click.echo(text)
             check_amount(chosen, found)
         elif verify_steps is not None:
@@ -105,6 +108,15 @@ def main(
         rank = os.environ.get("RANK")
         prefix = f"[rank {rank}] " if rank not in (None, "0") else ""
         raise click.ClickException(prefix + str(error)) from error
+    except OSError as error:
+        if error.filename is None:  # of no file: the network's, a pipe's
+            raise
+        failure = ForgeError(
+            f"cannot read or write: {error.strerror}",
+            where=error.filename,
+            fix="make room or give access; then the same command, with --resume if it trained",
+        )
+        raise click.ClickException(str(failure)) from error
 
 
 if __name__ == "__main__":

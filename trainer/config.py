@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pipeline.errors import ForgeError
 from pipeline.shards import VOCAB_SIZE
 
+MOST_TIMEOUT_SECONDS = 1_000_000  # of a collective; torch counts them in milliseconds
 MOST = 2**53  # of what is counted: up to there a float tells a number from the next
 
 
@@ -319,7 +320,7 @@ def load(name: str, settings: tuple[str, ...] = ()) -> Config:
                 "no such config", where=name, fix=f"{hint}there are: {known}; or give a .toml path"
             )
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ForgeError(
             f"cannot read the config: {error}",
@@ -338,14 +339,23 @@ def _apply(values: dict[str, Any], setting: str) -> None:
             "--set takes key=value", where=setting, fix="such as --set optimizer.peak_lr=3e-4"
         )
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        parsed = {"value": text}  # a bare word is a string
+    value = parsed.pop("value")
+    if parsed or isinstance(value, dict):
+        raise ForgeError(
+            "--set takes one value",
+            where=f"--set {setting}",
+            fix="give each key a --set of its own: section.key=value",
+        )
     *sections, last = key.strip().split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ForgeError(f"{section} is no section", where=f"--set {setting}")
+            raise ForgeError(
+                f"{section} is no section", where=f"--set {setting}", fix="write section.key=value"
+            )
     values[last] = value
 
 
@@ -428,7 +438,10 @@ def _convert(value: Any, kind: Any) -> Any:
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            pass
     raise TypeError({bool: "true or false", int: "a whole number", float: "a number"}[kind])
 
 
@@ -505,6 +518,8 @@ def _check(config: Config) -> list[str]:
     for name in ("weight_decay", "muon_weight_decay"):
         if not 0 <= getattr(config.optimizer, name) < math.inf:
             problems.append(f"optimizer.{name} must be >= 0")
+    if config.guard.timeout_seconds > MOST_TIMEOUT_SECONDS:
+        problems.append(f"guard.timeout_seconds must be at most {MOST_TIMEOUT_SECONDS:,}")
     if not all(0 <= b < 1 for b in config.optimizer.betas):
         problems.append("optimizer.betas must each be in [0, 1)")
     if config.optimizer.muon_warmup_steps < 0:

@@ -29,10 +29,9 @@ from torch._functorch import config as functorch_config
 
 from trainer import cross_entropy
 from trainer.config import Config
-from trainer.model import GPT2, Qwen3, attend, gelu
+from trainer.model import GPT2, LAYER_NORM_EPS, RMS_NORM_EPS, Qwen3, attend, gelu
 from trainer.optimizer import compute_dtype
 
-LAYER_NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6  # those of model.py's modules
 ROWS, COLUMNS = 16, 256  # of a tile, with four warps
 BLOCK = 4096  # numbers that a program takes where each stands alone
 WARP_COLUMNS = 256  # of a row that a program takes as a whole: 16 bytes a thread

@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import ForgeError
 from pipeline.shards import write_whole
-from trainer import card, checkpoint, cross_entropy, fused, memory
+from trainer import card, checkpoint, memory
+from trainer.backends import attention_backends, compile_model, load_libraries
 from trainer.check import notes
-from trainer.config import Config, ModelConfig
+from trainer.config import Config
 from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, say, step_line
-from trainer.model import GPT2, Qwen3, build_model
+from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import (
-    Beats,
+    Heartbeat,
     Ranks,
     end_with_launcher,
     fill_from_first,
@@ -45,10 +44,9 @@ from trainer.ranks import (
 )
 from trainer.run import (
     Data,
-    Hold,
     Past,
+    RunLock,
     check_room,
-    falls_by_clock,
     make_folder,
     open_data,
     open_run,
@@ -84,18 +82,19 @@ def train(
     end_with_launcher()
     ranks = Ranks.from_environment()
     device = ranks.device()
-    hold, plan = Hold(run), None
+    lock, plan = RunLock(run), None
     try:
-        with process_group(ranks, device, config.guard.timeout_seconds) as beats:
+        with process_group(ranks, device, config.guard.timeout_seconds) as heartbeat:
             data = on_all(ranks, lambda: open_data(config, data_folder))
             same_shards(data, ranks)
             same_folder(run, ranks)
-            past = from_first(ranks, lambda: open_run(config, data.index, run, resume, hold))
+            past = from_first(ranks, lambda: open_run(config, data.index, run, resume, lock))
             plan = memory.plan_step(config, ranks, device, past.checkpoint or 0)
             with attention_backends(device):
-                trainer = Trainer(config, name, data, run, ranks, device, plan, past, started)
-                trainer.beats = beats
-                trainer.train(hold)
+                trainer = Trainer(
+                    config, name, data, run, ranks, device, plan, past, started, heartbeat
+                )
+                trainer.train(lock)
     except torch.OutOfMemoryError as error:
         raise ForgeError(
             "out of GPU memory"
@@ -104,8 +103,16 @@ def train(
             fix="the same command with --resume --set batch.micro_batch_size=N, with a smaller N; "
             "tokens a step stay the same",
         ) from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise ForgeError(
+            f"torch.compile failed: {str(error).strip().splitlines()[0]}",
+            where=f"rank {ranks.rank}, {device}",
+            fix="--resume --set compile=off does without it; it wants a C compiler, such as gcc",
+        ) from error
     finally:
-        hold.release()
+        lock.release()
 
 
 class Trainer:
@@ -120,10 +127,11 @@ class Trainer:
         plan: memory.Plan,
         past: Past,
         started: float,
+        heartbeat: Heartbeat | None,
     ) -> None:
         self.config, self.name, self.data, self.run = config, name, data, run
         self.ranks, self.device, self.plan = ranks, device, plan
-        self.past, self.started = past, started
+        self.past, self.started, self.heartbeat = past, started, heartbeat
         torch.set_float32_matmul_precision("high")
         self.model = build_model(config.model)
         dtype = compute_dtype(config, device)
@@ -151,7 +159,6 @@ class Trainer:
         self.skipped = 0  # steps in a row
         self.stopping = self.saving = False
         self.printed_at = 0.0
-        self.beats: Beats | None = None
 
     # -- where we stand
 
@@ -184,18 +191,23 @@ class Trainer:
         if self.ranks.is_first:
             say(text)
 
-    def log(self, kind: str, **values: Any) -> None:
-        self.metrics.log(kind, self.step, self.tokens, self.seconds, **values)
+    def log(self, kind: str, step: int | None = None, **values: Any) -> None:
+        """A row of metrics.jsonl, of `step` (from 1) or of where we stand."""
+        step = self.step if step is None else step
+        self.metrics.log(kind, step, self.config.tokens_after(step), self.seconds, **values)
+
+    def write_readme(self) -> None:
+        write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
 
     # -- the run
 
-    def train(self, hold: Hold) -> None:
+    def train(self, lock: RunLock) -> None:
         last = self.past.checkpoint
         if last is not None:
             self.resume(last)
             if self.schedule.is_over(self.step):
-                by_clock = falls_by_clock(self.config, self.step, self.decayed)
-                ended = "schedule.budget_hours" if by_clock else "schedule.max_steps or max_tokens"
+                hours = self.past.by_clock
+                ended = "schedule.budget_hours" if hours else "schedule.max_steps or max_tokens"
                 self.say(f"The run is complete: {self.run}. More of {ended} lets it go on.")
                 return
         self.metrics = Metrics(self.run, self.ranks.is_first)
@@ -209,8 +221,8 @@ class Trainer:
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved)
         keep_last = self.config.checkpoint.keep_last
         from_first(self.ranks, lambda: check_room(self.run, num_bytes, keep_last))
-        self.hold, self.files = hold, run_files(self.config, self.data.index, found)
-        more = (self.past, hold, self.start_metrics, self.files)
+        self.lock, self.files = lock, run_files(self.config, self.data.index, found)
+        more = (self.past, lock, self.start_metrics, self.files)
         from_first(self.ranks, lambda: make_folder(self.run, *more))
         self.saver = checkpoint.Saver(self.run, self.config.checkpoint)
         if self.ranks.is_first:
@@ -319,16 +331,15 @@ class Trainer:
         shared = result.read()
         elapsed = result.arrived.seconds_since(self.step_began)
         self.step_began = result.arrived
-        if self.beats:
-            self.beats.progress(result.step)
+        if self.heartbeat:
+            self.heartbeat.progress(result.step)
         if shared.failed:
             self.fail(result, batches)
         self.stopping = self.stopping or shared.stops > 0
         self.saving = self.saving or shared.saves > 0
         self.room = (result.step, shared.steps_left)
         if shared.out_of_memory:
-            if result.plan is self.plan:  # not lowered already, for the step before
-                self.lower_micro_batch(result)
+            self.lower_micro_batch(result)
             return
         if result.step > self.first_step:  # the first one compiles
             self.clock.note_step(result.step, elapsed)
@@ -347,7 +358,7 @@ class Trainer:
         row["mfu"] = flops / self.peak if self.peak else None
         row["matmul_utilization"] = flops / self.card.matmul_flops if self.card else None
         row["data_wait"] = result.seconds_waited / elapsed
-        self.metrics.log("step", result.step, tokens, self.seconds, **row)
+        self.log("step", result.step, **row)
         over = self.schedule.is_over(result.step)
         now = time.perf_counter()
         if now - self.printed_at >= PRINT_SECONDS or result.step == self.first_step or over:
@@ -386,8 +397,7 @@ class Trainer:
         spikes = math.isfinite(shared.loss) and math.isfinite(shared.norm)
         reason = f"above {result.limit:.4f}, a spike" if spikes else "not finite"
         row |= {"loss": str(shared.loss), "norm": str(shared.norm)}
-        tokens = self.config.tokens_after(step)
-        self.metrics.log("skip", step, tokens, self.seconds, **row, reason=reason, windows=windows)
+        self.log("skip", step, **row, reason=reason, windows=windows)
         self.say(
             f"step {step}: loss {shared.loss}, norm {shared.norm}: {reason}, update skipped; "
             f"{len(windows)} windows, the first at token {windows[0]['offset']:,} of "
@@ -404,6 +414,11 @@ class Trainer:
     def lower_micro_batch(self, result: StepResult) -> None:
         """A rank ran out of GPU memory: all of them left the step out, and go on with less."""
         step = result.step
+        decayed = {"decayed": result.decayed} if self.config.shape() == "wsd" else {}
+        if result.plan is not self.plan:  # it was queued before the last step's was lowered
+            self.log("out_of_memory", step, **asdict(self.plan), **decayed)
+            self.say(f"step {step}: out of GPU memory as well, update skipped")
+            return
         _, used = self.config.step_sizes().cut(
             step - 1, self.ranks.world_size, self.plan.micro_batch_size
         )
@@ -415,9 +430,7 @@ class Trainer:
                 fix="train a smaller model, or free the GPU of other programs; --resume goes on",
             )
         self.plan = plan
-        tokens = self.config.tokens_after(step)
-        row = asdict(plan) | ({"decayed": result.decayed} if self.config.shape() == "wsd" else {})
-        self.metrics.log("out_of_memory", step, tokens, self.seconds, **row)
+        self.log("out_of_memory", step, **asdict(plan), **decayed)
         self.say(
             f"step {step}: out of GPU memory, update skipped; on with a micro-batch of "
             f"{plan.micro_batch_size} x {plan.accumulation_steps}"
@@ -457,7 +470,7 @@ class Trainer:
         self.step_began = Moment(self.device)
         if self.step:  # the one before the first step compiles
             self.clock.evaluate_seconds = took
-        figures = {"loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak}
+        figures: dict[str, Any] = {"loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak}
         self.log("evaluate", **figures, evaluate_seconds=took)
         self.say(
             f"step {self.step}/{self.num_steps}  validation loss {loss:.4f}  "
@@ -466,15 +479,14 @@ class Trainer:
         if text:
             self.log("sample", text=text)
             self.say("  | " + re.sub(r"\s*\n\s*", "\n  | ", text.strip()))
-        write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
+        self.write_readme()
 
     # -- the run folder
 
     def begin_decay(self) -> None:
         """The rate falls from the next step on: keep what was before, to extend the run from."""
         step = self.step + 1
-        tokens = self.config.tokens_after(step)
-        self.metrics.log("decay", step, tokens, self.seconds, steps_left=self.schedule.left)
+        self.log("decay", step, steps_left=self.schedule.left)
         self.say(f"step {step}: the learning rate falls to zero from here on")
         if self.step and self.step != self.saved_step:
             self.save()
@@ -515,7 +527,7 @@ class Trainer:
             masters = self.optimizer.views(self.optimizer.masters)
             self.saver.start(masters, self.optimizer.state(), state)
         self.saved_step = self.step
-        write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
+        self.write_readme()
         self.clock.stall_seconds = time.perf_counter() - started
         if self.device.type == "cpu":  # on a GPU the copies count to the next step, where they are
             self.step_began = Moment(self.device)
@@ -527,7 +539,7 @@ class Trainer:
             self.say(f"WARNING: {', '.join(gone)} of {self.run} was gone: writing it again")
             with contextlib.suppress(OSError):  # the save itself will say so
                 self.run.mkdir(parents=True, exist_ok=True)
-                self.hold.renew()
+                self.lock.renew()
                 for name in gone:
                     write_whole(self.run / name, self.files[name])
 
@@ -553,7 +565,6 @@ class Trainer:
         """Log the saves that have ended."""
         for saved in self.saver.finished():
             self.unsaved = saved.error
-            tokens = self.config.tokens_after(saved.step)
             if saved.error:
                 good = checkpoint.steps(self.run)
                 self.say(
@@ -563,21 +574,14 @@ class Trainer:
                 continue
             took = self.clock.save_seconds = saved.seconds
             stall = self.clock.stall_seconds
-            self.metrics.log(
-                "checkpoint",
-                saved.step,
-                tokens,
-                self.seconds,
-                save_seconds=took,
-                stall_seconds=stall,
-            )
+            self.log("checkpoint", saved.step, save_seconds=took, stall_seconds=stall)
             self.say(f"step {saved.step}: checkpoint saved in {took:.1f} s")
 
     def wait_for_save(self) -> None:
         """Until rank 0 writes nothing: in turns, each shorter than a collective may take."""
         while from_first(self.ranks, lambda: self.saver.is_busy(1.0)):
-            if self.beats:
-                self.beats.progress(self.step)
+            if self.heartbeat:
+                self.heartbeat.progress(self.step)
 
     def must_be_saved(self) -> None:
         """Wait for the last checkpoint; ForgeError on all ranks if the disk did not take it."""
@@ -593,7 +597,7 @@ class Trainer:
 
         self.wait_for_save()
         from_first(self.ranks, look)
-        write_readme(self.run, self.config, self.name, self.data.index, self.metrics, self.hardware)
+        self.write_readme()
 
     def introduce(self) -> None:
         config, plan, index = self.config, self.plan, self.data.index
@@ -620,47 +624,3 @@ class Trainer:
         )
         for note in notes(config, index.total("num_tokens", "train")):
             self.say(f"Note: {note}")
-
-
-def attention_backends(device: torch.device) -> Any:
-    """The fastest attention first: cuDNN's on Hopper and Blackwell's data-center cards only.
-
-    On six cards, huggingface/transformers pull request 48163 found FlashAttention-2 as fast on Ada,
-    and faster on Ampere and on Blackwell's other cards.
-    """
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
-        order.insert(0, SDPBackend.CUDNN_ATTENTION)
-    return sdpa_kernel(order, set_priority=True)
-
-
-def load_libraries(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Load Triton, and have torch load its libraries for attention: each takes up to a second."""
-    if device.type == "cuda":
-        cross_entropy.gpu_kernels()
-    shape = 1, model.context_length, model.num_heads, model.head_dim()
-    q = torch.zeros(shape, device=device, dtype=dtype).transpose(1, 2)
-    F.scaled_dot_product_attention(q, q, q, is_causal=True)
-
-
-def compile_model(model: GPT2 | Qwen3, config: Config, device: torch.device) -> None:
-    """Put torch.compile where the config asks for it: the whole trunk, each block, or nowhere.
-
-    fused.py's trunk has kernels for all that a compiler would make of a block; the whole of GPT-2
-    it still makes 0.8 % faster.
-    """
-    how = config.compile
-    if how == "auto":
-        how = "full" if device.type == "cuda" else "off"
-    if how == "off":
-        return
-    if fused.available(config, device):
-        model.trunk = functools.partial(fused.hidden, model)
-        if how == "full" and isinstance(model, GPT2):
-            fused.use_compile_cache()
-            model.trunk = torch.compile(model.trunk, dynamic=False)
-    elif how == "full":
-        model.trunk = torch.compile(model.hidden, dynamic=False)
-    else:
-        for block in model.h:
-            block.compile(dynamic=False)

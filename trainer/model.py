@@ -34,6 +34,8 @@ from xxhash import xxh32_intdigest
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
 
+LAYER_NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6
+
 
 class Cache(Protocol):
     """Keys and values of the tokens before (sampler/decode.py has one)."""
@@ -263,8 +265,9 @@ class GroupedAttention(nn.Module):
         keys = config.kv_heads() * self.head_size
         self.sizes = (queries, keys, keys)
         self.qkv_proj = Fused(size, self.sizes, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_size, eps=1e-6)  # Dehghani et al. 2023, "ViT-22B"
-        self.k_norm = nn.RMSNorm(self.head_size, eps=1e-6)
+        # Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters".
+        self.q_norm = nn.RMSNorm(self.head_size, eps=RMS_NORM_EPS)
+        self.k_norm = nn.RMSNorm(self.head_size, eps=RMS_NORM_EPS)
         self.o_proj = Linear(queries, size, bias=False)
 
     def forward(self, x: Tensor, cache: Cache | None, turn: Tensor) -> Tensor:
@@ -298,7 +301,7 @@ class Qwen3(LanguageModel):
         super().__init__(config)
 
         def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(config.embedding_size, eps=1e-6)
+            return nn.RMSNorm(config.embedding_size, eps=RMS_NORM_EPS)
 
         self.h = nn.ModuleList(
             Block((norm(), norm()), GroupedAttention(config, layer), GatedMLP(config))

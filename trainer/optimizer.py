@@ -136,9 +136,9 @@ class Optimizer:
             for parameter in self.parameters.values():
                 parameter.grad = None
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self) -> None:
         """Add the gradients up over all ranks; on the way they are in reduce_precision."""
-        if ranks.world_size == 1:
+        if self.ranks.world_size == 1:
             return
         sent = self.gradients.to(self.reduce_dtype)  # the very same array for float32
         dist.all_reduce(sent)

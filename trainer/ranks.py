@@ -43,10 +43,21 @@ class Ranks:
 
     @staticmethod
     def from_environment() -> "Ranks":
+        """As torchrun says; ForgeError if it is one of several and not all that they need is there.
+
+        Without WORLD_SIZE it is one process, whatever else is set.
+        """
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return Ranks()
         try:
             values = [int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
-        except (KeyError, ValueError):
-            return Ranks()
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        except (KeyError, ValueError) as error:
+            raise ForgeError(
+                f"one of WORLD_SIZE={os.environ['WORLD_SIZE']} processes, and {error} is missing",
+                where="the environment",
+                fix="start the processes with torchrun; or unset WORLD_SIZE, for a single one",
+            ) from error
         return Ranks(*values)
 
     def device(self) -> torch.device:
@@ -91,7 +102,7 @@ def end_with_launcher() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class Beats:
+class Heartbeat:
     """Who is there: each rank sets its pulse in a store every second and watches the others'.
 
     A collective cannot say who is missing, and over NCCL it does not notice a dead rank at all. So
@@ -212,7 +223,7 @@ def _not_there(who: str, timeout: timedelta) -> ForgeError:
 @contextmanager
 def process_group(
     ranks: Ranks, device: torch.device, timeout_seconds: float
-) -> Iterator[Beats | None]:
+) -> Iterator[Heartbeat | None]:
     """Join the other ranks and leave them cleanly: NCCL between GPUs, gloo between CPUs.
 
     Raises ForgeError that names the missing when others go away.
@@ -238,9 +249,9 @@ def process_group(
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     # A connection of its own: whoever waits for a key keeps the other one busy.
     store = _get_default_store().clone()  # type: ignore[attr-defined]
-    beats = Beats(store, ranks, max(timeout_seconds / 5, 5 * BEAT_SECONDS))
+    heartbeat = Heartbeat(store, ranks, max(timeout_seconds / 5, 5 * BEAT_SECONDS))
     try:
-        yield beats
+        yield heartbeat
     except ForgeError:
         # All ranks have it and leave by themselves: the first to be gone has torchrun end the
         # others, which are to say what happened, too.
@@ -251,12 +262,13 @@ def process_group(
             raise
         time.sleep(4 * BEAT_SECONDS)  # until a dead rank is seen to be silent
         raise ForgeError(
-            f"lost contact with the other ranks; missing: {beats.missing()}",
-            where=f"rank {ranks.rank} after step {beats.step}: {str(error).splitlines()[0][:160]}",
+            f"lost contact with the other ranks; missing: {heartbeat.missing()}",
+            where=f"rank {ranks.rank} after step {heartbeat.step}: "
+            f"{str(error).splitlines()[0][:160]}",
             fix="look at that rank's own output; then the same command with --resume",
         ) from error
     finally:
-        beats.end()
+        heartbeat.end()
         with suppress(RuntimeError):
             dist.destroy_process_group()
 

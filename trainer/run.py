@@ -124,9 +124,10 @@ class Past:
     hardware: str = ""  # that it took them on
     extends: bool = False  # what came after the checkpoint is to be set aside
     changes: tuple[str, ...] = ()  # of the config since then, for people
+    by_clock: bool = False  # budget_hours was what the rate fell by
 
 
-class Hold:
+class RunLock:
     """Two trainers never write one run: a lock on RUN/, until release() or the process's end."""
 
     def __init__(self, run: Path) -> None:
@@ -166,7 +167,7 @@ class Hold:
             self.descriptor = None
 
 
-def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) -> Past:
+def open_run(config: Config, index: Index, run: Path, resume: bool, lock: RunLock) -> Past:
     """What there is to go on from. ForgeError if the run may not be made or gone on with.
 
     Writes nothing: what an extension sets aside, make_folder() does.
@@ -177,8 +178,13 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
     if not run.exists() or not any(run.iterdir()):
         return Past(is_new=True)
     if not (run / CONFIG_FILE).is_file():
-        if any(p.name not in BEFORE_CONFIG and p.suffix != ".partial" for p in run.iterdir()):
-            raise ForgeError("--out is a folder with other things", where=run, fix="name another")
+        others = (p for p in run.iterdir() if p.name not in BEFORE_CONFIG)
+        if strange := next((p.name for p in others if p.suffix != ".partial"), None):
+            raise ForgeError(
+                f"--out is a folder with other things, and no run: {strange}",
+                where=run,
+                fix="name another, or move them",
+            )
         return Past(is_new=True)
     if not (resume or is_ours(run)):
         raise ForgeError(
@@ -201,20 +207,18 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
             where=index.folder,
             fix="give the folder that it was trained on, or start a new run",
         )
-    hold.take()
+    lock.take()
     found = checkpoint.steps(run)
+    check_checkpoints(run, found)
     last = checkpoint.read_state(run, found[-1]) if found else None
     extends = last is not None and last.decayed < 1 and _is_longer(config, before, last)
+    by_clock = last is not None and falls_by_clock(before, last.step, last.decayed)
     if extends:
         last = before_decay(run)
+        check_one_disk(run)
     hours, clocked = before.schedule.budget_hours, config.schedule.budget_hours is not None
     problem = ""
-    if (
-        last is not None
-        and 0 < last.decayed < 1
-        and falls_by_clock(before, last.step, last.decayed)
-        and not clocked
-    ):
+    if last is not None and 0 < last.decayed < 1 and by_clock and not clocked:
         problem = "the learning rate was falling by the clock, and the config has no clock now"
     elif last is not None and last.decayed and config.shape() != before.shape():
         problem = f"the run's schedule.shape is {before.shape()}, the config's {config.shape()}"
@@ -231,7 +235,27 @@ def open_run(config: Config, index: Index, run: Path, resume: bool, hold: Hold) 
         was, now = (Schedule(c).rate(last.step + 1, math.inf) for c in (before, config))
         if now > was:
             changes.append(f"learning rate of step {last.step + 1:,}: {was:.2e} -> {now:.2e}")
-    return replace(past, changes=tuple(changes))
+    return replace(past, changes=tuple(changes), by_clock=by_clock)
+
+
+def check_checkpoints(run: Path, found: list[int]) -> None:
+    """ForgeError when checkpoints that were written are not there: to begin anew loses the run."""
+    folder = run / checkpoint.FOLDER
+    try:
+        any(folder.iterdir())
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ForgeError(
+            f"cannot read the checkpoints: {error.strerror}", where=folder, fix="give access to it"
+        ) from error
+    saved = [row["step"] for row in _rows(run) if row["kind"] == "checkpoint"]
+    if saved and not found:
+        raise ForgeError(
+            f"the checkpoints are gone: {METRICS_FILE} tells of one at step {saved[-1]:,}",
+            where=folder,
+            fix="bring the folder back; or begin anew with another --out",
+        )
 
 
 def nearest_folder(run: Path) -> Path:
@@ -384,6 +408,17 @@ def set_aside_decay(run: Path) -> checkpoint.State:
     return flat
 
 
+def check_one_disk(run: Path) -> None:
+    """ForgeError unless RUN/checkpoints is on RUN's disk: what an extension sets aside is moved."""
+    folder = run / checkpoint.FOLDER
+    if folder.stat().st_dev != run.stat().st_dev:
+        raise ForgeError(
+            "a finished run is extended on one disk only, and its checkpoints are on another",
+            where=folder.resolve(),
+            fix=f"move them to {folder} itself, or start a new run with the longer schedule",
+        )
+
+
 @contextmanager
 def writing() -> Iterator[None]:
     """ForgeError when the run folder cannot be written."""
@@ -400,7 +435,7 @@ def writing() -> Iterator[None]:
 def make_folder(
     run: Path,
     past: Past,
-    hold: Hold,
+    lock: RunLock,
     start_metrics: Callable[[], None],
     files: dict[str, bytes],
 ) -> None:
@@ -412,7 +447,7 @@ def make_folder(
     """
     with writing():
         run.mkdir(parents=True, exist_ok=True)
-        hold.take()
+        lock.take()
         if past.is_new and (run / CONFIG_FILE).exists():
             raise ForgeError(
                 "another start has made a run there just now",
@@ -447,7 +482,7 @@ def check_room(run: Path, num_bytes: int, keep_last: int) -> None:
     """
     needed = (keep_last + 1) * num_bytes
     needed -= sum(p.stat().st_size for p in (run / checkpoint.FOLDER).rglob("*") if p.is_file())
-    free = shutil.disk_usage(nearest_folder(run)).free
+    free = shutil.disk_usage(nearest_folder(run / checkpoint.FOLDER)).free
     if free < needed:
         raise ForgeError(
             f"the disk has {free / 1e9:.2f} GB left, and checkpoints take {needed / 1e9:.2f} more",
@@ -513,6 +548,6 @@ def write_readme(
             "> " + sample["text"].replace("\n", "\n> "),
         ]
     try:
-        write_whole(run / "README.md", ("\n".join(lines) + "\n").encode())
+        write_whole(run / "README.md", ("\n".join(lines) + "\n").encode("utf-8", "replace"))
     except OSError as error:  # a full disk must not end a day's training
         say(f"WARNING: {run / 'README.md'} not written: {error}")

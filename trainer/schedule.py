@@ -46,7 +46,8 @@ class Schedule:
     def rate(self, step: int, steps_left: float) -> float:
         """Learning rate of the update that ends step `step` (from 1).
 
-        `steps_left` is how many the clock leaves room for, this one included.
+        It moves the decay on: to be called once a step, in order. `steps_left` is how many steps
+        the clock leaves room for, this one included.
         """
         schedule, peak = self.config.schedule, self.config.optimizer.peak_lr
         warmup = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
@@ -58,6 +59,7 @@ class Schedule:
             cosine = 0.5 * (1 + math.cos(math.pi * progress))
             final = schedule.final_lr_fraction
             return peak * warmup * (final + (1 - final) * cosine)
+        is_last = steps_left < 2  # by the clock, whatever decay_fraction is
         if num_steps is not None:
             steps_left = min(steps_left, num_steps - step + 1)
         left = self.left = max(1, math.floor(steps_left))
@@ -65,7 +67,8 @@ class Schedule:
             self.decayed = self.replay.pop(0)
         else:  # nothing to repeat, or no time for it
             self.replay.clear()
-            if self.decayed < 1 or left <= schedule.decay_fraction * (step - 1 + left):
+            falls = left <= schedule.decay_fraction * (step - 1 + left)
+            if self.decayed < 1 or falls or is_last:
                 # As metrics.jsonl writes it, so that a later start can repeat it exactly.
                 self.decayed = float(f"{self.decayed * (left - 1) / left:.6g}")
         return peak * min(warmup, self.decayed)

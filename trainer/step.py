@@ -120,7 +120,7 @@ def train_step(
         total.fill_(math.nan)
         for _ in range(micro_step + 1, accumulation_steps):
             next(batches)  # the step after this one is queued already, and starts with its own
-    optimizer.reduce(ranks)
+    optimizer.reduce()
     flags = (*wishes.take(), batches.error is not None, out_of_memory)
     votes = (*flags, steps_left if ranks.is_first else 0.0)
     mine = [total / tokens_per_step, *(torch.full_like(total, float(vote)) for vote in votes)]

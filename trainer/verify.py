@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,7 +52,7 @@ def verify_resume(
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     command = [sys.executable, "-m", *launcher, "trainer.cli", config, "--data", str(data)]
     command += [f"--set={setting}" for setting in (*settings, *short)]
-    with tempfile.TemporaryDirectory(prefix="forge-verify-", dir=scratch) as folder:
+    with _stopped_by_signals(), _scratch_folder(scratch) as folder:
         straight, killed = Path(folder, "straight"), Path(folder, "killed")
         print(f"1 of 3: {num_steps} steps that nothing disturbs, on {ranks} rank(s)", flush=True)
         _run([*command, "--out", str(straight)])
@@ -61,27 +63,60 @@ def verify_resume(
         return _compare(straight, killed, num_steps)
 
 
-def _run(command: list[str]) -> None:
-    if subprocess.run(command, check=False).returncode:
-        raise ForgeError("the run itself failed; its message is above")
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process by an exception, so that nothing is left behind."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    for each in before:
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
-def _kill_half_way(command: list[str], run: Path, step: int) -> None:
+def _scratch_folder(place: Path | None) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="forge-verify-", dir=place)
+    except OSError as error:
+        raise ForgeError(
+            f"cannot make a folder for the runs: {error.strerror}",
+            where=error.filename,
+            fix="name another --out, whose parent can be written",
+        ) from error
+
+
+@contextmanager
+def _process(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A run of torchrun's, killed with all its processes at the end if it is still there."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
-        while process.poll() is None:
-            if _last_step(run) >= step and checkpoint.steps(run):
-                break
-            time.sleep(0.01)
-        if process.poll() is not None:
-            raise ForgeError(
-                "the run ended before it could be killed",
-                fix="take more steps: --verify-resume 100",
-            )
+        yield process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _run(command: list[str]) -> None:
+    with _process(command) as process:
+        if process.wait():
+            raise ForgeError(
+                "the run itself failed; its message is above", fix="see that it trains: --check"
+            )
+
+
+def _kill_half_way(command: list[str], run: Path, step: int) -> None:
+    with _process(command) as process:
+        while process.poll() is None:
+            if _last_step(run) >= step and checkpoint.steps(run):
+                return
+            time.sleep(0.01)
+        raise ForgeError(
+            "the run ended before it could be killed",
+            fix="take more steps: --verify-resume 100",
+        )
 
 
 def _last_step(run: Path) -> int:

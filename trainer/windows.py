@@ -22,13 +22,12 @@ import torch
 
 from pipeline.errors import ForgeError
 from pipeline.shards import (
-    HEADER,
-    TOKEN_BYTES,
     VOCAB_SIZE,
     Index,
     Shard,
     check_header,
     head_checksum,
+    shard_bytes,
 )
 from trainer.config import StepSizes
 
@@ -108,11 +107,6 @@ class Windows:
                     fix="run forge-prep verify on its folder",
                 )
         return out
-
-
-def shard_bytes(num_tokens: int) -> int:
-    """Where in a shard token `num_tokens` (from 0) starts; so also the size of one with as many."""
-    return HEADER.size + TOKEN_BYTES * num_tokens
 
 
 def permute(numbers: Ids, size: int, key: tuple[int, int]) -> Ids:

@@ -79,7 +79,9 @@ def main(
         speed = sorted(row["tokens_per_second"] for row in taken)[len(taken) // 2]
         peak = max(row["peak_memory_bytes"] for row in rows if row["kind"] == "evaluate")
         card = Card(*(start[key] for key in KEYS))
-        predicted = card.tokens_per_second(configs.load(name).model, cut["micro_batch_size"])
+        predicted = card.tokens_per_second(
+            configs.load(name, settings).model, cut["micro_batch_size"]
+        )
         click.echo(
             f"{name:14}{cut['micro_batch_size']:>9} x {cut['accumulation_steps']:<3}"
             f"{start['estimated_bytes'] / 2**30:>10.2f}{peak / 2**30:>8.2f}    {predicted:>13,.0f}"

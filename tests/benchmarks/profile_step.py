@@ -18,8 +18,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from trainer import backends, loop, memory
 from trainer import config as configs
-from trainer import loop, memory
 from trainer.optimizer import Optimizer
 from trainer.ranks import Ranks, process_group
 from trainer.run import Past, open_data
@@ -80,12 +80,12 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
     opened = open_data(chosen, data)
     with (
         process_group(ranks, device, chosen.guard.timeout_seconds),
-        loop.attention_backends(device),
+        backends.attention_backends(device),
         tempfile.TemporaryDirectory() as folder,
     ):
         plan = memory.plan_step(chosen, ranks, device)
         place = (opened, Path(folder), ranks, device, plan)
-        trainer = loop.Trainer(chosen, config, *place, Past(), time.perf_counter())
+        trainer = loop.Trainer(chosen, config, *place, Past(), time.perf_counter(), None)
         windows = (chosen.step_sizes(), plan.micro_batch_size)
         reader = MicroBatches(opened.train, 0, 0, *windows, ranks.rank, ranks.world_size, device)
         with reader as batches:
