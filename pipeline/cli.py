@@ -44,8 +44,8 @@ def next_commands(folder: Path, tokens: dict[str, int]) -> str:
     most = max(0, tokens["val"] - 1) // 128 * 128  # tiny's context; it validates on 8,192
     if tokens["train"] <= 1_024 or not most:  # tiny's step
         split = "train" if most else "val"
-        train = f"Train: too few {split} tokens for configs/tiny.toml"
-        train += " (tokenize --val-fraction says how many)" * (split == "val")
+        train = f"Train: too few {split} tokens, even for the config tiny: tokenize more text"
+        train += ", or with a larger --val-fraction" * (split == "val")
     elif most < 8_192:
         train += f" --set evaluate.num_tokens={most}"
     return f"Look:  forge-prep info {quoted}\n{train}"
@@ -58,7 +58,7 @@ class ForgeGroup(click.Group):
 @click.group(cls=ForgeGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llm-forge")
 def main() -> None:
-    """Turn text into shards: tokenize once, offline; train from memory-mapped files.
+    """Turn text into shards: tokenize once, offline; train from them as often as you like.
 
     \b
     Typical use:
@@ -72,7 +72,7 @@ def main() -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder for the shards.  [default: data_cache/NAME]",
+    help="Folder for the shards.  [default: data_cache/ and the name of the config or source]",
 )
 @click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup.")
 @click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
@@ -95,8 +95,8 @@ def main() -> None:
     type=Count(),
     default="100M",
     show_default=True,
-    help="Tokens a shard, at most, about; a small source gets smaller ones, a text file is one, "
-    "and archives make larger ones.",
+    help="Tokens a shard, at most, about. Small sources get smaller shards; a text file is always "
+    "one; compressed files make larger ones.",
 )
 @click.option(
     "--min-score",
@@ -162,7 +162,7 @@ def tokenize(
         raise click.UsageError("--append keeps the shards, --overwrite removes them: choose one")
     resolved = sources.resolve(source, config, split, revision)
     given = click.get_current_context().get_parameter_source
-    for name in ("split", "revision"):
+    for name in ("config", "split", "revision"):
         if not resolved.hub and given(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(f"--{name} is for a hub dataset, and {source} is none")
     if others := resolved.not_read:
@@ -189,12 +189,12 @@ def tokenize(
         summary = {
             "folder": str(folder),
             "up_to_date": outcome.up_to_date,
-            "train_tokens": tokens["train"],
-            "val_tokens": tokens["val"],
-            "documents": index.total("num_documents"),
+            "num_train_tokens": tokens["train"],
+            "num_val_tokens": tokens["val"],
+            "num_documents": index.total("num_documents"),
             "text_bytes": index.total("text_bytes"),
-            **index.skipped,
-            "files_not_read": len(resolved.not_read),
+            "skipped": index.skipped,
+            "num_files_not_read": len(resolved.not_read),
             "seconds": round(outcome.seconds, 3),
         }
         click.echo(json.dumps(summary))
@@ -276,8 +276,8 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
             json.dumps(
                 {
                     "folder": str(folder),
-                    "shards": len(index.shards),
-                    "bytes": total,
+                    "num_shards": len(index.shards),
+                    "num_bytes": total,
                     "problems": problems,
                 }
             )

@@ -62,6 +62,10 @@ def summarize(index: Index) -> dict[str, Any]:
     }
 
 
+def few(epochs: float) -> str:
+    return f"{epochs:.2f}" if epochs >= 0.005 or not epochs else "< 0.01"
+
+
 def epochs(train_tokens: int) -> dict[str, dict[str, Any]]:
     """For each config that is installed: its budget in tokens, and the epochs that makes."""
     budgets: dict[str, dict[str, Any]] = {}
@@ -122,7 +126,7 @@ def render(index: Index) -> str:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
             lines.append(
-                f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {row['epochs']:>10.2f} epochs"
+                f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {few(row['epochs']):>10} epochs"
             )
     return "\n".join(lines)
 

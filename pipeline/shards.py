@@ -314,8 +314,30 @@ def read_vocabulary(path: Path) -> list[bytes]:
     return [*tokens, b""]
 
 
+def no_index(folder: Path) -> ForgeError:
+    """What a folder without index.json probably is."""
+    names = [path.name for path in folder.iterdir()]
+    if WORK_FOLDER in names or any(map(SHARD_NAME.fullmatch, names)):
+        return ForgeError(
+            f"the folder has no {INDEX_FILE}, so it is not finished",
+            where=folder,
+            fix="run its forge-prep tokenize command again; it goes on where it stopped",
+        )
+    below = next(iter(sorted(folder.glob(f"*/{INDEX_FILE}"))), None)
+    return ForgeError(
+        f"no folder of shards: it has no {INDEX_FILE}",
+        where=folder,
+        fix=f"give the folder of shards itself, such as {below.parent}"
+        if below
+        else "make one of the text first: forge-prep tokenize SOURCE --out DIR; then give DIR",
+    )
+
+
 def load_index(folder: Path) -> Index:
-    """Read and check index.json of a folder of shards."""
+    """Read and check index.json of a folder of shards.
+
+    ForgeError when there is none, or it is damaged or of another format.
+    """
     path = folder / INDEX_FILE
     try:
         data = path.read_bytes()
@@ -326,11 +348,7 @@ def load_index(folder: Path) -> Index:
                 where=folder,
                 fix="make one: forge-prep tokenize SOURCE --out DIR",
             ) from None
-        raise ForgeError(
-            f"the folder has no {INDEX_FILE}, so it is not finished (or is no folder of shards)",
-            where=folder,
-            fix="run its forge-prep tokenize command again; it goes on where it stopped",
-        ) from None
+        raise no_index(folder) from None
     except OSError as error:
         raise ForgeError(
             f"cannot read the index: {error.strerror}", where=path, fix="give read permission"

@@ -261,7 +261,8 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
         raise ForgeError(
             f"cannot resolve the hub dataset: {type(error).__name__}: {error}",
             where=name + (f", config {config}" if config else ""),
-            fix="check the id, --config and the network; a local path must exist",
+            fix="check the id, --config and the network, and run it again; a local path must "
+            "exist. Without a network: copy its parquet files here, and give their folder",
         ) from error
     if not by_split or split not in by_split:
         raise ForgeError(

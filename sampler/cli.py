@@ -34,14 +34,14 @@ def importing() -> Iterator[None]:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--prompt",
-    help="Text to go on from; - reads it from standard input, less a line end at its end.  "
+    help="Text to go on from; - reads it from standard input, without its final line end.  "
     f"[default: ask for prompts on a terminal, else {DEFAULT_PROMPT!r}]",
 )
 @click.option(
     "--prompts-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help='A prompt a line; of a .jsonl file, a JSON object with "prompt" a line, and JSON lines '
-    "come out, with whatever else came in under other names than theirs.",
+    help='A prompt a line. Of a .jsonl file: an object with "prompt" a line; JSON lines come out, '
+    "which keep the object's other keys.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True)
 @click.option(
@@ -139,6 +139,9 @@ def sample(
     elif prompt == "-":
         prompts = [terminal.read_prompt()]
     elif prompt is not None or sys.stdin is None or not sys.stdin.isatty():  # None: closed
+        if prompt is None:
+            note = f"No --prompt: {DEFAULT_PROMPT!r} it is. --prompt - reads standard input."
+            click.echo(note, err=True)
         prompts = [terminal.Prompt(DEFAULT_PROMPT if prompt is None else prompt)]
     stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop)
     loaded = load.open_model(model, checkpoint, load.best_device())
@@ -188,20 +191,20 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of shards.")
 @click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True)
 @click.option(
-    "--tokens",
+    "--num-tokens",
     type=click.IntRange(1),
     default=1_048_576,
     show_default=True,
-    help="How many of them, the same for all models (or all that there are).",
+    help="Tokens of --data to measure on, the same for all models; all, where there are fewer.",
 )
 @click.option(
-    "--context",
+    "--context-length",
     type=click.IntRange(1),
     metavar="TOKENS",
     help="Length of a window.  [default: the shortest context of the models]",
 )
 @click.option(
-    "--jsonl",
+    "--questions",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Multiple-choice questions in HellaSwag's format: ctx, endings, label.",
 )
@@ -212,25 +215,26 @@ def evaluate(
     models: tuple[Path, ...],
     data: Path | None,
     split: str,
-    tokens: int,
-    context: int | None,
-    jsonl: Path | None,
+    num_tokens: int,
+    context_length: int | None,
+    questions: Path | None,
     checkpoint: int | None,
     as_json: bool,
 ) -> None:
-    """Measure MODELS side by side: on shards (--data), on questions (--jsonl), or both.
+    """Measure MODELS side by side: on shards (--data), on --questions, or both.
 
     A model is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
     local folder in transformers' GPT-2 or Qwen3 layout. All see the same tokens. Losses are in nats
     a token; what follows ± is one standard error. acc_norm is HellaSwag's usual number: the ending
     with the largest log p a character.
     """
-    if data is None and jsonl is None:
-        raise click.UsageError("say on what: --data DIR, --jsonl FILE, or both")
+    if data is None and questions is None:
+        raise click.UsageError("say on what: --data DIR, --questions FILE, or both")
     with importing():
         from sampler import evaluate as evaluating
 
-    for rows in evaluating.evaluate(models, data, split, tokens, context, jsonl, checkpoint):
+    on = (data, split, num_tokens, context_length, questions)
+    for rows in evaluating.evaluate(models, *on, checkpoint):
         if as_json:
             for row in rows:
                 click.echo(json.dumps(row))

@@ -53,7 +53,9 @@ def evaluate(
     if data is not None:
         longest = min(loaded.model.config.context_length for loaded in models)
         if context_length is not None and context_length > longest:
-            raise ForgeError(f"a model reads {longest} tokens at most", fix=f"--context {longest}")
+            raise ForgeError(
+                f"a model reads {longest} tokens at most", fix=f"--context-length {longest}"
+            )
         yield on_shards(
             _one_by_one(models, device), data, split, num_tokens, context_length or longest
         )
@@ -117,7 +119,7 @@ def on_shards(
             f"the {split} split has {windows.num_windows} windows of {context_length} tokens, and "
             f"{num_tokens:,} tokens are asked for; a standard error needs 2 windows at least",
             where=folder,
-            fix="more text, more --tokens, or a shorter --context",
+            fix="more text, more --num-tokens, or a shorter --context-length",
         )
     rows: list[Row] = []
     first: Floats | None = None
@@ -179,7 +181,7 @@ def read_questions(path: Path) -> list[Question]:
         raise ForgeError(
             f"cannot read the questions: {getattr(error, 'strerror', None) or error}",
             where=path,
-            fix="give --jsonl a file of text, one question a line",
+            fix="give --questions a file of text, one question a line",
         ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():

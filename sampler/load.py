@@ -72,7 +72,8 @@ def open_model(
             "no model there" if path.exists() else "no such folder",
             where=path,
             fix="give a run of forge-train (the folder named with --out), one of its checkpoints, "
-            "or a folder in transformers' GPT-2 or Qwen3 layout",
+            "or a folder in transformers' GPT-2 or Qwen3 layout (a model of the hub is one after: "
+            "hf download NAME --local-dir FOLDER)",
         )
     elif step is not None:
         raise ForgeError("an exported folder has no checkpoints", where=path, fix="no --checkpoint")

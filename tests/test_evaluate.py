@@ -73,7 +73,7 @@ def rows_of(result) -> list[dict]:
 
 
 def test_the_loss_is_the_one_that_training_logged(run: Path, small_shards: Path, forge) -> None:
-    (row,) = rows_of(forge("eval", run, "--data", small_shards, "--tokens", 640, "--json"))
+    (row,) = rows_of(forge("eval", run, "--data", small_shards, "--num-tokens", 640, "--json"))
     logged = metrics_of(run, "evaluate")[-1]
     assert row["num_tokens"] == 640
     assert row["loss"] == pytest.approx(logged["loss"], abs=6e-5)  # six digits are logged
@@ -99,14 +99,14 @@ def test_models_are_compared_over_the_same_tokens(
     """A run, its earlier checkpoint and its export; the difference is that of paired windows."""
     forge("export", run, tmp_path / "hf", "--dtype", "float32")
     models = [run, run / "checkpoints" / "step_00000004", tmp_path / "hf"]
-    result = forge("eval", *models, "--data", small_shards, "--tokens", 640, "--json")
+    result = forge("eval", *models, "--data", small_shards, "--num-tokens", 640, "--json")
     first, older, exported = rows_of(result)
     assert exported["loss"] == pytest.approx(first["loss"], abs=1e-5)
     assert exported["difference"] == pytest.approx(0, abs=1e-5)
     assert older["step"] == 4
     assert older["difference"] == pytest.approx(older["loss"] - first["loss"])
     assert older["difference_error"] < older["loss_error"]
-    table = forge("eval", *models, "--data", small_shards, "--tokens", 640).stdout
+    table = forge("eval", *models, "--data", small_shards, "--num-tokens", 640).stdout
     assert f"{first['loss']:.4f} ± {first['loss_error']:.4f}" in table
 
 
@@ -135,11 +135,11 @@ def test_all_of_a_split_is_each_token_once(
 
 
 def test_a_context_longer_than_a_model_s_is_refused(run: Path, small_shards: Path, forge) -> None:
-    result = forge("eval", run, "--data", small_shards, "--context", 65)
+    result = forge("eval", run, "--data", small_shards, "--context-length", 65)
     assert result.exit_code == 1
-    assert "--context 64" in result.output
+    assert "--context-length 64" in result.output
     assert forge("eval", run).exit_code == 2
-    result = forge("eval", run, "--data", small_shards, "--tokens", 64)
+    result = forge("eval", run, "--data", small_shards, "--num-tokens", 64)
     assert result.exit_code == 1
     assert "2 windows at least" in result.output
 
@@ -193,7 +193,7 @@ def test_a_question_that_is_none_is_named_by_its_line(run: Path, tmp_path: Path,
         [],
     ):
         path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
-        result = forge("eval", run, "--jsonl", path)
+        result = forge("eval", run, "--questions", path)
         assert result.exit_code == 1
         assert "line 2" in result.output
 
@@ -208,7 +208,7 @@ def test_the_harness_counts_the_same_answers_right(
     from tests.benchmarks.engines import harness_accuracy
 
     forge("export", run, tmp_path / "hf", "--dtype", "float32")
-    (row,) = rows_of(forge("eval", run, "--jsonl", questions, "--json"))
+    (row,) = rows_of(forge("eval", run, "--questions", questions, "--json"))
     theirs = harness_accuracy(tmp_path / "hf", questions)
     for name in ("acc", "acc_norm"):
         assert row[name] == pytest.approx(theirs[name])
@@ -218,9 +218,9 @@ def test_the_harness_counts_the_same_answers_right(
 def test_one_question_has_no_standard_error(run: Path, tmp_path: Path, forge) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"ctx": "It is", "endings": ["a", "b"], "label": 1}\n')
-    (row,) = rows_of(forge("eval", run, "--jsonl", path, "--json"))
+    (row,) = rows_of(forge("eval", run, "--questions", path, "--json"))
     assert row["acc_error"] is None
-    assert "± -" in forge("eval", run, "--jsonl", path).output
+    assert "± -" in forge("eval", run, "--questions", path).output
 
 
 def test_the_mark_that_windows_puts_before_a_file_is_no_part_of_a_question(tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def test_tokenize_json_is_one_object_and_nothing_else(forge, source: Path, tmp_p
     result = forge("prep", "tokenize", source, "--out", tmp_path / "out", "--json", "--workers", 1)
     summary = json.loads(result.stdout)
     index = shards.load_index(tmp_path / "out")
-    assert summary["documents"] == 40
-    assert summary["train_tokens"] == index.total("num_tokens", "train")
-    assert (summary["null_documents"], summary["empty_documents"]) == (1, 1)
+    assert summary["num_documents"] == 40
+    assert summary["num_train_tokens"] == index.total("num_tokens", "train")
+    assert (summary["skipped"]["null_documents"], summary["skipped"]["empty_documents"]) == (1, 1)
     assert summary["up_to_date"] is False
     assert result.stderr == ""
 
@@ -72,7 +72,7 @@ def test_tokenize_json_is_one_object_and_nothing_else(forge, source: Path, tmp_p
         (["info", "nowhere"], "no such folder of shards"),
         (["verify", "nowhere"], "no such folder of shards"),
         (["show", "nowhere", "0"], "no such folder of shards"),
-        (["info", "."], "not finished"),
+        (["info", "."], "no folder of shards"),
     ],
 )
 def test_what_is_not_there_is_exit_code_1(
@@ -206,7 +206,7 @@ def test_a_real_process_is_quiet_off_a_terminal_and_needs_no_hub_library(
 
 def test_what_it_says_to_do_next_works_with_so_many_tokens(forge, source: Path, tmp_path) -> None:
     made = forge("prep", "tokenize", source, "--out", tmp_path / "out")
-    assert "too few val tokens for configs/tiny.toml" in made.stdout
+    assert "too few val tokens, even for the config tiny" in made.stdout
     short = next_commands(tmp_path, {"train": 10**8, "val": 6_500})
     assert "forge-train tiny " in short
     assert short.endswith("--check --set evaluate.num_tokens=6400")
@@ -222,8 +222,8 @@ def test_files_of_other_kinds_are_named_and_hidden_ones_are_not_read(forge, tmp_
     for name in ("a.jsonl", "b.jsonl.xz", ".ipynb_checkpoints/a-checkpoint.jsonl", "._a.jsonl"):
         (folder / name).write_text('{"text": "some text"}\n')
     made = forge("prep", "tokenize", folder, "--out", tmp_path / "out", "--json")
-    assert json.loads(made.stdout)["documents"] == 1
-    assert json.loads(made.stdout)["files_not_read"] == 1
+    assert json.loads(made.stdout)["num_documents"] == 1
+    assert json.loads(made.stdout)["num_files_not_read"] == 1
     assert made.stderr == "Not read, of other kinds: b.jsonl.xz\n"
     made = forge("prep", "tokenize", folder / "*", "--out", tmp_path / "glob")
     assert made.stderr == "Not read, of other kinds: b.jsonl.xz\n"

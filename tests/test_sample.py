@@ -272,7 +272,7 @@ def test_nothing_of_a_stop_text_is_shown() -> None:
 
 
 def test_the_same_seed_gives_the_same_text(run: Path, forge) -> None:
-    texts = [forge("sample", run, "--max-tokens", 20, "--seed", s).output for s in (1, 1, 2)]
+    texts = [forge("sample", run, "--max-tokens", 20, "--seed", s).stdout for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("Fruits are good for you because")
 

@@ -256,6 +256,12 @@ class Trainer:
             self.saver.wait()
         if self.schedule.is_over(self.step):
             self.say(f"Done in {duration(self.seconds)}: {self.run}")
+            budget = (self.config.schedule.budget_hours or math.inf) * 3600
+            if self.budget_used > budget:
+                self.say(
+                    f"That is {self.budget_used - budget:.0f} s over the budget: its start, first "
+                    "steps, evaluations and checkpoint did not fit into it."
+                )
         else:
             self.log("stop", signal=wishes.stop or "of another rank")
             self.say(f"Stopped at step {self.step}; the same command with --resume goes on.")

@@ -538,7 +538,7 @@ def write_readme(
         "`checkpoints/` (safetensors).",
         "",
         f"    forge-sample {run}",
-        f"    forge-export {run} {run.absolute().name}-hf",
+        f"    forge-export {run} {run}-hf",
     ]
     if sample:
         lines += [

@@ -43,6 +43,8 @@ def main(
     if run:
         train(names, data, run, gib, settings)
         return
+    if not torch.cuda.is_available():
+        raise click.ClickException("this benchmark needs a GPU")
     click.echo(f"{torch.cuda.get_device_name()}, at most {gib} GiB; torch {torch.__version__}")
     click.echo(
         f"{'config':14}{'micro-batch':>14}{'estimated':>11}{'peak':>8} GiB{'predicted':>13}"

@@ -290,14 +290,19 @@ def numbers(text: str) -> list[float]:
 @click.option("--lr-search", help="Train only the baseline (or --target), at these peak_lr.")
 @click.option("--search-seconds", type=float, help="For each of them; --seconds unless given.")
 @click.option("--target", help="Arm that shall reach the baseline's final loss sooner.")
-@click.option("--shares", default="0.25,0.35", show_default=True, help="Of --seconds: its plans.")
+@click.option("--shares", default="0.25,0.35", show_default=True, help="Of --seconds, for it.")
 @click.option("--tokens-per-step", default=65_536, show_default=True)
 @click.option("--val-tokens", default=524_288, show_default=True)
 @click.option("--evaluations", default=24, show_default=True, help="In each run.")
 @click.option("--calibration-steps", default=48, show_default=True)
 @click.option("--within", type=float, help="Begin no run that would end after so many seconds.")
 @click.option("--report", "only_report", is_flag=True, help="Train nothing: table and curves.")
-@click.option("--results", type=click.Path(path_type=Path, exists=True), multiple=True)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, exists=True),
+    multiple=True,
+    help="A results.jsonl of before: its runs are not repeated, and are in the report.",
+)
 @click.option("--curves", "picture", type=click.Path(path_type=Path), help="OUT/curves.svg.")
 def main(
     data: Path | None,
@@ -320,7 +325,12 @@ def main(
     results: tuple[Path, ...],
     picture: Path | None,
 ) -> None:
-    """Train arms for the same time; print the table and draw the curves."""
+    """Train arms for the same time; print the table and draw the curves.
+
+    Arms: gpt2-adamw, gpt2-adamw-wsd, gpt2-muon, gpt2-muon-short, forge, forge-short, their 350M
+    ones (gpt2_medium-..., forge-350m), and those of --arm. ARM@3e-4 is ARM with that peak_lr,
+    ARM@weight_decay=0.5 with that optimizer.weight_decay, and so on.
+    """
     baseline = baseline or arms.split(",")[0]
     plans = [(name, seconds) for name in arms.split(",")]
     if lr_search:
@@ -347,6 +357,14 @@ def main(
         )
         try:
             bench = Bench(data, files, common, evaluations)
+            there = bench.index.total("num_tokens", "val")
+            if there <= val_tokens:
+                raise ForgeError(
+                    f"{val_tokens:,} validation tokens are asked for, and there are {there:,}",
+                    where=data,
+                    fix="--val-tokens N (a multiple of the context); or tokenize with a larger "
+                    "--val-fraction: 0.012 for 47 M tokens",
+                )
             failed = bench.measure_all(runs, calibration_steps, within)
         except ForgeError as error:
             raise click.ClickException(str(error)) from error

@@ -275,9 +275,8 @@ def print_table(speed: dict[str, tuple[float, float]], runs: dict[int, Run]) -> 
             ratios = (first.whole / speed[key][0], first.cpu / speed[key][1])
             print("c / {}: {:.2f}, CPU {:.2f}".format(key, *ratios))
     for count, run in list(runs.items())[1:]:
-        print(
-            f"{count} workers / {next(iter(runs))}: {run.steady / first.steady:.2f} in steady state"
-        )
+        ratio = f"{run.steady / first.steady:.2f}" if first.steady else "too little text to say,"
+        print(f"{count} workers / {next(iter(runs))}: {ratio} in steady state")
     for count, run in runs.items():
         marks = ", ".join(f"{mib:.0f} after {mark}" for mark, mib in run.worker_mib.items())
         print(

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import click
+import torch
 
 ROOT = Path(__file__).parent.parent.parent
 # What --check gives for a card of 24 GB.
@@ -75,6 +76,8 @@ def train(
 @click.option("--steps", default=14, show_default=True)
 @click.option("--set", "settings", multiple=True)
 def main(data: str, configs: str, rows: str, steps: int, settings: tuple[str, ...]) -> None:
+    if torch.cuda.device_count() < 2:
+        raise click.ClickException("this benchmark needs two GPUs")
     click.echo(f"{'config':14}{'row':30}{'tokens/s':>12}{'ratio':>8}{'loss differs by':>18}")
     for config in configs.split(","):
         single: float | None = None
