@@ -1,6 +1,6 @@
 """plan -> run slices in parallel -> commit -> index.
 
-Before: slices.py, which makes one slice. After: shards.py on the disk, which the trainer maps.
+Before: slices.py, which makes one slice. After: shards.py on the disk, which the trainer reads.
 
 The plan is a pure function of the source's metadata and the options, and each slice of it is an
 independent task. So any number of workers and any number of kills give the same bytes. index.json

@@ -1,6 +1,6 @@
 """THE FORMAT: shard files and index.json. Write them, map them, check them.
 
-Before: prepare.py, which turns text into tokens. After: trainer/windows.py, which reads them.
+Before: slices.py, which turns text into tokens. After: trainer/windows.py, which reads them.
 
 A shard is an llm.c / modded-nanogpt token file, little-endian throughout:
 
@@ -89,7 +89,7 @@ class DocumentLengths:
 
     @staticmethod
     def of(lengths: npt.NDArray[np.int64]) -> "DocumentLengths":
-        """Figures of an array of document lengths, each >= 1."""
+        """Figures of an array of document lengths."""
         if lengths.size == 0:
             return DocumentLengths()
         buckets = np.floor(4 * np.log2(np.maximum(lengths, 1))).astype(np.int64)

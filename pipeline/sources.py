@@ -1,6 +1,6 @@
 """Where text comes from: hub dataset | parquet | jsonl(.gz|.zst) | txt -> slices -> Arrow batches.
 
-Before: the user's SOURCE. After: tokenizer.py, called slice by slice from prepare.py.
+Before: the user's SOURCE. After: tokenizer.py, called slice by slice from slices.py.
 
 resolve() finds the files, plan() cuts them into slices from metadata alone (no text is read), and
 read_texts() streams the text of one part of a slice.
@@ -465,7 +465,7 @@ def score_column(columns: Sequence[str], where: object) -> str:
 
 
 class Batch(NamedTuple):
-    """Some documents: n texts as they stand, nulls included; what reading them took and left."""
+    """Some documents: texts (n,) as they stand, nulls too, and the source bytes read for them."""
 
     texts: pa.LargeStringArray
     source_bytes: int

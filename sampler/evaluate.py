@@ -125,7 +125,11 @@ def on_shards(
     first: Floats | None = None
     for loaded in models:
         if index.tokenizer["vocab_size"] > loaded.model.config.vocab_size:
-            raise ForgeError("the shards have token ids that the model has not", where=loaded.path)
+            raise ForgeError(
+                "the shards have token ids that the model has not",
+                where=loaded.path,
+                fix="leave it out: it was made with another vocabulary",
+            )
         nats, num_bytes = window_losses(loaded, windows, count)
         losses = nats / context_length
         bits = nats.sum() / math.log(2) / num_bytes.sum()

@@ -35,6 +35,7 @@ CHECK_TEXTS = (
     "👩‍👩‍👧‍👦🏳️‍🌈 \u200b\u200d\ufeff \x00\x01\x7f",
     "def f(x):\n    return {'a': [1, 2.5e-3]}  # ok\n" + "x" * 300 + " " * 300 + "1" * 300,
 )
+REPORT = "report this, with the model's config.toml and the versions of torch and transformers"
 FAMILIES = {"gpt2": "GPT-2", "qwen3": "Qwen3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,7 +73,9 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
             else:
                 partial.rename(out)
     except OSError as error:
-        raise ForgeError(f"cannot write: {error.strerror or error}", where=out) from error
+        raise ForgeError(
+            f"cannot write: {error.strerror or error}", where=out, fix="make room, or name another"
+        ) from error
     return checked
 
 
@@ -152,11 +155,15 @@ def check(folder: Path, model: LanguageModel, dtype: str) -> str:
         difference = (wanted - theirs(tokens).logits).abs().max().item()
     # 1e-4 for logits of ordinary size; float32 has seven digits, whatever their size.
     if not difference < 1e-4 * max(1.0, wanted.abs().max().item() / 100):
-        raise ForgeError(f"transformers' logits differ by {difference:.2g}", where=folder)
+        raise ForgeError(
+            f"transformers' logits differ by {difference:.2g}", where=folder, fix=REPORT
+        )
     their_tokenizer.model_max_length = 10**6  # or it warns of texts that no model reads here
     for text in CHECK_TEXTS:
         if their_tokenizer(text)["input_ids"] != tokenizer.encode(text):
-            raise ForgeError(f"transformers' tokens differ for {text[:40]!r}", where=folder)
+            raise ForgeError(
+                f"transformers' tokens differ for {text[:40]!r}", where=folder, fix=REPORT
+            )
     return (
         f"checked with {name}: logits differ by at most {difference:.1e} in float32, "
         "tokens are tiktoken's"

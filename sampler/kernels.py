@@ -117,7 +117,7 @@ def attend(
 ) -> Tensor:
     """Put one new token a row into the cache and attend to it and all before.
 
-    q (B, H, 1, D); k and v (B, G, 1, D), H a multiple of G; keys and values (B, G, S, D), written
+    q (B, H, 1, D); k and v (B, K, 1, D), H a multiple of K; keys and values (B, K, S, D), written
     at `lengths` (B,). Returns (B, H, 1, D).
     """
     num_rows, heads, _, size = q.shape

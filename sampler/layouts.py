@@ -35,6 +35,7 @@ FIXED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
         "tie_word_embeddings": (False, (True,)),
     },
 }
+PUBLISHED = "give a GPT-2 or Qwen3 model as it was published, or as forge-export writes it"
 NO_SIZES = ("family", "bias", "rope_theta")  # of ModelConfig
 QWEN3_NAMES = (
     (r"^wte\.", "model.embed_tokens."),
@@ -111,11 +112,11 @@ def fill(model: LanguageModel, tensors: dict[str, Tensor], where: Path) -> None:
         if named[name].shape != wanted[name].shape:
             wrong.append(f"{name} {tuple(named[name].shape)}, not {tuple(wanted[name].shape)}")
     if wrong:
-        raise ForgeError(f"weights that differ: {', '.join(wrong[:5])}", where=where)
+        raise ForgeError(f"weights that differ: {', '.join(wrong[:5])}", where=where, fix=PUBLISHED)
     for name, place in wanted.items():
         place.copy_(named[name])
     if head is not None and not torch.equal(head.to(parameters["wte.weight"]), model.wte.weight):
-        raise ForgeError("the head is not tied to the token embedding", where=where)
+        raise ForgeError("the head is not tied to the token embedding", where=where, fix=PUBLISHED)
 
 
 def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -166,7 +167,9 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FIXED:
         raise ForgeError(
-            f"a model of type {family!r}; only GPT-2's and Qwen3's layouts can be read", where=where
+            f"a model of type {family!r}; only GPT-2's and Qwen3's layouts can be read",
+            where=where,
+            fix=PUBLISHED,
         )
     different = [
         f"{key} is {config.get(key, default)!r}"
@@ -182,6 +185,7 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
         raise ForgeError(
             f"not the architecture that {family} was published with: {', '.join(different)}",
             where=where,
+            fix=PUBLISHED,
         )
     try:
         if family == "gpt2":
@@ -207,9 +211,11 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
                 bias=False,
             )
     except KeyError as error:
-        raise ForgeError(f"the config lacks {error}", where=where) from error
+        raise ForgeError(f"the config lacks {error}", where=where, fix=PUBLISHED) from error
     except (TypeError, ValueError) as error:
-        raise ForgeError(f"the config's rope_theta is no number: {error}", where=where) from error
+        raise ForgeError(
+            f"the config's rope_theta is no number: {error}", where=where, fix=PUBLISHED
+        ) from error
     _check_sizes(found, where)
     return found
 
@@ -229,4 +235,6 @@ def _check_sizes(config: ModelConfig, where: Path) -> None:
     if not wrong and config.num_heads % config.kv_heads():
         wrong.append(f"{config.num_heads} heads over {config.kv_heads()} of keys")
     if wrong:
-        raise ForgeError(f"the config describes no model: {', '.join(wrong)}", where=where)
+        raise ForgeError(
+            f"the config describes no model: {', '.join(wrong)}", where=where, fix=PUBLISHED
+        )

@@ -25,6 +25,7 @@ from trainer.run import CONFIG_FILE
 
 HF_CONFIG = "config.json"
 HF_INDEX = "model.safetensors.index.json"
+AGAIN = "download or copy the folder again"  # what to do about a damaged file
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             )
         places = _read_json(folder / HF_INDEX).get("weight_map")
         if not isinstance(places, dict):
-            raise ForgeError("no weight_map", where=folder / HF_INDEX)
+            raise ForgeError("no weight_map", where=folder / HF_INDEX, fix=AGAIN)
         files = sorted({*map(str, places.values())})
     tensors: dict[str, Tensor] = {}
     for name in files:
@@ -132,7 +133,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             with safe_open(folder / name, "pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ForgeError(f"cannot read weights: {error}", where=folder / name) from error
+            raise ForgeError(
+                f"cannot read weights: {error}", where=folder / name, fix=AGAIN
+            ) from error
     return tensors
 
 
@@ -147,14 +150,18 @@ def _check_tokenizer(folder: Path) -> None:
                 content = model.get("vocab") if isinstance(model, dict) else None
             known = content if isinstance(content, dict) else {}
             if {tokenizer.EOT_TEXT: EOT_TOKEN, **known} != published:
-                raise ForgeError("the tokenizer is not GPT-2's", where=folder / name)
+                raise ForgeError(
+                    "the tokenizer is not GPT-2's",
+                    where=folder / name,
+                    fix="only models with GPT-2's tokenizer can be read",
+                )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ForgeError(f"cannot read: {error}", where=path) from error
+        raise ForgeError(f"cannot read: {error}", where=path, fix=AGAIN) from error
     if not isinstance(content, dict):
-        raise ForgeError("not a JSON object", where=path)
+        raise ForgeError("not a JSON object", where=path, fix=AGAIN)
     return content

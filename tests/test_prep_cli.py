@@ -184,7 +184,8 @@ def test_verify_is_exit_code_0_or_1(forge, small_shards: Path, tmp_path: Path) -
 def test_the_folder_is_named_after_the_source() -> None:
     assert default_name("HuggingFaceTB/smollm-corpus", "fineweb-edu-dedup") == "fineweb-edu-dedup"
     assert default_name("a/b/books.jsonl.zst", None) == "books"
-    assert default_name("books/*.jsonl.gz", None) == "shards"
+    assert default_name("a/books/*/x*.jsonl.gz", None) == "books"
+    assert default_name("*.txt", None) == Path.cwd().name
     assert default_name("books/", None) == "books"
 
 

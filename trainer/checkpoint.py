@@ -3,8 +3,8 @@
 Before: loop.py. After: a later loop.py (--resume) and sampler/.
 
     RUN/checkpoints/step_00001000/
-        model.safetensors       weights, float32, by transformers' GPT-2 names
-        optimizer.safetensors   optimizer.py's state: AdamW's moments, `exp_avg.NAME` and so on
+        model.safetensors       weights, float32, by model.py's names
+        optimizer.safetensors   optimizer.py's state: AdamW's moments, Muon's momentum
         state.json              step, tokens, seconds, and checksums (xxh3_64): of both files and
                                 of all else in this one
 
@@ -298,7 +298,9 @@ def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ForgeError(f"cannot read tensors: {error}", where=path) from error
+        raise ForgeError(
+            f"cannot read tensors: {error}", where=path, fix="copy the checkpoint again"
+        ) from error
     differing = {k for k in {*tensors, *wanted} if k not in tensors or k not in wanted}
     differing |= {k for k in {*tensors} & {*wanted} if tensors[k].shape != wanted[k].shape}
     if differing:

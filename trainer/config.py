@@ -87,8 +87,8 @@ class BatchConfig:
     tokens_per_step: int
     micro_batch_size: Literal["auto"] | int = "auto"  # windows a rank takes through one forward
     # Batch warm-up: the first steps have 2**doublings times fewer tokens, and after each
-    # doubling_steps twice as many, up to tokens_per_step. Where GPT-2 is compiled, it is once more
-    # for each size that a micro-batch must shrink to.
+    # doubling_steps twice as many, up to tokens_per_step. torch.compile, where it is used, runs
+    # again for each size that a micro-batch must shrink to.
     doublings: int = 0
     doubling_steps: int = 100
 
@@ -205,9 +205,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 1337
-    # auto: full on a GPU, off on a CPU. block starts sooner: it compiles one block for all. Where
-    # fused.py has kernels for what is between the products, Qwen3 is not compiled at all, and GPT-2
-    # only by full.
+    # auto: full on a GPU, off on a CPU. block starts sooner: it compiles one block, for all. Where
+    # fused.py's kernels run (half precision, Triton), Qwen3 is never compiled, GPT-2 only by full.
     compile: Literal["auto", "full", "block", "off"] = "auto"
     # Of the weights that the model computes with; auto: bfloat16, or float16 on GPUs before Ampere,
     # or float32 on a CPU. Masters, moments and sums are float32 whatever it is.

@@ -1,6 +1,6 @@
 """Head and cross-entropy in one: x (N, C), weight (V, C), targets (N,) -> sum of the losses.
 
-Before: model.py's trunk. After: loop.py's backward.
+Before: model.py's trunk. After: step.py's backward.
 
 The logits of a step are by far its largest array. Here a chunk of them is overwritten with its own
 gradient, softmax - one-hot, and used up at once: nothing of size (N, V) outlives the forward pass.

@@ -1,15 +1,15 @@
 """The trunks for training on a GPU: the numbers of model.py's, with fewer walks through memory.
 
-Before: model.py, whose modules and weights these are. After: loop.py, which runs hidden() as it is,
-or compiles it for GPT-2, of whose way forward the compiler makes a little more.
+Before: model.py, whose modules and weights these are. After: backends.py, which puts hidden() in
+the trunk's place, and compiles it for GPT-2, whose forward pass that makes a little faster.
 
 Forward has kernels of our own, so that nothing waits for a compiler; for the compiler it is plain
-torch. Backward is memory-bound between its products, and every bias and gain wants a sum
-over all tokens. Here whoever makes a gradient sums it on the way, in one of a few kernels: behind
-GELU, behind attention (where dq, dk and dv become one array, too; of Qwen3 they are normalized and
-rotated there), and behind a norm with the addition before it. So a bias is added inside its
-product, as a constant, and has its gradient from the function that comes next, which takes it only
-for that.
+torch. The backward pass is memory-bound between its matrix products, and every bias and gain needs
+its gradient summed over all tokens. Here each kernel that writes such a gradient also sums it:
+behind GELU, behind attention (where dq, dk and dv become one array, too; Qwen3's are normalized and
+rotated there), and behind a norm with the addition before it. So a bias is added inside its matrix
+product as a constant (detached), and the next Function, which takes it only for that, returns its
+gradient.
 """
 
 # torch has no types for Function.apply.

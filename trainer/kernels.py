@@ -1,7 +1,7 @@
 """The kernels that are written by hand, in Triton.
 
 Before: the logits of cross_entropy.py, the outputs and gradients of fused.py, and the gradients of
-optimizer.py, on a GPU. After: what they ask for.
+optimizer.py, on a GPU. After: those files again, which launch them.
 """
 
 # ruff: noqa: N803  (Triton writes constants in capitals)

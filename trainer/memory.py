@@ -16,8 +16,8 @@ from trainer.ranks import Ranks
 
 # Bytes a parameter: master, gradient and two AdamW moments in float32, the weight in bfloat16.
 STATE_BYTES = 4 + 4 + 4 + 4 + 2
-# Muon has one moment, and at its update, which is not at the time of forward and backward, copies:
-# of all its matrices one, of those of one shape, about 40 % of them, three.
+# Muon keeps one moment. Its update, which never overlaps forward and backward, copies all its
+# matrices once, and those of one shape (about 40 % of them) three times.
 MUON_BYTES, MUON_UPDATE_BYTES = 4 + 4 + 4 + 2, 8.5
 # Bytes of a compiled bfloat16 step for each token and layer: what forward keeps is 4 of the block's
 # channels, and 2 or 3 of each of the numbers inside it (GPT-2: q, k, v and attention's output, the

@@ -1,6 +1,6 @@
 """Two families of models: tokens (B, T) -> logits (B, T, V).
 
-Before: windows.py. After: loop.py (loss) and sampler/generate.py (text).
+Before: windows.py. After: step.py and validation.py (loss), sampler/decode.py (text).
 
 Both look tokens up, L times add to that sum what attention and an MLP make of it, and read the next
 token off it with the same embedding. GPT2 is as published (Radford et al. 2019, "Language Models
@@ -74,6 +74,7 @@ class Block(nn.Module):
         self.ln_2, self.mlp = norms[1], mlp
 
     def forward(self, x: Tensor, cache: Cache | None, *turn: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C); `turn` is Qwen3's rotary table."""
         x = x + self.attn(self.ln_1(x), cache, *turn)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
@@ -166,6 +167,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(size, size, bias=config.bias)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         # (B, T, 3C) -> three of (B, H, T, D)
         q, k, v = self.c_attn(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)

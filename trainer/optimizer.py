@@ -1,6 +1,6 @@
 """AdamW and Muon over flat float32 masters; the model's own weights, in the precision it runs in.
 
-Before: model.py's parameters and their gradients. After: loop.py's update.
+Before: model.py's parameters and their gradients. After: step.py's update.
 """
 
 import math
@@ -112,7 +112,8 @@ class Optimizer:
     def views(self, flat: Tensor, first: int = 0) -> dict[str, Tensor]:
         """The parts of a flat array by the names and in the shapes of the model's parameters.
 
-        The array is that of all parameters from the `first` number on, as far as it reaches.
+        `flat` holds their numbers from index `first` of the parameters' order on; parameters that
+        begin outside of it are left out.
         """
         return {
             name: flat[self._starts[name] - first :][: parameter.numel()].view(parameter.shape)
@@ -146,10 +147,11 @@ class Optimizer:
             self.gradients.copy_(sent)
 
     def update(self, lr: float, num_tokens: int, is_sound: Tensor) -> Tensor:
-        """One AdamW update with the gradient's mean over `num_tokens`; returns its norm.
+        """One update, AdamW's and Muon's, with the gradient's mean over `num_tokens`.
 
-        The gradient is clipped to max_norm. Where `is_sound` (a bool on the device) is false or
-        the norm is not finite, everything stays as it was, and nothing waits for the GPU.
+        Returns the gradient's norm, and clips it to max_norm. Where `is_sound` (a bool on the
+        device) is false or the norm is not finite, everything stays as it was. Nothing waits for
+        the GPU.
         """
         divisor = self.loss_scale * num_tokens
         norm: Tensor = torch.linalg.vector_norm(self.gradients) / divisor

@@ -33,7 +33,7 @@ class Shared(NamedTuple):
 
 
 class Moment:
-    """Now, in the order of the device's own work, which the host runs ahead of."""
+    """A point in the device's queue of work, which the host runs ahead of (a CPU: its clock)."""
 
     def __init__(self, device: torch.device) -> None:
         self.time = time.perf_counter()
@@ -47,7 +47,7 @@ class Moment:
             self.event.synchronize()
 
     def seconds_since(self, earlier: "Moment") -> float:
-        """Both must be over."""
+        """wait() for both first."""
         if self.event and earlier.event:
             return float(earlier.event.elapsed_time(self.event)) / 1000
         return self.time - earlier.time

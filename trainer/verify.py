@@ -135,7 +135,11 @@ def _compare(straight: Path, killed: Path, num_steps: int) -> str:
     if losses[0] == losses[1] and path.read_bytes() == other.read_bytes():
         return f"exact: all {num_steps} losses and every bit of the weights are the same"
     if losses[0].keys() != losses[1].keys():
-        raise ForgeError("the two runs do not have the same steps", where=f"{losses}")
+        raise ForgeError(
+            "the two runs do not have the same steps",
+            where=", ".join(f"{len(steps)} steps" for steps in losses),
+            fix="report this, with the config and the GPU",
+        )
     largest = max(abs(losses[1][step] / loss - 1) for step, loss in losses[0].items())
     if not torch.cuda.is_available() or largest > GPU_TOLERANCE:
         raise ForgeError(

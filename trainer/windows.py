@@ -1,6 +1,6 @@
-"""Mapped shards -> window order -> this rank's micro-batches.
+"""Shards -> window order -> this rank's micro-batches.
 
-Before: pipeline/shards.py, the folder on the disk. After: model.py, by way of loop.py.
+Before: pipeline/shards.py, the folder on the disk. After: model.py, by way of step.py.
 
 A window is context_length + 1 tokens; windows start every context_length tokens of a shard, so that
 each token is predicted once an epoch. Their order is a pure function of (seed, position): a keyed
@@ -78,6 +78,7 @@ class Windows:
 
         Read, not mapped: a mapped page of a disk that fails or of a file that shrinks ends the
         process with a signal, and maps kept for days count as its memory. Both read the page cache.
+        ForgeError when a shard cannot be read, ends early, or has a token outside the vocabulary.
         """
         out = np.empty((len(windows), self.context_length + 1), "<u2")
         in_shard = np.searchsorted(self.ends, windows, side="right")
@@ -219,7 +220,11 @@ class MicroBatches:
             if isinstance(item, tuple):
                 return item
             if not isinstance(item, ForgeError):
-                item = ForgeError(f"cannot read windows: {item!r}", where=self.windows.index.folder)
+                item = ForgeError(
+                    f"cannot read windows: {item!r}",
+                    where=self.windows.index.folder,
+                    fix="look at the disk and the memory; then the same command with --resume",
+                )
             self.error = item
         shape = (self.cut[1], self.windows.context_length)
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
