@@ -29,7 +29,7 @@ class ForgeCommand(click.Command):
                 raise  # nobody reads on: click ends quietly
             failure = ForgeError(
                 f"cannot read or write: {error.strerror or error}",
-                where=error.filename or ("an open file" if _can_flush() else "standard output"),
+                where=error.filename or f"standard output{', or an open file' * _can_flush()}",
                 fix="make room or get access, then run the command again",
             )
             raise click.ClickException(str(failure)) from error

@@ -103,7 +103,7 @@ def tokenize(
                 plan["source"]["files"] = old.source["files"] + source.record()["files"]
                 plan["source"] |= {"name": old.source["name"]}
             made = {"source": old.source, "options": old.options, "tokenizer": old.tokenizer}
-            _same_plan(plan, made, folder, any_files=append)
+            _check_plan(plan, made, folder, any_files=append)
             if not append or not source.files:
                 for shard in old.shards:
                     shards.check_header(folder / shard.file)
@@ -176,7 +176,7 @@ def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> None:
     _must_be_ours(folder)
     work.mkdir(exist_ok=True)
     if plan_file.exists() and any(work.glob("[0-9]*.json")):
-        _same_plan(plan, json.loads(plan_file.read_bytes()), folder, any_files=True)
+        _check_plan(plan, json.loads(plan_file.read_bytes()), folder, any_files=True)
     elif plan_file.exists() and old is None:  # nothing is finished yet: any plan may follow
         _clear(folder)
     for leftover in [*folder.glob("*.partial"), *work.glob("*.partial")]:
@@ -214,7 +214,7 @@ def _goes_on(folder: Path, plan: dict[str, Any]) -> bool:
     """Whether an unfinished run of this very plan lies there: then nothing is in its way."""
     try:
         made = json.loads((folder / WORK_FOLDER / PLAN_FILE).read_bytes())
-        _same_plan(plan, made, folder, any_files=True)
+        _check_plan(plan, made, folder, any_files=True)
     except (OSError, ValueError, ForgeError):
         return False
     return not (folder / shards.INDEX_FILE).exists()
@@ -251,7 +251,9 @@ def _shard_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if shards.SHARD_NAME.fullmatch(path.name)]
 
 
-def _same_plan(wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_files: bool) -> None:
+def _check_plan(
+    wanted: dict[str, Any], made: dict[str, Any], folder: Path, any_files: bool
+) -> None:
     """ForgeError that says what differs, unless both plans are the same.
 
     The order of the files does not count: appended ones stand behind the others. With `any_files`,

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from xxhash import xxh3_64_intdigest
 
 from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN
@@ -47,7 +48,10 @@ class Sample:
     queued: int = 0  # tokens that are drawn or being drawn
 
     def __post_init__(self) -> None:
-        self._generator = np.random.Generator(np.random.Philox(self.seed))
+        # Of seed and prompt: the prompts of a file, which share a seed, do not share their luck.
+        prompt = xxh3_64_intdigest(np.array(self.prompt, "<u4").tobytes())
+        stream = np.random.SeedSequence((self.seed, prompt))
+        self._generator = np.random.Generator(np.random.Philox(stream))
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 

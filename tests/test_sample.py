@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -269,6 +270,12 @@ def test_nothing_of_a_stop_text_is_shown() -> None:
     sample = Sample(0, [], 0)
     sample.take([0, 0, 1, 2, 4, 0], [], vocabulary, Limits(6, ("bc", "\n")))
     assert (sample.text, sample.tokens) == ("aa", [0, 0, 1, 2])
+
+
+def test_prompts_that_share_a_seed_have_numbers_of_their_own() -> None:
+    one, other, again = (Sample(n, p, 7).noise(4) for n, p in enumerate(([1, 2], [2, 1], [1, 2])))
+    assert np.array_equal(one, again)
+    assert not np.isin(one, other).any()
 
 
 def test_the_same_seed_gives_the_same_text(run: Path, forge) -> None:

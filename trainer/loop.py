@@ -47,12 +47,12 @@ from trainer.run import (
     Past,
     RunLock,
     check_room,
+    check_same_folder,
+    check_same_shards,
     make_folder,
     open_data,
     open_run,
     run_files,
-    same_folder,
-    same_shards,
     write_readme,
 )
 from trainer.schedule import UNKNOWN_STEPS, Clock, Schedule
@@ -86,8 +86,8 @@ def train(
     try:
         with process_group(ranks, device, config.guard.timeout_seconds) as heartbeat:
             data = on_all(ranks, lambda: open_data(config, data_folder))
-            same_shards(data, ranks)
-            same_folder(run, ranks)
+            check_same_shards(data, ranks)
+            check_same_folder(run, ranks)
             past = from_first(ranks, lambda: open_run(config, data.index, run, resume, lock))
             plan = memory.plan_step(config, ranks, device, past.checkpoint or 0)
             with attention_backends(device):
@@ -508,7 +508,7 @@ class Trainer:
         for file, tensors in wanted.items():
             read = functools.partial(checkpoint.load_tensors, path / file, tensors)
             fill_from_first(self.ranks, read, tensors)
-        self.optimizer.hand_over()
+        self.optimizer.copy_to_model()
         self.step, self.decayed, self.saved_step = state.step, state.decayed, state.step
         self.schedule.decayed = state.decayed
         self.room = (self.step, UNKNOWN_STEPS)
@@ -521,7 +521,7 @@ class Trainer:
         started = time.perf_counter()
         self.saving = False
         self.wait_for_save()
-        self.same_weights()
+        self.check_same_weights()
         loss = self.validation[1] if self.validation and self.validation[0] == self.step else None
         if loss is not None and not math.isfinite(loss):
             loss = None
@@ -549,7 +549,7 @@ class Trainer:
                 for name in gone:
                     write_whole(self.run / name, self.files[name])
 
-    def same_weights(self) -> None:
+    def check_same_weights(self) -> None:
         """ForgeError unless the weights are the same bits on all ranks."""
         masters = self.optimizer.masters
         sums = gather(self.ranks, int(masters.view(torch.int32).sum(dtype=torch.int64)))

@@ -113,7 +113,7 @@ class LanguageModel(nn.Module, ABC):
                 # From a stream of its own, so that it is the same whichever thread fills it.
                 number = xxh32_intdigest(f"{seed} {name}".encode())
                 generator = torch.Generator().manual_seed(number)
-                nn.init.normal_(weight, 0.0, self.deviation(name, weight), generator)
+                nn.init.normal_(weight, 0.0, self.init_std(name, weight), generator)
             else:
                 nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
 
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module, ABC):
             list(pool.map(fill, *zip(*self.named_parameters(), strict=True)))
 
     @abstractmethod
-    def deviation(self, name: str, weight: Tensor) -> float:
+    def init_std(self, name: str, weight: Tensor) -> float:
         """The standard deviation with which a matrix starts."""
 
     @abstractmethod
@@ -219,7 +219,7 @@ class GPT2(LanguageModel):
         out: Tensor = self.ln_f(x)
         return out
 
-    def deviation(self, name: str, weight: Tensor) -> float:
+    def init_std(self, name: str, weight: Tensor) -> float:
         """GPT-2's: 0.02, for positions 0.01 (openai/gpt-2 src/model.py), and what projects into
         the sum is scaled by 1/sqrt(2L) (the paper, 2.3).
 
@@ -326,7 +326,7 @@ class Qwen3(LanguageModel):
         out: Tensor = self.ln_f(x)
         return out
 
-    def deviation(self, name: str, weight: Tensor) -> float:
+    def init_std(self, name: str, weight: Tensor) -> float:
         """As is usual for Muon: blocks add nothing at first, what projects into the sum is zero.
 
         Other matrices make an output of 1/2, whatever C: their updates, too, have one size for all

@@ -160,7 +160,7 @@ class Optimizer:
         divisor = divisor * (norm / self.max_norm).clamp(min=1.0)
         self.adamw(lr, divisor, is_sound)
         self.muon(lr, divisor, is_sound)
-        self.hand_over()
+        self.copy_to_model()
         self.gradients.zero_()
         if self.scales:
             self.sound_steps.add_(is_sound).mul_(fits)
@@ -265,7 +265,7 @@ class Optimizer:
         tensors |= {f"step.{number}": step for number, (_, _, step) in enumerate(self.parts)}
         return tensors | {"loss_scale": self.loss_scale, "sound_steps": self.sound_steps}
 
-    def hand_over(self) -> None:
+    def copy_to_model(self) -> None:
         """The model takes up the masters as they are now."""
         if self.weights is not self.masters:
             self.weights.copy_(self.masters)

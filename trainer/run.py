@@ -273,7 +273,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
     return read_metrics(run) if (run / METRICS_FILE).exists() else []
 
 
-def same_shards(data: Data, ranks: Ranks) -> None:
+def check_same_shards(data: Data, ranks: Ranks) -> None:
     """ForgeError unless all ranks' folders have the same index.json."""
     hashes = gather(ranks, data.index.sha256)
     differing = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
@@ -285,7 +285,7 @@ def same_shards(data: Data, ranks: Ranks) -> None:
         )
 
 
-def same_folder(run: Path, ranks: Ranks) -> None:
+def check_same_folder(run: Path, ranks: Ranks) -> None:
     """ForgeError when another machine holds the run, and rank 0's does not.
 
     torchrun may number the machines anew at each start.
