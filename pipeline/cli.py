@@ -326,7 +326,9 @@ def python_docs(file: Path) -> None:
 
 def default_name(source: str, config: str | None) -> str:
     """Name of the folder in data_cache/ when --out is not given."""
-    if not config and glob.has_magic(source):  # the folder above the first wildcard
+    if (
+        not config and glob.has_magic(source) and not Path(source).exists()
+    ):  # the folder above the first wildcard
         parts = Path(source).parts
         source = str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts)))
     name = config or Path(source.rstrip("/")).name

@@ -37,6 +37,8 @@ class ForgeCommand(click.Command):
 
 def _can_flush() -> bool:
     """Whether standard output takes what it holds; else closes it, or Python tries at the end."""
+    if sys.stdout is None:  # it was closed before we began
+        return False
     try:
         sys.stdout.flush()
     except OSError:

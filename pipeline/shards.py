@@ -323,6 +323,12 @@ def no_index(folder: Path) -> ForgeError:
             where=folder,
             fix="run its forge-prep tokenize command again; it goes on where it stopped",
         )
+    if any(name.endswith(".bin") for name in names):
+        return ForgeError(
+            f"the folder has no {INDEX_FILE}",
+            where=folder,
+            fix="if its .bin files are llm.c's or nanoGPT's tokens: forge-prep index DIR",
+        )
     below = next(iter(sorted(folder.glob(f"*/{INDEX_FILE}"))), None)
     return ForgeError(
         f"no folder of shards: it has no {INDEX_FILE}",

@@ -297,5 +297,5 @@ def test_one_of_several_processes_does_not_train_alone(
         monkeypatch.setenv(name, value)
     assert Ranks.from_environment() == Ranks(1, 1, 2)
     monkeypatch.delenv(missing)
-    with pytest.raises(ForgeError, match=f"{missing}' is missing"):
+    with pytest.raises(ForgeError, match=f"{missing}' is not set"):
         Ranks.from_environment()

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from pipeline.errors import ForgeError
+from trainer.signals import end_with_launcher
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,6 +65,7 @@ def main(
     schedule.budget_hours=24 ends a run by the clock. A finished one goes on from before its
     learning rate fell with --resume --set schedule.budget_hours=30.
     """
+    end_with_launcher()  # before torch is imported, which takes seconds
     # Settings of torch that it reads when it is imported, and that a user may have set otherwise.
     # Segments that grow leave no gaps on a card that is nearly full; compiled kernels are kept.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -34,7 +34,6 @@ from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import (
     Heartbeat,
     Ranks,
-    end_with_launcher,
     fill_from_first,
     from_first,
     gather,
@@ -79,7 +78,6 @@ def train(
     own disk. Raises ForgeError, on every rank alike, for anything that a user can cause or cure.
     """
     started = time.perf_counter() if started is None else started
-    end_with_launcher()
     ranks = Ranks.from_environment()
     device = ranks.device()
     lock, plan = RunLock(run), None
@@ -106,10 +104,12 @@ def train(
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
+        said = " ".join(str(error).strip().splitlines()[:2])
         raise ForgeError(
-            f"torch.compile failed: {str(error).strip().splitlines()[0]}",
+            f"torch.compile failed: {said}",
             where=f"rank {ranks.rank}, {device}",
-            fix="--resume --set compile=off does without it; it wants a C compiler, such as gcc",
+            fix="install a C compiler, such as gcc, if that is missing; or do without: "
+            "--resume --set compile=off",
         ) from error
     finally:
         lock.release()
@@ -256,11 +256,11 @@ class Trainer:
             self.saver.wait()
         if self.schedule.is_over(self.step):
             self.say(f"Done in {duration(self.seconds)}: {self.run}")
-            budget = (self.config.schedule.budget_hours or math.inf) * 3600
-            if self.budget_used > budget:
+            over = self.budget_used - (self.config.schedule.budget_hours or math.inf) * 3600
+            if over >= 1 and self.past.checkpoint is None:
                 self.say(
-                    f"That is {self.budget_used - budget:.0f} s over the budget: its start, first "
-                    "steps, evaluations and checkpoint did not fit into it."
+                    f"That is {over:.0f} s over the budget: start, first steps, evaluations and "
+                    "checkpoint did not fit into it."
                 )
         else:
             self.log("stop", signal=wishes.stop or "of another rank")

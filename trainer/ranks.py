@@ -3,7 +3,6 @@
 Before: torchrun's environment variables. After: loop.py, which takes Ranks as an argument.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -43,9 +42,9 @@ class Ranks:
 
     @staticmethod
     def from_environment() -> "Ranks":
-        """As torchrun says; ForgeError if it is one of several and not all that they need is there.
+        """As torchrun says; one process without WORLD_SIZE, whatever else is set.
 
-        Without WORLD_SIZE it is one process, whatever else is set.
+        ForgeError if there are several processes and a variable that they need is not set.
         """
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return Ranks()
@@ -53,8 +52,9 @@ class Ranks:
             values = [int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         except (KeyError, ValueError) as error:
+            wrong = f"{error} is not set" if isinstance(error, KeyError) else str(error)
             raise ForgeError(
-                f"one of WORLD_SIZE={os.environ['WORLD_SIZE']} processes, and {error} is missing",
+                f"one of WORLD_SIZE={os.environ['WORLD_SIZE']} processes, but {wrong}",
                 where="the environment",
                 fix="start the processes with torchrun; or unset WORLD_SIZE, for a single one",
             ) from error
@@ -87,16 +87,6 @@ def launch() -> str | None:
     except OSError:  # not Linux
         began_at = ""
     return f"{launcher} {began_at}"
-
-
-def end_with_launcher() -> None:
-    """Have the kernel end this process when torchrun dies: no orphan goes on writing the run."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        launcher = os.getppid()
-        pr_set_pdeathsig = 1  # prctl(2)
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the kernel knew
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ---------------------------------------------------------------------------------------------

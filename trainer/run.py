@@ -415,7 +415,7 @@ def check_one_disk(run: Path) -> None:
         raise ForgeError(
             "a finished run is extended on one disk only, and its checkpoints are on another",
             where=folder.resolve(),
-            fix=f"move them to {folder} itself, or start a new run with the longer schedule",
+            fix=f"put the folder itself in the place of the link {folder}, or start a new run",
         )
 
 
@@ -538,7 +538,7 @@ def write_readme(
         "`checkpoints/` (safetensors).",
         "",
         f"    forge-sample {run}",
-        f"    forge-export {run} {run}-hf",
+        f"    forge-export {run} {run if run.name else run.absolute().name}-hf",
     ]
     if sample:
         lines += [

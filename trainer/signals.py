@@ -4,6 +4,7 @@ Before: the operating system's signals. After: loop.py, which tells all ranks at
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -52,3 +53,13 @@ class Wishes:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this process when torchrun dies: no orphan goes on writing the run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        launcher = os.getppid()
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != launcher:  # it died before the kernel knew
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -67,8 +67,9 @@ def verify_resume(
 def _stopped_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end this process by an exception, so that nothing is left behind."""
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
-    for each in before:
-        signal.signal(each, lambda number, _: sys.exit(128 + number))
+    for each, handler in before.items():
+        if handler != signal.SIG_IGN:  # as SIGHUP's is under nohup
+            signal.signal(each, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
@@ -89,7 +90,7 @@ def _scratch_folder(place: Path | None) -> tempfile.TemporaryDirectory[str]:
 
 @contextmanager
 def _process(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A run of torchrun's, killed with all its processes at the end if it is still there."""
+    """torchrun, killed at the end if it is still there; the kernel ends its ranks with it."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         yield process
@@ -103,7 +104,7 @@ def _run(command: list[str]) -> None:
     with _process(command) as process:
         if process.wait():
             raise ForgeError(
-                "the run itself failed; its message is above", fix="see that it trains: --check"
+                "the run itself failed; its message is above", fix="mend that; --check helps"
             )
 
 

@@ -290,7 +290,12 @@ def numbers(text: str) -> list[float]:
 @click.option("--lr-search", help="Train only the baseline (or --target), at these peak_lr.")
 @click.option("--search-seconds", type=float, help="For each of them; --seconds unless given.")
 @click.option("--target", help="Arm that shall reach the baseline's final loss sooner.")
-@click.option("--shares", default="0.25,0.35", show_default=True, help="Of --seconds, for it.")
+@click.option(
+    "--shares",
+    default="0.25,0.35",
+    show_default=True,
+    help="Fractions of --seconds to plan --target for.",
+)
 @click.option("--tokens-per-step", default=65_536, show_default=True)
 @click.option("--val-tokens", default=524_288, show_default=True)
 @click.option("--evaluations", default=24, show_default=True, help="In each run.")
@@ -327,9 +332,9 @@ def main(
 ) -> None:
     """Train arms for the same time; print the table and draw the curves.
 
-    Arms: gpt2-adamw, gpt2-adamw-wsd, gpt2-muon, gpt2-muon-short, forge, forge-short, their 350M
-    ones (gpt2_medium-..., forge-350m), and those of --arm. ARM@3e-4 is ARM with that peak_lr,
-    ARM@weight_decay=0.5 with that optimizer.weight_decay, and so on.
+    Arms: gpt2-adamw, gpt2-adamw-wsd, gpt2-muon, gpt2-muon-short, forge, forge-short; at 350M
+    gpt2_medium-adamw, gpt2_medium-adamw-wsd, gpt2_medium-muon, forge-350m; and those of --arm.
+    ARM@3e-4 is ARM with that peak_lr, ARM@weight_decay=0.5 with that optimizer.weight_decay, etc.
     """
     baseline = baseline or arms.split(",")[0]
     plans = [(name, seconds) for name in arms.split(",")]
