@@ -326,10 +326,8 @@ def python_docs(file: Path) -> None:
 
 def default_name(source: str, config: str | None) -> str:
     """Name of the folder in data_cache/ when --out is not given."""
-    if (
-        not config and glob.has_magic(source) and not Path(source).exists()
-    ):  # the folder above the first wildcard
-        parts = Path(source).parts
+    if not config and glob.has_magic(source) and not Path(source).exists():
+        parts = Path(source).parts  # of a glob: the folder above its first wildcard
         source = str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts)))
     name = config or Path(source.rstrip("/")).name
     if name in ("", ".", ".."):

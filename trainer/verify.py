@@ -19,6 +19,7 @@ from pipeline.errors import ForgeError
 from trainer import checkpoint
 from trainer.config import load
 from trainer.metrics import METRICS_FILE, read_metrics
+from trainer.run import writing
 
 GPU_TOLERANCE = 1e-3  # of a loss: GPUs do not add up in the same order each time
 
@@ -52,7 +53,11 @@ def verify_resume(
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     command = [sys.executable, "-m", *launcher, "trainer.cli", config, "--data", str(data)]
     command += [f"--set={setting}" for setting in (*settings, *short)]
-    with _stopped_by_signals(), _scratch_folder(scratch) as folder:
+    with (
+        _stopped_by_signals(),
+        writing(),
+        tempfile.TemporaryDirectory(prefix="forge-verify-", dir=scratch) as folder,
+    ):
         straight, killed = Path(folder, "straight"), Path(folder, "killed")
         print(f"1 of 3: {num_steps} steps that nothing disturbs, on {ranks} rank(s)", flush=True)
         _run([*command, "--out", str(straight)])
@@ -75,17 +80,6 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def _scratch_folder(place: Path | None) -> tempfile.TemporaryDirectory[str]:
-    try:
-        return tempfile.TemporaryDirectory(prefix="forge-verify-", dir=place)
-    except OSError as error:
-        raise ForgeError(
-            f"cannot make a folder for the runs: {error.strerror}",
-            where=error.filename,
-            fix="name another --out, whose parent can be written",
-        ) from error
 
 
 @contextmanager

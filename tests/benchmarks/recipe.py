@@ -279,7 +279,7 @@ def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-@click.command()
+@click.command(epilog=f"Arms: {', '.join(ARMS)}; and those of --arm.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of shards.")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/recipe", show_default=True)
 @click.option("--arms", default="gpt2-adamw,gpt2-muon,forge", show_default=True)
@@ -332,8 +332,6 @@ def main(
 ) -> None:
     """Train arms for the same time; print the table and draw the curves.
 
-    Arms: gpt2-adamw, gpt2-adamw-wsd, gpt2-muon, gpt2-muon-short, forge, forge-short; at 350M
-    gpt2_medium-adamw, gpt2_medium-adamw-wsd, gpt2_medium-muon, forge-350m; and those of --arm.
     ARM@3e-4 is ARM with that peak_lr, ARM@weight_decay=0.5 with that optimizer.weight_decay, etc.
     """
     baseline = baseline or arms.split(",")[0]
