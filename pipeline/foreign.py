@@ -16,6 +16,7 @@ import xxhash
 
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
+from pipeline.files import write_whole
 from pipeline.prepare import hold
 from pipeline.shards import WORK_FOLDER, DocumentLengths, Index, Shard, ShardWriter, Tokens
 
@@ -45,7 +46,7 @@ def _make_index(folder: Path, raw: bool) -> Index:
         files = [folder / f"{split}.bin" for split in shards.SPLITS]
     try:
         made = list(convert(folder) if raw else map(describe, files))
-        shards.write_whole(folder / shards.VOCABULARY_FILE, tokenizer.vocabulary())
+        write_whole(folder / shards.VOCABULARY_FILE, tokenizer.vocabulary())
     except OSError as error:
         raise ForgeError(
             f"cannot write: {error.strerror}",

@@ -7,11 +7,9 @@ independent task. So any number of workers and any number of kills give the same
 is made at the end, of the records that finished slices leave in `.work/`.
 """
 
-import fcntl
 import json
 import math
 import multiprocessing
-import os
 import shutil
 import signal
 import time
@@ -23,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import shards, sources, tokenizer
+from pipeline import files, shards, sources, tokenizer
 from pipeline.downloads import Downloads
 from pipeline.errors import ForgeError
 from pipeline.shards import WORK_FOLDER, DocumentLengths, Index
@@ -142,28 +140,11 @@ def tokenize(
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Keep every other forge-prep out of `folder`, made if need be, while this one is at work."""
-    try:
-        is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ForgeError(
-            f"cannot make the folder: {error.strerror}", where=folder, fix="choose another --out"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ForgeError(
-            "another forge-prep is writing this folder", where=folder, fix="let it finish"
-        ) from None
-    except OSError as error:
-        raise cannot_write(error, folder) from error
-    finally:
-        os.close(descriptor)
-        if is_new:
-            with suppress(OSError):  # not empty: something came of it
-                folder.rmdir()
+    with files.hold(folder, "forge-prep"):
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(error, folder) from error
 
 
 def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> None:
@@ -181,10 +162,10 @@ def _claim(folder: Path, plan: dict[str, Any], old: Index | None) -> None:
         _clear(folder)
     for leftover in [*folder.glob("*.partial"), *work.glob("*.partial")]:
         leftover.unlink(missing_ok=True)
-    shards.write_whole(plan_file, (json.dumps(plan) + "\n").encode())
+    files.write_whole(plan_file, (json.dumps(plan) + "\n").encode())
     vocabulary = folder / shards.VOCABULARY_FILE
     if not vocabulary.exists() or vocabulary.read_bytes() != tokenizer.vocabulary():
-        shards.write_whole(vocabulary, tokenizer.vocabulary())
+        files.write_whole(vocabulary, tokenizer.vocabulary())
 
 
 def _must_be_ours(folder: Path) -> None:

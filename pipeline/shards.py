@@ -35,6 +35,7 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline.errors import ForgeError
+from pipeline.files import write_whole
 
 MAGIC = 20240520
 VERSION = 1
@@ -222,32 +223,6 @@ class ShardWriter:
     def discard(self) -> None:
         self._file.close()
         self.partial.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, data: bytes, wait_for_disk: bool = True) -> None:
-    """Write a file, whole or not at all; also after a power cut, if the disk is waited for."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            if wait_for_disk:
-                file.flush()
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    if wait_for_disk:
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_header(path: Path) -> int:

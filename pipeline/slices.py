@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline import shards, sources, tokenizer
+from pipeline import files, shards, sources, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import WORK_FOLDER, DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Part, Slice, SourceFile
@@ -194,7 +194,7 @@ def tokenize_slice(job: Job) -> Record:
             if full:
                 break
         committed = {split: side.commit() for split, side in sides.items()}
-        shards.sync_folder(job.folder)
+        files.sync_folder(job.folder)
         record = Record(
             slice=job.slice.number,
             pieces=job.pieces,
@@ -208,7 +208,7 @@ def tokenize_slice(job: Job) -> Record:
         )
         # Not waited for: should a power cut take it, its slice is made again.
         path = record_path(job.folder, job.slice.number)
-        shards.write_whole(path, record.to_json(), wait_for_disk=False)
+        files.write_whole(path, record.to_json(), wait_for_disk=False)
         return record
     except OSError as error:
         raise cannot_write(error, job.folder) from error

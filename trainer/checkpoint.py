@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ForgeError
-from pipeline.shards import sync_folder
+from pipeline.files import sync_folder
 from trainer.config import CheckpointConfig
 
 FOLDER = "checkpoints"

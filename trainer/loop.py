@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import ForgeError
-from pipeline.shards import write_whole
+from pipeline.files import write_whole
 from trainer import card, checkpoint, memory
 from trainer.backends import attention_backends, compile_model, load_libraries
 from trainer.check import notes

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline.shards import write_whole
+from pipeline.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 ALWAYS = {"kind": str, "step": int, "tokens": int, "seconds": int | float}

@@ -28,7 +28,8 @@ import torch
 
 from pipeline import shards
 from pipeline.errors import ForgeError
-from pipeline.shards import Index, write_whole
+from pipeline.files import write_whole
+from pipeline.shards import Index
 from trainer import checkpoint
 from trainer.config import Config, differences, load
 from trainer.metrics import (

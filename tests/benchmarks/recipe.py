@@ -34,7 +34,7 @@ from typing import Any
 import click
 import torch
 
-from pipeline import shards
+from pipeline import files, shards
 from pipeline.errors import ForgeError
 from tests.benchmarks import curves
 from tests.benchmarks.curves import Row, Run
@@ -142,7 +142,7 @@ class Bench:
         path = self.results[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_bytes() if path.exists() else b""
-        shards.write_whole(path, before + json.dumps(line).encode() + b"\n")
+        files.write_whole(path, before + json.dumps(line).encode() + b"\n")
 
     def settings(self, arm: Arm) -> list[str]:
         """All but the seed and what follows from the number of steps. ForgeError if it is wrong."""

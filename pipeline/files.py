@@ -1,0 +1,75 @@
+"""Files that appear whole or not at all, and the lock that keeps two programs out of one folder."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.errors import ForgeError
+
+
+def write_whole(path: Path, data: bytes, wait_for_disk: bool = True) -> None:
+    """Write a file, whole or not at all; also after a power cut, if the disk is waited for."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            if wait_for_disk:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    if wait_for_disk:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def hold(folder: Path, program: str, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Make `folder` and keep every other process that holds it out, until the block ends.
+
+    `program` names what is writing, for the message; a process that is just ending is waited for.
+    A new folder that stays empty is removed. Raises ForgeError.
+    """
+    try:
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ForgeError(
+            f"cannot make the folder: {error.strerror}", where=folder, fix="choose another --out"
+        ) from error
+    try:
+        _lock(descriptor, folder, program, time.monotonic() + wait_seconds)
+        yield
+    finally:
+        os.close(descriptor)
+        if is_new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path, program: str, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise ForgeError(
+                    f"another {program} is writing this folder",
+                    where=folder,
+                    fix="let it finish, or stop it; or choose another --out",
+                ) from None
+            time.sleep(0.1)
