@@ -56,17 +56,6 @@ def accumulate(sums, fresh, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gelu(h, y, size, BLOCK: tl.constexpr):
-    """y = gelu(h), both of `size` numbers: as in model.py."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    fits = at < size
-    x = tl.load(h + at, mask=fits, other=0.0).to(tl.float32)
-    twice_u = x * (1.5957691216057308 + 0.07135481282553423 * x * x)
-    x /= 1.0 + tl.exp2(-twice_u * LOG2_E)
-    tl.store(y + at, x.to(y.dtype.element_ty), mask=fits)
-
-
-@triton.jit
 def gate(h, y, num_rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """y (num_rows, size) = silu(left half) * right half of h (num_rows, 2 * size)."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -127,13 +116,8 @@ def rotate_heads(
 
 
 @triton.jit
-def add_and_norm(
-    x, y, gain, bias, out, n, means, scales, size, eps, BLOCK: tl.constexpr, CENTERS: tl.constexpr
-):  # fmt: skip
-    """One row of `size` numbers: out = x + y, and n, its norm; its mean and 1 / deviation.
-
-    n is LayerNorm's, or RMSNorm's if nothing is centered: then there is no bias, and no mean.
-    """
+def add_and_norm(x, y, gain, out, n, scales, size, eps, BLOCK: tl.constexpr):
+    """One row of `size` numbers: out = x + y, and n, its RMSNorm, which multiplied it by scale."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     fits = columns < size
@@ -143,66 +127,30 @@ def add_and_norm(
     rounded = value.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask=fits)
     value = rounded.to(tl.float32)
-    if CENTERS:
-        mean = tl.sum(value) / size
-        value = tl.where(fits, value - mean, 0.0)
-        tl.store(means + row, mean)
     scale = 1.0 / tl.sqrt(tl.sum(value * value) / size + eps)
     tl.store(scales + row, scale)
     value *= scale * tl.load(gain + columns, mask=fits, other=0.0).to(tl.float32)
-    if CENTERS:
-        value += tl.load(bias + columns, mask=fits, other=0.0).to(tl.float32)
     tl.store(n + at, value.to(n.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def pack(
+    source, packed, batch_stride, head_stride, time_stride, channel_stride, time, num_rows, size,
+    width, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """source (B, H, T, D) in any order -> `size` = H * D columns of packed (B * T, width)."""
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
+    across = columns // D * head_stride + columns % D * channel_stride
+    down = (rows // time).to(tl.int64) * batch_stride + (rows % time).to(tl.int64) * time_stride
+    x = tl.load(source + down[:, None] + across[None, :], mask=mask, other=0.0)
+    tl.store(packed + rows.to(tl.int64)[:, None] * width + columns[None, :], x, mask=mask)
 
 
 # Below, a program takes `rows_each` rows, one after the other, and leaves the sums of their columns
 # in float32, in row `chunk` of `sums`: nothing is read a second time for them, and the order of
 # additions is fixed. Loads are wide: 16 bytes a thread.
-
-
-@triton.jit
-def gelu_and_sum(
-    dy, h, dh, sums, num_rows, size, rows_each, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """dh = dy * gelu'(h), all (num_rows, size); rows_each is a multiple of ROWS.
-
-    gelu(x) = x * s with s = sigmoid(2u), u = sqrt(2/pi) * (x + 0.044715 x^3), as in model.py.
-    """
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    chunk = tl.program_id(1)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, rows_each, ROWS):
-        rows = chunk * rows_each + start + tl.arange(0, ROWS)
-        mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
-        at = rows.to(tl.int64)[:, None] * size + columns[None, :]
-        x = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
-        gradient = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        cubic = 0.07135481282553423 * x * x  # sqrt(8/pi) * 0.044715 x^2
-        s = 1.0 / (1.0 + tl.exp2(-x * (1.5957691216057308 + cubic) * LOG2_E))
-        gradient *= s + x * s * (1.0 - s) * (1.5957691216057308 + 3.0 * cubic)
-        tl.store(dh + at, gradient.to(dh.dtype.element_ty), mask=mask)
-        total += gradient
-    tl.store(sums + chunk * size + columns, tl.sum(total, 0), mask=columns < size)
-
-
-@triton.jit
-def pack_and_sum(
-    source, packed, sums, batch_stride, head_stride, time_stride, channel_stride, time, num_rows,
-    size, width, rows_each, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """source (B, H, T, D) in any order -> `size` = H * D columns of packed (B * T, width)."""
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    chunk = tl.program_id(1)
-    across = columns // D * head_stride + columns % D * channel_stride
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, rows_each, ROWS):
-        rows = chunk * rows_each + start + tl.arange(0, ROWS)
-        mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
-        down = (rows // time).to(tl.int64) * batch_stride + (rows % time).to(tl.int64) * time_stride
-        x = tl.load(source + down[:, None] + across[None, :], mask=mask, other=0.0)
-        tl.store(packed + rows.to(tl.int64)[:, None] * width + columns[None, :], x, mask=mask)
-        total += x.to(tl.float32)
-    tl.store(sums + chunk * width + columns, tl.sum(total, 0), mask=columns < size)
 
 
 @triton.jit
@@ -256,21 +204,17 @@ def rotate_back_and_sum(
 
 @triton.jit
 def norm_and_sum(
-    dx, dn, x, means, scales, gain, d, sums, num_rows, size, rows_each,
-    BLOCK: tl.constexpr, CENTERS: tl.constexpr,
+    dx, dn, x, scales, gain, d, sums, num_rows, size, rows_each, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """d = dx + what dn gives back through n = (x - mean) * scale * gain + bias: (num_rows, size).
+    """d = dx + what dn gives back through n = x * scale * gain: (num_rows, size).
 
-    sums (chunks, 3 * size): for the gain's gradient, for the bias's, and of d itself. If nothing
-    is centered, there is no mean and no bias, and sums (chunks, size) has the gain's alone.
+    sums (chunks, size): for the gain's gradient.
     """
     chunk = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     fits = columns < size
     weight = tl.load(gain + columns, mask=fits, other=0.0).to(tl.float32)
     gain_total = tl.zeros([BLOCK], tl.float32)
-    bias_total = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
     first = chunk * rows_each
     for start in range(0, tl.minimum(rows_each, num_rows - first)):
         row = first + start
@@ -280,22 +224,9 @@ def norm_and_sum(
         beside = tl.load(dx + at, mask=fits, other=0.0).to(tl.float32)
         scale = tl.load(scales + row).to(tl.float32)
         weighted = below * weight
-        if CENTERS:
-            value -= tl.load(means + row).to(tl.float32)
         normal = value * scale
         slope = tl.sum(weighted * normal) / size
-        if CENTERS:
-            weighted -= tl.sum(weighted) / size
         gradient = beside + (weighted - normal * slope) * scale
         tl.store(d + at, gradient.to(d.dtype.element_ty), mask=fits)
         gain_total += below * normal
-        if CENTERS:
-            bias_total += below
-            total += gradient
-    if CENTERS:
-        sums += chunk * 3 * size + columns
-        tl.store(sums, gain_total, mask=fits)
-        tl.store(sums + size, bias_total, mask=fits)
-        tl.store(sums + 2 * size, total, mask=fits)
-    else:
-        tl.store(sums + chunk * size + columns, gain_total, mask=fits)
+    tl.store(sums + chunk * size + columns, gain_total, mask=fits)
