@@ -670,15 +670,6 @@ def test_a_rank_without_memory_skips_the_step_and_goes_on_with_less(
     assert steps == [step for step in range(1, config.num_steps() + 1) if step != 3]
 
 
-def test_verify_resume_kills_a_run_and_finds_it_the_same(
-    small_shards: Path, monkeypatch: pytest.MonkeyPatch, forge
-) -> None:
-    monkeypatch.chdir(ROOT)
-    done = forge("train", "tiny", "--data", small_shards, *QUICK, "--verify-resume", 12)
-    assert done.exit_code == 0, done.output
-    assert "exact: all 12 losses" in done.output
-
-
 def test_the_step_after_one_without_memory_gets_its_own_windows(small_shards: Path) -> None:
     """On a GPU it is queued before anyone has read that the step before failed."""
     config = configs.load("tiny", tuple(option.removeprefix("--set=") for option in QUICK))
@@ -768,27 +759,3 @@ def test_an_evaluation_computes_no_gradients(
     inputs = torch.zeros(1, 64, dtype=torch.int64)
     model(inputs, inputs).backward()
     assert products  # that is how the head's gradient is computed
-
-
-def test_verify_resume_that_is_ended_leaves_nothing(small_shards: Path, tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards), *QUICK]
-    place = tmp_path / "run"
-    process = subprocess.Popen([*program, f"--out={place}", "--verify-resume=4000"], cwd=ROOT)
-    deadline = time.monotonic() + 60
-    while not (found := list(tmp_path.glob("forge-verify-*/straight/metrics.jsonl"))):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.terminate()
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert not list(tmp_path.iterdir())
-    folder = str(found[0].parent)
-    while any(folder.encode() in command_line(process) for process in Path("/proc").glob("[0-9]*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def command_line(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:  # it has just ended
-        return b""

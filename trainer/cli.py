@@ -28,16 +28,6 @@ from trainer.signals import end_with_launcher
 )
 @click.option("--resume", is_flag=True, help="Go on from the latest checkpoint in --out, if any.")
 @click.option("--check", is_flag=True, help="Check config and data, print the plan, train nothing.")
-@click.option(
-    "--verify-resume",
-    "verify_steps",
-    type=click.IntRange(min=8),
-    is_flag=False,
-    flag_value=20,
-    metavar="[STEPS]",
-    help="Train for 20 (or so many) steps twice, the second time killed half way and resumed; "
-    "compare. Starts torchrun itself, keeps nothing. Put it last, or write --verify-resume=20.",
-)
 @click.version_option(package_name="llm-forge")
 def main(
     config: str,
@@ -46,7 +36,6 @@ def main(
     settings: tuple[str, ...],
     resume: bool,
     check: bool,
-    verify_steps: int | None,
 ) -> None:
     """Train a model from scratch on a folder of shards.
 
@@ -76,12 +65,10 @@ def main(
         sys.stdout.reconfigure(errors="replace")
     from trainer import check as checking
     from trainer import config as configs
-    from trainer import loop, verify
+    from trainer import loop
     from trainer.ranks import Ranks
     from trainer.run import check_amount, find_data
 
-    if check and verify_steps is not None:
-        raise click.UsageError("--check and --verify-resume exclude each other")
     try:
         chosen = configs.load(config, settings)
         name = Path(config).stem
@@ -91,9 +78,6 @@ def main(
             if Ranks.from_environment().is_first:
                 click.echo(text)
             check_amount(chosen, found)
-        elif verify_steps is not None:
-            scratch = out.parent if out else None
-            click.echo(verify.verify_resume(config, settings, data, scratch, verify_steps))
         elif out is None:
             raise click.UsageError("--out is missing: the folder for the run (or add --check)")
         else:
