@@ -130,7 +130,7 @@ def test_the_first_loss_is_that_of_a_fair_die(name: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_head_loss_is_cross_entropy_of_the_head(device: str, dtype: str) -> None:
     """Against the plain computation in float64, with ignored targets and a last chunk in part."""
     kind = getattr(torch, dtype)
@@ -397,7 +397,7 @@ def test_muon_s_momentum_rises_over_its_warm_up() -> None:
     [("adamw", SMALL), ("muon", SMALL), ("muon", MODERN)],
     ids=["gpt2-adamw", "gpt2-muon", "qwen3-muon"],
 )
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_training_learns_a_batch_by_heart_and_skips_what_is_not_finite(
     device: str, precision: str, name: str, family: ModelConfig
 ) -> None:
@@ -413,7 +413,7 @@ def test_training_learns_a_batch_by_heart_and_skips_what_is_not_finite(
 
     def step(factor: float) -> None:
         loss = model(inputs, targets)
-        (loss * factor * optimizer.loss_scale).backward()
+        (loss * factor).backward()
         optimizer.collect()
         optimizer.update(1e-2, targets.numel(), torch.isfinite(loss.detach()))
         losses.append(loss.item() / targets.numel())
@@ -424,47 +424,12 @@ def test_training_learns_a_batch_by_heart_and_skips_what_is_not_finite(
 
     before = {key: tensor.clone() for key, tensor in optimizer.state().items()}
     weights = optimizer.masters.clone()
-    scale = optimizer.loss_scale.item()
     step(math.nan)
     assert torch.equal(optimizer.masters, weights)
     for key, tensor in optimizer.state().items():
-        if key not in ("loss_scale", "sound_steps"):
-            assert torch.equal(tensor, before[key]), key
-    assert optimizer.loss_scale.item() == (scale / 2 if precision == "float16" else 1.0)
+        assert torch.equal(tensor, before[key]), key
     step(1.0)
     assert not torch.equal(optimizer.masters, weights)
-
-
-def test_float16_lowers_the_loss_scale_until_gradients_fit() -> None:
-    """The first gradients of this model overflow float16; training finds its way all the same."""
-    few = replace(SMALL, vocab_size=500)
-    config = replace(configs.load("tiny"), model=few, precision="float16")
-    model = made(few)
-    optimizer = Optimizer(model, config)
-    optimizer.loss_scale.fill_(2.0**20)
-    inputs, targets = draw(few)
-    losses = []
-    for _ in range(50):
-        loss = model(inputs, targets)
-        (loss * optimizer.loss_scale).backward()
-        optimizer.collect()
-        optimizer.update(1e-2, targets.numel(), torch.isfinite(loss.detach()))
-        losses.append(loss.item() / targets.numel())
-    assert optimizer.loss_scale.item() < 2.0**20
-    assert losses[-1] < losses[0] - 3
-
-
-def test_float16_keeps_its_loss_scale_in_a_step_left_out_for_another_reason() -> None:
-    """A spike, say, or a shard that is gone: what is saved then is what was before the step."""
-    config = replace(configs.load("tiny"), model=SMALL, precision="float16")
-    model = made(SMALL)
-    optimizer = Optimizer(model, config)
-    inputs, targets = draw(SMALL)
-    for is_sound in (True, False, False):
-        (model(inputs, targets) * optimizer.loss_scale).backward()
-        optimizer.collect()
-        optimizer.update(1e-3, targets.numel(), torch.tensor(is_sound))
-        assert (optimizer.loss_scale.item(), optimizer.sound_steps.item()) == (1, 1)
 
 
 @pytest.mark.parametrize(("config", "compiles"), [(SMALL, True), (MODERN, False)])

@@ -140,14 +140,6 @@ def test_an_extension_that_is_killed_goes_on_where_it_was(
     assert (past.seconds, past.replay) == (4.0, ())
 
 
-def test_the_guard_gets_a_whole_window_of_earlier_losses(tmp_path: Path) -> None:
-    steps = ({"kind": "step", "step": n, "loss": 3.0} for n in range(1, 6001))
-    (tmp_path / "metrics.jsonl").write_text(rows(*steps))
-    config = configs.load("tiny", ("guard.spike_window_steps=5000",))
-    last = checkpoint.State(6000, 0, 0.0)
-    assert len(read_past(tmp_path, config, last, replay=True).losses) == 5001
-
-
 def reopened(
     data: Path, run: Path, before: list[str], ends: list[tuple[int, float]], now: list[str]
 ) -> Past:

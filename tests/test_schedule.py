@@ -7,7 +7,6 @@ import pytest
 
 from trainer import config as configs
 from trainer.config import Config
-from trainer.guard import Guard
 from trainer.schedule import UNKNOWN_STEPS, Clock, Schedule
 
 
@@ -132,19 +131,6 @@ def test_a_replay_that_no_longer_fits_the_budget_is_left() -> None:
     schedule = Schedule(wsd(budget_hours=1.0), 0.5, (0.5,) * 100)
     rates = [schedule.rate(step, 1010.0 - step) for step in range(1000, 1010)]
     assert rates[-1] == 0
-
-
-def test_a_spike_is_judged_by_steps_that_every_start_knows() -> None:
-    options = replace(configs.load("tiny").guard, spike_zscore=3.0, spike_window_steps=4)
-    guard = Guard(options)
-    for step, loss in enumerate([4.0, 4.1, 3.9, 4.0, 9.0], 1):
-        assert guard.limit(step) == float("inf")
-        guard.note(step, loss)
-    limit = guard.limit(6)  # from steps 1 to 4
-    assert 4.1 < limit < 4.3
-    resumed = Guard(options, ((1, 4.0), (2, 4.1), (3, 3.9), (4, 4.0), (5, 9.0)))
-    assert resumed.limit(6) == limit
-    assert Guard(replace(options, spike_zscore=None), tuple(guard.losses)).limit(6) == float("inf")
 
 
 def test_one_slow_step_after_a_resume_begins_no_decay() -> None:

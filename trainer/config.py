@@ -23,6 +23,11 @@ from pipeline.errors import ForgeError
 from pipeline.shards import VOCAB_SIZE
 
 MOST_TIMEOUT_SECONDS = 1_000_000  # of a collective; torch counts them in milliseconds
+# Keys that earlier versions had, with their defaults: ignored at these, and refused otherwise.
+REMOVED = {
+    "guard.spike_zscore": None,
+    "guard.spike_window_steps": 128,
+}
 MOST = 2**53  # of what is counted: up to there a float tells a number from the next
 
 
@@ -146,8 +151,6 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class GuardConfig:
     max_skipped_steps: int = 10  # skipped steps in a row before the run stops
-    spike_zscore: float | None = None  # skip losses so many standard deviations above the mean
-    spike_window_steps: int = 128  # of the mean and the standard deviation
     timeout_seconds: float = 300.0  # longest wait for another rank
 
 
@@ -208,9 +211,9 @@ class Config:
     # auto: full on a GPU, off on a CPU. block starts sooner: it compiles one block, for all. Where
     # fused.py's kernels run (half precision, Triton), Qwen3 is never compiled, GPT-2 only by full.
     compile: Literal["auto", "full", "block", "off"] = "auto"
-    # Of the weights that the model computes with; auto: bfloat16, or float16 on GPUs before Ampere,
-    # or float32 on a CPU. Masters, moments and sums are float32 whatever it is.
-    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    # Of the weights that the model computes with; auto: bfloat16, or float32 on a CPU and
+    # on GPUs before Ampere. Masters, moments and sums are float32 whatever it is.
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
     reduce_precision: Literal["bfloat16", "float32"] = "float32"  # gradients between GPUs
 
     def windows_per_step(self) -> int:
@@ -383,7 +386,10 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
-        if key not in fields:
+        if prefix + key in REMOVED:
+            if values[key] != REMOVED[prefix + key]:
+                problems.append(f"{prefix}{key} was removed: delete its line")
+        elif key not in fields:
             close = [prefix + name for name in difflib.get_close_matches(key, fields, 1)]
             close += [f"{section}.{key}" for section in fields if key in names_in(hints[section])]
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
@@ -468,8 +474,6 @@ def _check(config: Config) -> list[str]:
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "checkpoint.keep_every_hours": config.checkpoint.keep_every_hours,
         "guard.max_skipped_steps": config.guard.max_skipped_steps,
-        "guard.spike_zscore": config.guard.spike_zscore,
-        "guard.spike_window_steps": config.guard.spike_window_steps,
         "guard.timeout_seconds": config.guard.timeout_seconds,
         "schedule.budget_hours": schedule.budget_hours,
         "schedule.max_steps": schedule.max_steps,

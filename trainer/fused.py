@@ -29,8 +29,8 @@ WARP_COLUMNS = 256  # of a row that a program takes as a whole: 16 bytes a threa
 
 def available(config: Config, device: torch.device) -> bool:
     """Whether hidden() can train this model here."""
-    is_half = compute_dtype(config, device) in (torch.bfloat16, torch.float16)
     on_gpu = device.type == "cuda" and cross_entropy.gpu_kernels() is not None
+    is_half = compute_dtype(config, device) == torch.bfloat16
     return config.model.family == "qwen3" and is_half and on_gpu
 
 

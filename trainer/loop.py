@@ -27,7 +27,6 @@ from trainer import card, checkpoint, memory
 from trainer.backends import attention_backends, compile_model, load_libraries
 from trainer.check import notes
 from trainer.config import Config
-from trainer.guard import Guard
 from trainer.metrics import Metrics, amount, duration, hardware, peak_flops, say, step_line
 from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
@@ -152,7 +151,6 @@ class Trainer:
         self.validation: tuple[int, float] | None = None  # step, loss
         self.decayed = 1.0  # what the decay has left of the rate, after `step`
         self.schedule = Schedule(config, self.decayed, past.replay)
-        self.guard = Guard(config.guard, past.losses)
         timed = (past.evaluate_seconds, past.step_seconds)
         self.clock = Clock(config, *(timed if past.hardware == self.hardware else ()))
         self.room = (0, UNKNOWN_STEPS)  # (step, steps that fitted from it on), as last heard
@@ -297,7 +295,6 @@ class Trainer:
                 self.settle(pending, batches)
                 pending = None
                 self.begin_decay()
-            limit = self.guard.limit(self.step + 1)
             cut = sizes.cut(self.step, self.ranks.world_size, plan.micro_batch_size)
             figures = train_step(
                 self.model,
@@ -309,14 +306,13 @@ class Trainer:
                 self.ranks,
                 wishes,
                 self.clock.steps_left(self.budget_used, self.step) - (pending is not None),
-                limit,
             )
             self.settle(pending, batches)
             self.step += 1
             decayed = (self.decayed, self.schedule.decayed)
             self.decayed = self.schedule.decayed
             waited = batches.take_seconds_waited()
-            pending = StepResult(self.step, lr, limit, decayed, figures, plan, waited)
+            pending = StepResult(self.step, lr, decayed, figures, plan, waited)
             over = self.schedule.is_over(self.step)
             evaluates = over or self.step % self.config.evaluate.every_steps == 0
             saves = self.step % self.config.checkpoint.every_steps == 0
@@ -352,11 +348,10 @@ class Trainer:
         row: dict[str, Any] = {"loss": shared.loss, "lr": result.lr, "norm": shared.norm}
         if self.config.shape() == "wsd":
             row["decayed"] = result.decayed
-        if not (math.isfinite(shared.loss + shared.norm) and shared.loss <= result.limit):
+        if not math.isfinite(shared.loss + shared.norm):
             self.skip(result, shared, row, batches)
             return
         self.skipped = 0
-        self.guard.note(result.step, shared.loss)
         tokens = self.config.tokens_after(result.step)
         step_tokens = tokens - self.config.tokens_after(result.step - 1)
         speed = row["tokens_per_second"] = step_tokens / elapsed
@@ -400,19 +395,16 @@ class Trainer:
             for window in batches.windows_of(step - 1, rank, micro_step)
         ]
         windows = [{"shard": s.file, "offset": start, "slice": s.slice} for s, start in found]
-        spikes = math.isfinite(shared.loss) and math.isfinite(shared.norm)
-        reason = f"above {result.limit:.4f}, a spike" if spikes else "not finite"
         row |= {"loss": str(shared.loss), "norm": str(shared.norm)}
-        self.log("skip", step, **row, reason=reason, windows=windows)
+        self.log("skip", step, **row, windows=windows)
         self.say(
-            f"step {step}: loss {shared.loss}, norm {shared.norm}: {reason}, update skipped; "
+            f"step {step}: loss {shared.loss}, norm {shared.norm}: not finite, update skipped; "
             f"{len(windows)} windows, the first at token {windows[0]['offset']:,} of "
             f"{windows[0]['shard']}"
         )
         if self.skipped >= self.config.guard.max_skipped_steps:
             raise ForgeError(
-                f"{self.skipped} steps in a row were "
-                + ("loss spikes" if spikes else "not finite"),
+                f"{self.skipped} steps in a row were not finite",
                 where=f"step {step} of {self.run}",
                 fix=f"lower optimizer.peak_lr; the last good checkpoint: {self.last_saved()}",
             )

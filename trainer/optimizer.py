@@ -18,7 +18,6 @@ from trainer.ranks import Ranks
 MUON_MOMENTUM = (0.85, 0.95)  # at the start and the end of optimizer.muon_warmup_steps
 SQUARES_BETA = 0.95  # how much of the past a step keeps of the mean squares of Muon's updates
 ADD_BLOCK = 4096  # numbers that a program of the kernel adds
-LOSS_SCALE_STEPS = 2000  # sound steps after which a float16 run doubles its loss scale
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -29,7 +28,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+    return torch.bfloat16 if native else torch.float32
 
 
 class Optimizer:
@@ -104,10 +103,6 @@ class Optimizer:
             (slice(muon_end, matrices_end), options.weight_decay, self.masters.new_zeros(())),
             (slice(matrices_end, end), 0.0, self.masters.new_zeros(())),
         ]
-        # float16 has little room for small and large gradients: a scale that finds itself helps.
-        self.scales = dtype == torch.float16
-        self.loss_scale = torch.ones((), device=self.device)
-        self.sound_steps = torch.zeros((), device=self.device)
 
     def views(self, flat: Tensor, first: int = 0) -> dict[str, Tensor]:
         """The parts of a flat array by the names and in the shapes of the model's parameters.
@@ -153,20 +148,13 @@ class Optimizer:
         device) is false or the norm is not finite, everything stays as it was. Nothing waits for
         the GPU.
         """
-        divisor = self.loss_scale * num_tokens
-        norm: Tensor = torch.linalg.vector_norm(self.gradients) / divisor
-        fits = torch.isfinite(norm)
-        is_sound = is_sound & fits
-        divisor = divisor * (norm / self.max_norm).clamp(min=1.0)
+        norm: Tensor = torch.linalg.vector_norm(self.gradients) / num_tokens
+        is_sound = is_sound & torch.isfinite(norm)
+        divisor = num_tokens * (norm / self.max_norm).clamp(min=1.0)
         self.adamw(lr, divisor, is_sound)
         self.muon(lr, divisor, is_sound)
         self.copy_to_model()
         self.gradients.zero_()
-        if self.scales:
-            self.sound_steps.add_(is_sound).mul_(fits)
-            doubles = is_sound & (self.sound_steps == LOSS_SCALE_STEPS)
-            self.sound_steps.mul_(~doubles)
-            self.loss_scale.mul_(torch.where(fits, 1.0 + doubles.float(), 0.5))
         return norm
 
     def adamw(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
@@ -263,7 +251,7 @@ class Optimizer:
         }
         tensors |= {f"mean_squares.{r}x{c}": each for (r, c), each in self.mean_squares.items()}
         tensors |= {f"step.{number}": step for number, (_, _, step) in enumerate(self.parts)}
-        return tensors | {"loss_scale": self.loss_scale, "sound_steps": self.sound_steps}
+        return tensors
 
     def copy_to_model(self) -> None:
         """The model takes up the masters as they are now."""

@@ -120,7 +120,6 @@ class Past:
     started_at: int = field(default_factory=lambda: int(time.time()))  # of the first start
     replay: tuple[float, ...] = ()  # schedule.py's `decayed` of the steps after the checkpoint
     evaluate_seconds: float | None = None  # that the last evaluation took
-    losses: tuple[tuple[int, float], ...] = ()  # (step, loss) of the last steps before it
     step_seconds: tuple[float, ...] = ()  # that a full step took before it
     hardware: str = ""  # that it took them on
     extends: bool = False  # what came after the checkpoint is to be set aside
@@ -337,9 +336,6 @@ def read_past(
             ),
             None,
         ),
-        losses=tuple(
-            (r["step"], r["loss"]) for r in rows if r["kind"] == "step" and r["step"] <= step
-        )[-1 - config.guard.spike_window_steps :],
         # Two, so that a single slow step is not the median, and the speed of today soon is.
         step_seconds=(each, each) if speeds else (),
         hardware=next((r["hardware"] for r in reversed(rows) if "hardware" in r), ""),

@@ -60,13 +60,12 @@ class StepResult:
         self,
         step: int,
         lr: float,
-        limit: float,
         decayed: tuple[float, float],
         figures: Tensor,
         plan: memory.Plan,
         seconds_waited: float,
     ) -> None:
-        self.step, self.lr, self.limit = step, lr, limit
+        self.step, self.lr = step, lr
         self.decayed_before, self.decayed = decayed
         self.plan, self.seconds_waited = plan, seconds_waited
         self.figures = figures
@@ -92,12 +91,11 @@ def train_step(
     ranks: Ranks,
     wishes: Wishes,
     steps_left: float,
-    limit: float,
 ) -> Tensor:
     """One optimizer update: forward, loss, backward, clip, update.
 
-    Returns a step's Shared figures, on the device. A loss that is not finite or above `limit`, or a
-    norm that is not finite, leaves the weights as they were, and so does a rank without windows or
+    Returns a step's Shared figures, on the device. A loss or a
+    norm that is not finite leaves the weights as they were, and so does a rank without windows or
     without memory.
     """
     total = torch.zeros((), device=optimizer.device)
@@ -107,7 +105,7 @@ def train_step(
         for micro_step in range(accumulation_steps):
             inputs, targets = next(batches)
             loss = model(inputs, targets)
-            (loss * optimizer.loss_scale).backward()
+            loss.backward()
             optimizer.collect()
             total += loss.detach()
             suspects[ranks.rank, micro_step] = ~torch.isfinite(loss.detach())
@@ -125,6 +123,6 @@ def train_step(
     votes = (*flags, steps_left if ranks.is_first else 0.0)
     mine = [total / tokens_per_step, *(torch.full_like(total, float(vote)) for vote in votes)]
     sums = sum_over_ranks(torch.cat([torch.stack(mine), suspects.flatten()]), ranks)
-    is_sound = torch.isfinite(sums[0]) & (sums[0] <= limit) & (sums[3] == 0)
+    is_sound = torch.isfinite(sums[0]) & (sums[3] == 0)
     norm = optimizer.update(lr, tokens_per_step, is_sound)
     return torch.cat([sums[:6], norm.reshape(1), sums[6:]])
