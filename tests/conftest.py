@@ -111,7 +111,7 @@ def either_run(request: pytest.FixtureRequest) -> Path:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def forge() -> Callable[..., Result]:
     """Run one of the programs in this process: forge("prep", "info", DIR)."""
 
