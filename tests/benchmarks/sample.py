@@ -22,9 +22,9 @@ from pipeline import tokenizer
 from sampler import decode
 from sampler.decode import Decoder, Sampling
 from sampler.generate import Limits, Sample, generate
-from sampler.layouts import model_config, transformers_weights
 from sampler.load import best_device
 from trainer import config as configs
+from trainer.layouts import model_config, transformers_weights
 from trainer.model import LanguageModel, build_model
 
 SAMPLING = Sampling(temperature=0.8, top_k=50)
@@ -107,12 +107,7 @@ def theirs(model: LanguageModel, prompts: Tensor, count: int, static: bool = Fal
     with prompts.device:
         other = transformers.AutoModelForCausalLM.from_config(settings)
     other = other.to(model.wte.weight.dtype).eval()
-    # The head may have grown for forge-sample.
-    weights = {
-        n: w[: settings.vocab_size] if "wte" in n or "embed_tokens" in n else w
-        for n, w in transformers_weights(model).items()
-    }
-    other.load_state_dict(weights, strict=False)
+    other.load_state_dict(transformers_weights(model), strict=False)
     other.tie_weights()
 
     def run(seconds: float) -> tuple[int, float]:
