@@ -25,7 +25,8 @@ from conftest import ROOT
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
 from sampler import cli, terminal
-from sampler.decode import Decoder, Sampling, draw, penalize
+from sampler.decode import Decoder
+from sampler.draw import Sampling, draw, penalize
 from sampler.generate import Limits, Sample, generate
 from sampler.load import open_model
 from trainer import checkpoint

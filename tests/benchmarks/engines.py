@@ -23,7 +23,8 @@ import torch
 
 from pipeline import tokenizer
 from sampler import evaluate, export
-from sampler.decode import Decoder, Sampling
+from sampler.decode import Decoder
+from sampler.draw import Sampling
 from sampler.generate import Limits, Sample, generate
 from sampler.load import open_model
 

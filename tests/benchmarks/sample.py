@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pipeline import tokenizer
 from sampler import decode
-from sampler.decode import Decoder, Sampling
+from sampler.decode import Decoder
+from sampler.draw import MAX_STEPS, Sampling
 from sampler.generate import Limits, Sample, generate
 from sampler.load import best_device
 from trainer import config as configs
@@ -140,18 +141,18 @@ def profile_step(model: LanguageModel, prompts: Tensor) -> None:
 
     decoder = Decoder(model, len(prompts), SAMPLING)
     decoder.read(dict(enumerate(prompts.tolist())))
-    noise = torch.rand(decode.MAX_STEPS, len(prompts), dtype=torch.float64)
-    decoder.run(noise)
+    noise = torch.rand(MAX_STEPS, len(prompts), dtype=torch.float64)
+    decoder.start(noise).read()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        decoder.run(noise)
+        decoder.start(noise).read()
     rows = [e for e in profiler.key_averages() if e.self_device_time_total]
-    total = sum(e.self_device_time_total for e in rows) / decode.MAX_STEPS
+    total = sum(e.self_device_time_total for e in rows) / MAX_STEPS
     click.echo(
-        f"    {total:7.1f} us in {sum(e.count for e in rows) / decode.MAX_STEPS:.0f} kernels a step"
+        f"    {total:7.1f} us in {sum(e.count for e in rows) / MAX_STEPS:.0f} kernels a step"
     )
     for e in sorted(rows, key=lambda e: -e.self_device_time_total)[:14]:
-        each = e.self_device_time_total / decode.MAX_STEPS
-        click.echo(f"    {each:7.1f} us {e.count / decode.MAX_STEPS:6.1f} x  {e.key[:90]}")
+        each = e.self_device_time_total / MAX_STEPS
+        click.echo(f"    {each:7.1f} us {e.count / MAX_STEPS:6.1f} x  {e.key[:90]}")
 
 
 @click.command()
