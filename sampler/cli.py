@@ -13,8 +13,6 @@ import click
 from pipeline.command import ForgeCommand
 
 DEFAULT_PROMPT = "Fruits are good for you because"
-
-
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -67,7 +65,7 @@ def importing() -> Iterator[None]:
     type=click.FloatRange(0, min_open=True),
     default=1.0,
     show_default=True,
-    help="Above 1 makes tokens that were there before less likely (CTRL's).",
+    help="Above 1 makes tokens that the text already has less likely (as in CTRL).",
 )
 @click.option(
     "--stop",

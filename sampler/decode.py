@@ -37,7 +37,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, num_rows: int, weight: Tensor) -> None:
         heads, length = config.kv_heads(), config.context_length
         shape = (config.num_layers, 2, num_rows, heads, length, config.head_dim())
-        # Zeros: what is masked out is still multiplied by 0.
+        # Zeros, since masked values are still multiplied by 0.
         self.store = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=weight.device)
         self.each_row = torch.arange(num_rows, device=weight.device)

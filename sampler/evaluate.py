@@ -65,7 +65,7 @@ def evaluate(
 
 
 def _one_by_one(models: list[Loaded], device: torch.device) -> Iterator[Loaded]:
-    """Each on the device in turn."""
+    """Each model in turn, on the device while it is used."""
     for loaded in models:
         loaded.model.to(device)
         yield loaded
@@ -216,7 +216,7 @@ def _text(row: Row, key: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """WikiHow's marks out of a HellaSwag text."""
+    """A HellaSwag text without WikiHow's marks."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -284,9 +284,6 @@ def on_questions(models: Iterator[Loaded], questions: list[Question]) -> list[Ro
             }
         )
     return rows
-
-
-# ---------------------------------------------------------------------------------------------
 
 
 def show(rows: list[Row]) -> str:

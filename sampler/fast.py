@@ -127,7 +127,7 @@ def draw_top(logits: Tensor, sampling: Sampling, steps: Steps, lengths: Tensor) 
 
 
 def has_step(model: LanguageModel, num_rows: int) -> bool:
-    """Whether logits() computes a step of this model with so many rows."""
+    """Whether logits() computes a step of this model with `num_rows` rows."""
     return num_rows == 1 or isinstance(model, GPT2)
 
 

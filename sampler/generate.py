@@ -113,8 +113,7 @@ def generate(
     waiting, length = iter(samples), decoder.context_length
     rows: list[Sample | None] = [None] * decoder.num_rows
     queued = [0] * decoder.num_rows  # tokens of each row's text that are drawn or being drawn
-    on_gpu = decoder.graph is not None
-    stride, most_pending = (MAX_STEPS, 2) if on_gpu else (1, 1)
+    stride, most_pending = (1, 1) if decoder.graph is None else (MAX_STEPS, 2)
     unread: dict[int, list[int]] = {}
     pending: deque[Run] = deque()
     while True:

@@ -3,7 +3,7 @@
 Before: attention.py, whose parts linear() joins. After: fast.py, which builds steps from them.
 
 From Hopper on, a kernel starts while the one before it ends (NVIDIA's programmatic dependent
-launch): what it does before wait() must not read what another kernel of the same step writes. So
+launch): before wait() it must not read anything that another kernel of the same step writes. So
 the weights of a matrix are on their way while the vector to multiply is still being computed. The
 first kernel of a step waits for everything before it.
 """

@@ -41,9 +41,9 @@ def open_model(
     `step` chooses a checkpoint of a run (default: the latest). The default `dtype` is bfloat16 on a
     GPU and float32 on a CPU.
     """
-    layouts.check_path(path)
     if (path / checkpoint.STATE_FILE).is_file():
         path, step = _run_of(path, step)
+    layouts.check_path(path)
     if (path / CONFIG_FILE).is_file():
         loaded = _open_run(path, step)
     elif not (path / layouts.CONFIG_FILE).is_file():

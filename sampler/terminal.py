@@ -86,9 +86,8 @@ class Session:
         try:
             self.decoder = Decoder(loaded.model, num_rows, sampling, log=as_json)
         except RuntimeError as error:  # a CPU has no OutOfMemoryError
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
-                error
-            ):
+            is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not is_memory:
                 raise
             raise ForgeError(
                 f"out of memory with {num_rows:,} texts at a time", fix="a smaller --parallel"

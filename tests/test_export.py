@@ -1,4 +1,4 @@
-"""forge-export: transformers reads the same model, and what it writes can be read here."""
+"""forge-export: transformers reads the same model, and its folders can be read here."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""forge-sample: the tokens of the plain way, whatever the batch and the cache."""
+"""forge-sample draws the same tokens as the model without a cache, in batches of any shape."""
 
 import contextlib
 import functools
@@ -382,8 +382,6 @@ def test_an_older_checkpoint_can_be_sampled_and_a_missing_one_is_named(run: Path
 
 
 def test_sampling_reads_no_optimizer_state(run: Path, tmp_path: Path, forge) -> None:
-    import shutil
-
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     for path in copy.rglob(checkpoint.OPTIMIZER_FILE):
         path.unlink()

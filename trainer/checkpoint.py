@@ -247,7 +247,7 @@ def read_model(run: Path, step: int) -> ModelConfig:
     try:
         model = json.loads(path.read_text()).get("model")
         return load(str(run / "config.toml")).model if model is None else ModelConfig(**model)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _unusable(run, step, error) from error
 
 

@@ -3,8 +3,8 @@
 Before: a folder in that layout, or model.py's parameters. After: a model to train or to sample
 from, or an export. It must not know about tokenizers.
 
-GPT2LMHeadModel's Conv1D layers hold the transpose of a Linear; Qwen3ForCausalLM keeps as several
-matrices what is one product here. A vocabulary that is padded here has GPT-2's 50,257 tokens there.
+GPT2LMHeadModel's Conv1D layers hold the transpose of a Linear; Qwen3ForCausalLM has several
+matrices where we have one. A padded vocabulary of ours is cut to GPT-2's 50,257 tokens in theirs.
 """
 
 import json
@@ -168,7 +168,7 @@ def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model and the weights of a folder in transformers' layout, under our names.
 
-    The weights are in one safetensors file or several, of the type that they are stored in.
+    The weights have the type that they are stored in, and may be views that are not contiguous.
     Raises ForgeError unless it is a model that we compute exactly.
     """
     check_path(folder)
@@ -179,14 +179,14 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def check_path(path: Path) -> None:
-    """ForgeError if the path is not UTF-8: safetensors opens no other."""
+    """ForgeError if the path is not valid UTF-8, which safetensors requires."""
     try:
-        os.fsencode(path.resolve()).decode("utf-8")
+        os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ForgeError(
             "the folder's path is not valid UTF-8",
             where=path,
-            fix="rename the folder, or the one above it that has the invalid character",
+            fix="rename the folder, or the one above it with the invalid character",
         ) from error
 
 

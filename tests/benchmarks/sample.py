@@ -5,9 +5,9 @@
 
 Random weights, the same for all rows; bfloat16 on a GPU, float32 on a CPU; temperature 0.8, top-k
 50. Tokens/s are new tokens over the time from reading the prompts to the last token on the host;
-what is compiled, captured or planned once is done before ("prepared", in seconds). Rows of others
-that are slow are cut off after --seconds. The limit is the time to read what a step must read, at
-the speed at which this device copies memory.
+compilation, capture and planning happen before ("prepared", in seconds). Slow rows of others are
+cut off after --seconds. The limit is the time to read the weights and the cache once a step, at the
+speed at which this device copies memory.
 """
 
 import math
