@@ -235,9 +235,19 @@ def test_other_people_s_qwen3_folders_are_read(tmp_path: Path, forge) -> None:
     for key, value in (("rms_norm_eps", 1e-5), ("tie_word_embeddings", False)):
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
         refused(forge, tmp_path, key)
-    turns = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
-    (tmp_path / "config.json").write_text(json.dumps(config | turns))
-    refused(forge, tmp_path, "yarn")
+    turns = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    for changed, reason in (
+        ({"rope_parameters": turns}, "yarn"),
+        ({"rope_parameters": {}}, "rope_theta is None"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+        ({"head_dim": None}, "head_size is None"),
+        ({"num_key_value_heads": 4}, "6 heads over 4 of keys"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        refused(forge, tmp_path, reason)
+    del config["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(forge, tmp_path, "lacks 'head_dim'")
 
 
 def refused(forge, folder: Path, reason: str) -> None:
@@ -260,6 +270,7 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
         ("n_layer", "four", "num_layers is 'four'"),
         ("n_head", 5, "32 channels for 5 heads"),
         ("n_embd", 0, "embedding_size is 0"),
+        ("n_embd", None, "embedding_size is None"),
         ("vocab_size", 40_000, "GPT-2's tokenizer has 50257"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))

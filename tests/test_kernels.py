@@ -97,6 +97,12 @@ def test_parts_of_attention_join_to_the_whole(length: int, monkeypatch: pytest.M
     assert torch.allclose(y[0], wanted, atol=1e-4)
 
 
+def test_only_few_of_the_likeliest_are_drawn_with_kernels() -> None:
+    few = (Sampling(top_k=64), Sampling(temperature=0), Sampling(temperature=0, top_k=65))
+    assert all(fast.has_draw(sampling) for sampling in few)
+    assert not any(fast.has_draw(sampling) for sampling in (Sampling(), Sampling(top_k=65)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "sampling",
