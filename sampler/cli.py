@@ -1,4 +1,4 @@
-"""forge-sample, forge-export, forge-eval: decorators, one call each, one error handler."""
+"""The command lines of forge-sample, forge-export and forge-eval."""
 
 import contextlib
 import json
@@ -13,14 +13,12 @@ import click
 from pipeline.command import ForgeCommand
 
 DEFAULT_PROMPT = "Fruits are good for you because"
-
-
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """While torch is imported Ctrl-C ends the process: inside, the interrupt can get lost."""
+    """Let Ctrl-C end the process while torch is imported, where an exception could get lost."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -34,14 +32,14 @@ def importing() -> Iterator[None]:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--prompt",
-    help="Text to go on from; - reads it from standard input, without its final line end.  "
+    help="Text to continue; - reads it from standard input, without its final line end.  "
     f"[default: ask for prompts on a terminal, else {DEFAULT_PROMPT!r}]",
 )
 @click.option(
     "--prompts-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help='A prompt a line. Of a .jsonl file: an object with "prompt" a line; JSON lines come out, '
-    "which keep the object's other keys.",
+    help='A file with a prompt on each line, or (.jsonl) an object with "prompt"; the output of '
+    "the latter is JSON lines, which keep the object's other keys.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True)
 @click.option(
@@ -67,27 +65,27 @@ def importing() -> Iterator[None]:
     type=click.FloatRange(0, min_open=True),
     default=1.0,
     show_default=True,
-    help="Above 1 makes tokens that were there before less likely (CTRL's).",
+    help="Above 1 makes tokens that the text already has less likely (as in CTRL).",
 )
 @click.option(
     "--stop",
     multiple=True,
     metavar="TEXT",
-    help="End before this text, where \\n is a line's end and \\t a tab; repeatable.",
+    help="End before this text, in which \\n is a line's end and \\t a tab; repeatable.",
 )
 @click.option(
     "--at-context-end",
     type=click.Choice(["slide", "stop"]),
     default="slide",
     show_default=True,
-    help="When the context is full: drop its older half and go on, or end the text.",
+    help="When the context is full: drop its older half and continue, or end the text.",
 )
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
     "--parallel",
     type=click.IntRange(1),
     metavar="N",
-    help="Texts made at the same time.  [default: at most 64 on a GPU, 8 on a CPU]",
+    help="Texts generated at the same time.  [default: at most 64 on a GPU, 8 on a CPU]",
 )
 @click.option(
     "--seed",
@@ -102,7 +100,7 @@ def importing() -> Iterator[None]:
     "--json",
     "as_json",
     is_flag=True,
-    help="One JSON object a text, with tokens and their log-probabilities; not streamed.",
+    help="Print a JSON object per text, with tokens and their log-probabilities; not streamed.",
 )
 @click.version_option(package_name="llm-forge")
 def sample(
@@ -114,20 +112,17 @@ def sample(
     parallel: int | None,
     seed: int,
     as_json: bool,
-    max_tokens: int,
-    stop: tuple[str, ...],
-    at_context_end: str,
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Generate text with MODEL.
 
     MODEL is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
-    local folder in transformers' GPT-2 or Qwen3 layout. Prints the text as it comes, and stops at
-    <|endoftext|>. Without a prompt, a terminal asks for one after the other.
+    local folder in transformers' GPT-2 or Qwen3 layout. Prints the text while it is generated, and
+    stops at <|endoftext|>. Without a prompt, a terminal asks for one after the other.
     """
     with importing():
         from sampler import load, terminal
-        from sampler.decode import Sampling
+        from sampler.draw import Sampling
         from sampler.generate import Limits
 
     if prompt is not None and prompts_file is not None:
@@ -140,16 +135,18 @@ def sample(
         prompts = [terminal.read_prompt()]
     elif prompt is not None or sys.stdin is None or not sys.stdin.isatty():  # None: closed
         if prompt is None:
-            note = f"No --prompt: {DEFAULT_PROMPT!r} it is. --prompt - reads standard input."
+            note = f"No --prompt: using {DEFAULT_PROMPT!r}. --prompt - reads standard input."
             click.echo(note, err=True)
         prompts = [terminal.Prompt(DEFAULT_PROMPT if prompt is None else prompt)]
-    stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop)
+    stops = (text.replace("\\n", "\n").replace("\\t", "\t") for text in options.pop("stop"))
+    slides = options.pop("at_context_end") == "slide"
+    limits = Limits(options.pop("max_tokens"), tuple(stops), slides)
     loaded = load.open_model(model, checkpoint, load.best_device())
     rows = num_samples * len(prompts or [None])
     session = terminal.Session(
         loaded,
-        Sampling(**sampling),
-        Limits(max_tokens, stop, at_context_end == "slide"),
+        Sampling(**options),
+        limits,
         min(rows, parallel or terminal.PARALLEL[loaded.model.wte.weight.device.type]),
         as_json,
     )
@@ -195,7 +192,7 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
     type=click.IntRange(1),
     default=1_048_576,
     show_default=True,
-    help="Tokens of --data to measure on, the same for all models; all, where there are fewer.",
+    help="Tokens of --data to measure on, the same for all models; fewer if there are fewer.",
 )
 @click.option(
     "--context-length",
@@ -209,7 +206,7 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
     help="Multiple-choice questions in HellaSwag's format: ctx, endings, label.",
 )
 @click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a model and task.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per model and task.")
 @click.version_option(package_name="llm-forge")
 def evaluate(
     models: tuple[Path, ...],
@@ -225,11 +222,11 @@ def evaluate(
 
     A model is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
     local folder in transformers' GPT-2 or Qwen3 layout. All see the same tokens. Losses are in nats
-    a token; what follows ± is one standard error. acc_norm is HellaSwag's usual number: the ending
-    with the largest log p a character.
+    per token; ± is one standard error. acc_norm is HellaSwag's usual number: the ending with the
+    largest log p per character.
     """
     if data is None and questions is None:
-        raise click.UsageError("say on what: --data DIR, --questions FILE, or both")
+        raise click.UsageError("nothing to measure on: add --data DIR, --questions FILE, or both")
     with importing():
         from sampler import evaluate as evaluating
 

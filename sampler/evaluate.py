@@ -1,8 +1,8 @@
-"""How good models are, on the same tokens: loss, bits per byte, and multiple-choice questions.
+"""forge-eval: compares models on the same tokens, by loss, bits per byte and multiple choice.
 
-Before: load.py (models) and pipeline/shards.py's folders. After: a person who compares.
+Before: load.py, which opens the models, and a folder of shards. After: a person who compares.
 
-Losses come with a standard error over windows, and with that of the difference to the first model
+Losses come with a standard error over windows, and with that of the difference from the first model
 over the same windows, which is much smaller: most of the noise is the text's, not the model's.
 """
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from pipeline import tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN, load_index
+from sampler.lines import read_lines
 from sampler.load import Loaded, best_device, open_model
 from trainer.model import LanguageModel
 from trainer.validation import VALIDATION_SEED
@@ -45,7 +46,7 @@ def evaluate(
     questions_file: Path | None,
     step: int | None,
 ) -> Iterator[list[Row]]:
-    """Yield a row a model for the shards, and another for the questions. Computes in float32."""
+    """Yield a row per model for the shards, then for the questions. Computes in float32."""
     questions = read_questions(questions_file) if questions_file else []
     torch.set_float32_matmul_precision("high")
     device = best_device()
@@ -64,7 +65,7 @@ def evaluate(
 
 
 def _one_by_one(models: list[Loaded], device: torch.device) -> Iterator[Loaded]:
-    """Each on the device in turn."""
+    """Each model in turn, on the device while it is used."""
     for loaded in models:
         loaded.model.to(device)
         yield loaded
@@ -89,7 +90,7 @@ def token_losses(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tenso
 
 @torch.inference_mode()
 def window_losses(loaded: Loaded, windows: Windows, count: int) -> tuple[Floats, Floats]:
-    """(nats, bytes of text) of the first `count` windows of the validation order: (count,) each."""
+    """Nats and bytes of text in the first `count` windows of the validation order: (count,)."""
     model = loaded.model
     device = model.wte.weight.device
     token_bytes = np.array([len(token) for token in loaded.vocabulary])
@@ -126,14 +127,14 @@ def on_shards(
     for loaded in models:
         if index.tokenizer["vocab_size"] > loaded.model.config.vocab_size:
             raise ForgeError(
-                "the shards have token ids that the model has not",
+                "the shards have token ids that the model does not have",
                 where=loaded.path,
                 fix="leave it out: it was made with another vocabulary",
             )
         nats, num_bytes = window_losses(loaded, windows, count)
         losses = nats / context_length
         bits = nats.sum() / math.log(2) / num_bytes.sum()
-        # Of a ratio of two sums: the spread of what it leaves over in each window.
+        # The error of a ratio of two sums, from its residual in each window.
         rest = nats / math.log(2) - bits * num_bytes
         row = {
             **_describe(loaded),
@@ -175,26 +176,16 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """Questions of a .jsonl file in HellaSwag's format (Zellers et al. 2019).
 
-    A row has `endings`, `label` and the context: either `ctx` (or `context`) as it is, or HellaSwag
-    1.0's `activity_label`, `ctx_a` and `ctx_b`, whose text is cleaned as the harness does.
+    A row has `endings`, `label` and the context: either `ctx` (or `context`), or HellaSwag 1.0's
+    `activity_label`, `ctx_a` and `ctx_b`, whose text is cleaned as lm-evaluation-harness does it.
     """
     questions = []
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise ForgeError(
-            f"cannot read the questions: {getattr(error, 'strerror', None) or error}",
-            where=path,
-            fix="give --questions a file of text, one question a line",
-        ) from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for where, line in read_lines(path, "--questions", "question"):
         try:
             row = json.loads(line)
             endings = row["endings"]
             if not isinstance(endings, list) or not all(isinstance(e, str) for e in endings):
-                raise TypeError("endings is no list of texts")
+                raise TypeError("endings is not a list of strings")
             if "ctx_a" in row:
                 title, first, then = (_text(row, k) for k in ("activity_label", "ctx_a", "ctx_b"))
                 context = _clean(f"{title}: {first} {then.capitalize()}")
@@ -208,32 +199,30 @@ def read_questions(path: Path) -> list[Question]:
                 raise ValueError("an ending is empty")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ForgeError(
-                "no question in HellaSwag's format: "
+                "not a question in HellaSwag's format: "
                 + (f"{error} is missing" if isinstance(error, KeyError) else str(error)),
-                where=f"{path}, line {number}",
+                where=where,
                 fix='{"ctx": "...", "endings": ["...", "..."], "label": 0}',
             ) from error
         questions.append(question)
-    if not questions:
-        raise ForgeError("the file has no question", where=path, fix="one a line, as JSON")
     return questions
 
 
 def _text(row: Row, key: str) -> str:
     text = row[key]
     if not isinstance(text, str):
-        raise TypeError(f"{key} is no text")
+        raise TypeError(f"{key} is not a string")
     return text
 
 
 def _clean(text: str) -> str:
-    """WikiHow's marks out of a HellaSwag text."""
+    """A HellaSwag text without WikiHow's marks."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def encode_pair(context: str, ending: str) -> tuple[list[int], int]:
-    """Tokens of context and ending with a space between, and how many of them are the ending's.
+    """Tokens of context and ending with a space between, and the number that are the ending's.
 
     They are encoded together; spaces at the context's end count as the ending's.
     """
@@ -275,7 +264,7 @@ def ending_scores(loaded: Loaded, questions: list[Question]) -> list[list[float]
 
 
 def on_questions(models: Iterator[Loaded], questions: list[Question]) -> list[Row]:
-    """Accuracy by log p, and by log p over the ending's characters, as the harness counts them."""
+    """Accuracy by log p, and by log p per character of the ending, as the harness counts them."""
     rows = []
     for loaded in models:
         scores = ending_scores(loaded, questions)
@@ -297,11 +286,8 @@ def on_questions(models: Iterator[Loaded], questions: list[Question]) -> list[Ro
     return rows
 
 
-# ---------------------------------------------------------------------------------------------
-
-
 def show(rows: list[Row]) -> str:
-    """A table: a line a model, each figure with its standard error."""
+    """A table: a line per model, each figure with its standard error."""
     columns = {
         "loss": ("loss", ".4f"),
         "bits_per_byte": ("bits per byte", ".4f"),

@@ -1,10 +1,10 @@
-"""Checkpoint -> other people's formats: the Hugging Face layout.
+"""forge-export: writes a checkpoint in transformers' layout, with its tokenizer and a model card.
 
-Before: a run (trainer/checkpoint.py). After: transformers, and all that reads its folders.
+Before: load.py, which opens the run. After: transformers, and every program that reads its folders.
 
-OUT gets config.json, generation_config.json, model.safetensors, tokenizer.json, vocab.json,
-merges.txt, tokenizer_config.json and README.md (the model card). It loads with no custom code;
-where transformers is installed and can, it must agree with our model, or no folder is kept.
+The folder has config.json, generation_config.json, model.safetensors, tokenizer.json, vocab.json,
+merges.txt, tokenizer_config.json and README.md. Where transformers can load it, it must agree with
+our model, or no folder is kept.
 """
 
 import importlib.metadata
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ import torch
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import VOCAB_SIZE
-from sampler.layouts import model_config, transformers_weights
-from sampler.load import open_model
+from sampler.load import Loaded, open_model
 from trainer import checkpoint
-from trainer.config import load
+from trainer.layouts import check_path, model_config, transformers_weights
 from trainer.metrics import METRICS_FILE, duration, read_metrics
 from trainer.model import LanguageModel
 from trainer.run import CONFIG_FILE, DATA_FILE
@@ -41,11 +41,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
-    """Write a run's checkpoint to `out` in transformers' layout, whole or not at all.
-
-    Returns what check() says.
-    """
+    """Write a run's checkpoint to `out`, whole or not at all; returns the result of check()."""
     out = out.resolve()
+    check_path(out)
     exists = out.exists()
     if exists and (there := next(out.iterdir() if out.is_dir() else iter([out]), None)):
         raise ForgeError(
@@ -55,17 +53,17 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
     if loaded.state is None:
         raise ForgeError("that is an exported folder", where=run, fix="give a run of forge-train")
     model = loaded.model
-    card = model_card(loaded.path.resolve(), loaded.state, dtype)
+    card = model_card(loaded, loaded.state, dtype)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Within a folder that exists: it may be a disk of its own, or all that we may write to.
+        # Inside the folder if it exists: it may be a mount, or the only place we may write to.
         with tempfile.TemporaryDirectory(
             prefix=f"{out.name}.partial.",
             dir=out if exists else out.parent,
             ignore_cleanup_errors=True,
         ) as made:
             partial = Path(made) / out.name
-            partial.mkdir()  # with the usual rights, which `made` does not have
+            partial.mkdir()  # with the usual permissions, unlike `made`
             write_files(partial, model, card, dtype)
             checked = check(partial, model, dtype)
             if exists:
@@ -80,9 +78,9 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
 
 
 def move_files(partial: Path, out: Path) -> None:
-    """Move all files into `out`, or none; config.json last, without which it is no model.
+    """Move all files into `out`, or none; config.json last, since it makes the folder a model.
 
-    `out` has nothing in it but the folder that `partial` is in.
+    `out` holds nothing but the folder that `partial` is in.
     """
     if any(path != partial.parent for path in out.iterdir()):
         raise ForgeError("the folder was filled meanwhile", where=out, fix="name a new one")
@@ -104,8 +102,7 @@ def write_files(folder: Path, model: LanguageModel, card: str, dtype: str) -> No
     files = {
         "config.json": model_config(model.config, dtype),
         "generation_config.json": {
-            "bos_token_id": shards.EOT_TOKEN,
-            "eos_token_id": shards.EOT_TOKEN,
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), shards.EOT_TOKEN),
             "do_sample": True,
         },
         "tokenizer.json": tokenizer_json(),
@@ -113,20 +110,23 @@ def write_files(folder: Path, model: LanguageModel, card: str, dtype: str) -> No
             "tokenizer_class": "GPT2Tokenizer",
             "model_max_length": model.config.context_length,
             "add_prefix_space": False,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.EOT_TEXT),
+            "padding_side": "left",  # so that the new tokens of a batch follow its texts
+            **dict.fromkeys(
+                ("bos_token", "eos_token", "unk_token", "pad_token"), tokenizer.EOT_TEXT
+            ),
         },
     }
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
-    # OpenAI's own files are transformers' two under other names.
+    # OpenAI's files, under transformers' names.
     shutil.copyfile(tokenizer.package_data() / "encoder.json", folder / "vocab.json")
     shutil.copyfile(tokenizer.package_data() / "vocab.bpe", folder / "merges.txt")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def check(folder: Path, model: LanguageModel, dtype: str) -> str:
-    """Read an export with transformers, where it is installed, and compare; says how it went.
+    """Compare an export with our model, if transformers is installed; says what was found.
 
     Raises ForgeError if logits in float32 differ by 1e-4 from those of `model`, whose weights are
     rounded to `dtype` here, or if the tokenizer gives other ids than tiktoken.
@@ -139,26 +139,26 @@ def check(folder: Path, model: LanguageModel, dtype: str) -> str:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        # A tensor of the wrong shape is left out then, and shows in the logits.
+        # A tensor of the wrong shape is then left out, which shows in the logits.
         options = {"ignore_mismatched_sizes": True}
         theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         theirs.float()  # the option for it has another name in each version
         their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # it is optional, and many things can be amiss with it
+    except Exception as error:  # an optional package, which may be broken in many ways
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return f"not checked: {name} cannot load it ({reason})"
     model.to(DTYPES[dtype]).float()
     length = min(256, model.config.context_length)
     tokens = torch.randint(VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted = model.logits(model.hidden(tokens))
+        wanted = model.logits(model.hidden(tokens))[..., :VOCAB_SIZE]
         difference = (wanted - theirs(tokens).logits).abs().max().item()
     # 1e-4 for logits of ordinary size; float32 has seven digits, whatever their size.
     if not difference < 1e-4 * max(1.0, wanted.abs().max().item() / 100):
         raise ForgeError(
             f"transformers' logits differ by {difference:.2g}", where=folder, fix=REPORT
         )
-    their_tokenizer.model_max_length = 10**6  # or it warns of texts that no model reads here
+    their_tokenizer.model_max_length = 10**6  # or it warns of long texts
     for text in CHECK_TEXTS:
         if their_tokenizer(text)["input_ids"] != tokenizer.encode(text):
             raise ForgeError(
@@ -206,18 +206,20 @@ def tokenizer_json() -> dict[str, Any]:
     }
 
 
-def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
+def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
     """README.md of the export: data, tokens, losses, hours, hardware."""
-    config = load(str(run / CONFIG_FILE))
+    run, model = loaded.path.resolve(), loaded.model.config
     try:
+        config = (run / CONFIG_FILE).read_text("utf-8-sig")
         data = json.loads((run / DATA_FILE).read_text())["source"]
         rows = read_metrics(run)
     except (OSError, ValueError, KeyError) as error:
         raise ForgeError(
             f"the run folder is not whole: {error!r}",
             where=run,
-            fix=f"restore its {DATA_FILE} and {METRICS_FILE}",
+            fix=f"restore its {CONFIG_FILE}, {DATA_FILE} and {METRICS_FILE}",
         ) from error
+    exported = replace(model, vocab_size=min(model.vocab_size, VOCAB_SIZE))
     before = [row for row in rows if row["step"] <= state.step]
     evaluated = [row for row in before if row["kind"] == "evaluate" and row["loss"]][-1:]
     trained = [row for row in before if row["kind"] == "step"][-1:]
@@ -227,10 +229,9 @@ def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
     ranks = started[0]["world_size"] if started else 1
     launcher = f"torchrun --standalone --nproc_per_node={ranks} --no-python " if ranks > 1 else ""
     facts = [
-        f"- {config.model.num_parameters():,} parameters, in {dtype}: {config.model.num_layers} "
-        f"layers, {config.model.num_heads} heads, {config.model.embedding_size} channels, context "
-        f"{config.model.context_length}; {FAMILIES[config.model.family]}'s architecture, GPT-2's "
-        "tokenizer",
+        f"- {exported.num_parameters():,} parameters, in {dtype}: {model.num_layers} layers, "
+        f"{model.num_heads} heads, {model.embedding_size} channels, context "
+        f"{model.context_length}; {FAMILIES[model.family]}'s architecture, GPT-2's tokenizer",
         f"- Trained from scratch on {state.tokens:,} tokens of {data['name']}{revision}, "
         f"in {state.step:,} steps and {duration(state.seconds)} (h:mm:ss)",
         *(f"- Hardware: {row['hardware']}" for row in started),
@@ -241,7 +242,7 @@ def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
             for row in evaluated
         ),
         f"- Command: `{launcher}forge-train config.toml --data DIR --out RUN`; the config is below",
-        "- It goes on with text; it was not taught to follow instructions or to be right.",
+        "- It continues text; it was not trained to follow instructions or to be correct.",
     ]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
     use = [
@@ -258,7 +259,7 @@ def model_card(run: Path, state: checkpoint.State, dtype: str) -> str:
         "The config of the run, `config.toml`:",
         "",
         "```toml",
-        config.to_toml().rstrip(),
+        config.rstrip(),
         "```",
     ]
     return "\n".join([*head, f"# {run.name}", "", *facts, *use]) + "\n"

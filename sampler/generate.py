@@ -1,6 +1,6 @@
-"""Prompts -> texts: fills the decoder's rows, and reads what they draw until each text ends.
+"""Generates texts from prompts: fills the decoder's rows, and reads them until each text ends.
 
-Before: decode.py, one step of B rows. After: terminal.py, which shows the texts.
+Before: decode.py, which draws the tokens. After: terminal.py, which shows the texts.
 """
 
 import codecs
@@ -16,7 +16,8 @@ from xxhash import xxh3_64_intdigest
 
 from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN
-from sampler.decode import MAX_STEPS, Decoder, Drawn
+from sampler.decode import Decoder, Drawn
+from sampler.draw import MAX_STEPS
 
 Finish = Literal["eot", "stop", "length", "context"]
 
@@ -36,19 +37,18 @@ class Limits:
 
 @dataclass
 class Sample:
-    """One text in the making. An empty prompt starts from <|endoftext|>, as every document does."""
+    """A text that grows. With an empty prompt it starts from <|endoftext|>, as documents do."""
 
     number: int
     prompt: list[int]
     seed: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # natural logarithms, if asked for
-    text: str = ""  # what can be shown: whole characters, and nothing that may become a stop
+    text: str = ""  # what may be shown: whole characters, and no possible start of a stop
     finish: Finish | None = None
-    queued: int = 0  # tokens that are drawn or being drawn
 
     def __post_init__(self) -> None:
-        # Of seed and prompt: the prompts of a file, which share a seed, do not share their luck.
+        # From seed and prompt: the prompts of a file share a seed, but not the random numbers.
         prompt = xxh3_64_intdigest(np.array(self.prompt, "<u4").tobytes())
         stream = np.random.SeedSequence((self.seed, prompt))
         self._generator = np.random.Generator(np.random.Philox(stream))
@@ -56,20 +56,20 @@ class Sample:
         self._held = ""
 
     def noise(self, count: int) -> npt.NDArray[np.float64]:
-        """The next uniform numbers of this text: (count,), whatever its neighbours are.
+        """The next uniform numbers of this text (count,), which no other text changes.
 
-        The tokens that they draw may change with the batch's shape, which logits' last bits follow.
+        The tokens drawn with them may still depend on the batch's shape: logits' last bits do.
         """
         return self._generator.random(count)
 
     def history(self, most: int) -> list[int]:
-        """The text so far, at most so many tokens of its end."""
+        """The last tokens of the text so far, at most `most`."""
         return ((self.prompt or [EOT_TOKEN]) + self.tokens)[-most:]
 
     def take(
         self, tokens: list[int], logs: list[float], vocabulary: list[bytes], limits: Limits
     ) -> None:
-        """Go on with what was drawn, as far as the text goes."""
+        """Add the tokens that were drawn, up to the text's end."""
         tokens = tokens[: limits.max_tokens - len(self.tokens)]
         if EOT_TOKEN in tokens:
             tokens = tokens[: tokens.index(EOT_TOKEN)]
@@ -107,19 +107,19 @@ def generate(
 ) -> Iterator[Sample]:
     """Write all samples, as many at a time as the decoder has rows.
 
-    Yields a sample whenever it has grown, and with its `finish` set once at its end. A row whose
+    Yields a sample whenever it has grown, and with its `finish` set once, at its end. A row whose
     text has ended takes the next sample at once.
     """
     waiting, length = iter(samples), decoder.context_length
     rows: list[Sample | None] = [None] * decoder.num_rows
-    on_gpu = decoder.graph is not None
-    stride, most_pending = (MAX_STEPS, 2) if on_gpu else (1, 1)
+    queued = [0] * decoder.num_rows  # tokens of each row's text that are drawn or being drawn
+    stride, most_pending = (1, 1) if decoder.graph is None else (MAX_STEPS, 2)
     unread: dict[int, list[int]] = {}
     pending: deque[Run] = deque()
     while True:
         for row, old in enumerate(rows):
             if old is None and (new := next(waiting, None)) is not None:
-                rows[row] = new
+                rows[row], queued[row] = new, 0
                 unread[row] = new.history(length)
         if unread:
             decoder.read(unread)
@@ -128,25 +128,25 @@ def generate(
         steps = 0
         if active:
             room = min(length - decoder.lengths[row] for row in active)
-            steps = min(stride, room, max(limits.max_tokens - s.queued for s in active.values()))
+            steps = min(stride, room, max(limits.max_tokens - queued[row] for row in active))
         if steps > 0:
             for row in set(range(len(rows))) - active.keys():
-                decoder.clear(row)  # or it would run out of room
+                decoder.clear(row)
             noise = np.zeros((steps, len(rows)))
             for row, sample in active.items():
                 noise[:, row] = sample.noise(steps)
-                sample.queued += steps
+                queued[row] += steps
             drawn = decoder.start(torch.from_numpy(noise))
             pending.append(Run(drawn, active, list(decoder.lengths)))
             if len(pending) < most_pending:
-                continue  # the GPU works on while we look at what it drew before
+                continue  # the GPU draws on while we read the tokens before
         if not pending:
             return
         run = pending.popleft()
         tokens, logs = run.drawn.read()
         for row, sample in run.rows.items():
             if sample.finish is not None:
-                continue  # it had ended before this run was looked at
+                continue  # it ended in an earlier run
             sample.take(tokens[row], logs[row] if logs else [], vocabulary, limits)
             if sample.finish is None and run.lengths[row] == length:
                 if limits.slides:
@@ -159,7 +159,7 @@ def generate(
 
 
 class Run(NamedTuple):
-    """Steps that are queued: what they draw, for which samples, and the rows' lengths then."""
+    """Queued steps: the tokens they draw, the samples in the rows, and the rows' lengths after."""
 
     drawn: Drawn
     rows: dict[int, Sample]

@@ -1,6 +1,6 @@
-"""What forge-sample reads and shows: prompts in, text or JSON lines out, and the interactive mode.
+"""forge-sample's input and output: prompts in, text or JSON lines out, and the interactive mode.
 
-Before: generate.py, which makes the texts. After: a person, or a program that reads JSON lines.
+Before: generate.py, which generates the texts. After: a person, or a program that reads JSON.
 """
 
 import contextlib
@@ -18,17 +18,19 @@ from tqdm import tqdm
 
 from pipeline import tokenizer
 from pipeline.errors import ForgeError
-from sampler.decode import Decoder, Sampling
+from sampler.decode import Decoder
+from sampler.draw import Sampling
 from sampler.generate import Limits, Sample, generate
+from sampler.lines import read_lines
 from sampler.load import Loaded
 
-PARALLEL = {"cuda": 64, "cpu": 8}  # texts at a time: what a device can use
+PARALLEL = {"cuda": 64, "cpu": 8}  # texts at a time: more do not make a device faster
 
 
 @dataclass(frozen=True)
 class Prompt:
     text: str
-    row: dict[str, Any] = field(default_factory=dict)  # what came with it in a .jsonl file
+    row: dict[str, Any] = field(default_factory=dict)  # its object in a .jsonl file
     where: str | None = None  # file and line
 
 
@@ -37,7 +39,7 @@ def is_jsonl(path: Path) -> bool:
 
 
 def read_prompt() -> Prompt:
-    """All of standard input, less a line end at its end, as echo writes one."""
+    """All of standard input, without the final line end that echo writes."""
     if sys.stdin is None:
         raise ForgeError(
             "standard input is closed", fix="pipe a text in, or name it: --prompt TEXT"
@@ -55,27 +57,15 @@ def read_prompt() -> Prompt:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a file: a line each, or of a .jsonl file an object with "prompt" each."""
-    try:
-        # No other character ends a line here; Windows programs put a mark before the first.
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise ForgeError(
-            f"cannot read the prompts: {getattr(error, 'strerror', None) or error}",
-            where=path,
-            fix="give --prompts-file a file of text, one prompt a line",
-        ) from error
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    for where, line in read_lines(path, "--prompts-file", "prompt"):
         if not is_jsonl(path):
             prompts.append(Prompt(line.removesuffix("\r"), where=where))
             continue
         try:
             row = json.loads(line)
             if not isinstance(row["prompt"], str):
-                raise TypeError("the prompt is no text")
+                raise TypeError("the prompt is not a string")
             prompts.append(Prompt(row["prompt"], row, where))
         except (ValueError, KeyError, TypeError) as error:
             raise ForgeError(
@@ -83,13 +73,11 @@ def read_prompts(path: Path) -> list[Prompt]:
                 where=where,
                 fix='write {"prompt": "..."} on each line',
             ) from error
-    if not prompts:
-        raise ForgeError("the file has no prompt", where=path, fix="write one a line")
     return prompts
 
 
 class Session:
-    """A loaded model with its decoder, and how texts are to be made."""
+    """A loaded model with its decoder, and how texts are to be generated."""
 
     def __init__(
         self, loaded: Loaded, sampling: Sampling, limits: Limits, num_rows: int, as_json: bool
@@ -98,73 +86,66 @@ class Session:
         try:
             self.decoder = Decoder(loaded.model, num_rows, sampling, log=as_json)
         except RuntimeError as error:  # a CPU has no OutOfMemoryError
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
-                error
-            ):
+            is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not is_memory:
                 raise
             raise ForgeError(
                 f"out of memory with {num_rows:,} texts at a time", fix="a smaller --parallel"
             ) from error
 
-    def samples(self, prompts: list[Prompt], num_samples: int, seed: int) -> Iterator[Sample]:
-        """num_samples of each prompt; the same seeds for each, counted up from `seed`."""
-        length = self.decoder.context_length
-        for place, prompt in enumerate(prompts):
+    def encode(self, prompts: list[Prompt]) -> Iterator[list[int]]:
+        """Tokens of each prompt; more than the context holds are an error, or told."""
+        most = self.decoder.context_length
+        for prompt in prompts:
             tokens = tokenizer.encode(prompt.text)
-            if len(tokens) > length:
-                _tell(f"The prompt has {len(tokens):,} tokens: only the last {length:,} are read.")
-            for number in range(num_samples):
-                yield Sample(place * num_samples + number, tokens, seed + number)
-
-    def check(self, prompts: list[Prompt]) -> None:
-        """ForgeError if a prompt is longer than the context, and may not be cut."""
-        length = self.decoder.context_length
-        for prompt in [] if self.limits.slides else prompts:
-            if (count := len(tokenizer.encode(prompt.text))) > length:
+            if len(tokens) > most and not self.limits.slides:
                 raise ForgeError(
-                    f"a prompt of {count:,} tokens; the context has {length:,}",
+                    f"a prompt of {len(tokens):,} tokens; the context has {most:,}",
                     where=prompt.where,
                     fix="shorten it, or --at-context-end slide, which reads the end of it",
                 )
+            if len(tokens) > most:
+                _tell(f"The prompt has {len(tokens):,} tokens: only the last {most:,} are read.")
+            yield tokens
 
     def write(self, prompts: list[Prompt], num_samples: int, seed: int) -> None:
-        """Write all texts to standard output, in order; the one at hand streams."""
-        self.check(prompts)
-        total = len(prompts) * num_samples
-        grown = generate(
-            self.decoder,
-            self.samples(prompts, num_samples, seed),
-            self.loaded.vocabulary,
-            self.limits,
+        """Write num_samples texts of each prompt to standard output, in order.
+
+        All prompts have the same seeds, counted up from `seed`. The first text that is not finished
+        streams; those after it wait for their turn.
+        """
+        total, texts = len(prompts) * num_samples, self.encode(prompts)
+        samples = (
+            Sample(place * num_samples + number, tokens, seed + number)
+            # A prompt that is an error is found before any text is written.
+            for place, tokens in enumerate(texts if self.limits.slides else [*texts])
+            for number in range(num_samples)
         )
+        grown = generate(self.decoder, samples, self.loaded.vocabulary, self.limits)
         started, num_tokens = time.perf_counter(), 0
         quiet = total == 1 or not sys.stderr.isatty() or (sys.stdout.isatty() and not self.as_json)
         with tqdm(total=total, unit="text", disable=quiet, file=sys.stderr) as progress:
-
-            def counted() -> Iterator[Sample]:
-                nonlocal num_tokens
-                for sample in grown:
-                    if sample.finish:
-                        progress.update()
-                        num_tokens += len(sample.tokens)
-                    yield sample
-
-            for sample, text, is_new in in_order(counted()):
-                prompt = prompts[sample.number // num_samples]
-                if self.as_json:
-                    if sample.finish:
-                        print(json.dumps(self.to_row(sample, prompt)), flush=True)
-                    continue
-                if is_new and total > 1:
-                    name = f"--- sample {sample.number + 1} of {total}, seed {sample.seed}\n"
-                    sys.stdout.write(name)
-                if is_new:
-                    sys.stdout.write(prompt.text)
-                sys.stdout.write(text + ("\n" if sample.finish else ""))
-                sys.stdout.flush()
+            for sample, text, is_new in in_order(grown):
+                self._show(sample, text, is_new, prompts[sample.number // num_samples], total)
+                if sample.finish:
+                    progress.update()
+                    num_tokens += len(sample.tokens)
         seconds = time.perf_counter() - started
         if sys.stderr.isatty():
             _tell(f"{num_tokens:,} tokens, {num_tokens / seconds:,.0f} tokens/s")
+
+    def _show(self, sample: Sample, text: str, is_new: bool, prompt: Prompt, total: int) -> None:
+        """Write the new `text` of a sample; JSON is written at its end."""
+        if self.as_json:
+            if sample.finish:
+                print(json.dumps(self.to_row(sample, prompt)), flush=True)
+            return
+        if is_new and total > 1:
+            sys.stdout.write(f"--- sample {sample.number + 1} of {total}, seed {sample.seed}\n")
+        if is_new:
+            sys.stdout.write(prompt.text)
+        sys.stdout.write(text + ("\n" if sample.finish else ""))
+        sys.stdout.flush()
 
     def to_row(self, sample: Sample, prompt: Prompt) -> dict[str, Any]:
         state = self.loaded.state
@@ -199,12 +180,12 @@ class Session:
 
 
 def in_order(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str, bool]]:
-    """(sample, the new part of its text, whether it is its first): one sample after the other.
+    """(sample, new part of its text, whether the first), a sample after the other.
 
-    The first that is not finished streams; those behind it wait for their turn.
+    Of the samples that grow at the same time, those after the current one wait for their turn.
     """
     waiting: dict[int, Sample] = {}
-    current, shown = 0, -1  # which sample streams, and how much of it was shown; -1: nothing yet
+    current, shown = 0, -1  # the sample that streams, and its characters shown; -1: none yet
     for grown in samples:
         waiting[grown.number] = grown
         while (sample := waiting.get(current)) is not None:

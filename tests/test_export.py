@@ -1,4 +1,4 @@
-"""forge-export: transformers reads the same model, and what it writes can be read here."""
+"""forge-export: transformers reads the same model, and its folders can be read here."""
 
 import json
 import shutil
@@ -11,9 +11,11 @@ from conftest import HOSTILE, metrics_of
 from safetensors.torch import load_file, save_file
 
 from pipeline import shards, tokenizer
-from sampler import export, layouts
+from sampler import export
 from sampler.load import open_model
+from trainer import layouts
 from trainer.config import ModelConfig
+from trainer.model import LanguageModel, build_model
 
 
 def test_an_export_is_the_same_model_to_transformers(
@@ -123,6 +125,56 @@ def test_what_is_exported_writes_the_run_s_text(either_run: Path, tmp_path: Path
     assert texts[0].output == texts[1].output
 
 
+@pytest.fixture(params=["gpt2", "qwen3"])
+def padded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LanguageModel, Path]:
+    """A model with more rows than the tokenizer has tokens, which writes varied texts, exported."""
+    modern = {"bias": False, "num_kv_heads": 2} if request.param == "qwen3" else {}
+    config = ModelConfig(2, 4, 32, request.param, context_length=64, vocab_size=50304, **modern)
+    model = build_model(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        is_gain = weight.ndim == 1 and name.endswith("weight")
+        torch.nn.init.normal_(weight, float(is_gain), 0.3, generator=generator)
+    model.requires_grad_(False)
+    (tmp_path / "padded").mkdir()
+    export.write_files(tmp_path / "padded", model, "A card.", "float32")
+    return model, tmp_path / "padded"
+
+
+def test_an_export_has_a_row_for_each_token_and_no_others(
+    padded: tuple[LanguageModel, Path],
+) -> None:
+    """Converters (CTranslate2's) refuse others, and transformers would draw them."""
+    pytest.importorskip("transformers")
+    model, folder = padded
+    sizes = {tensor.shape[0] for tensor in load_file(folder / "model.safetensors").values()}
+    assert max(sizes) == json.loads((folder / "config.json").read_text())["vocab_size"] == 50257
+    assert "logits differ by at most" in export.check(folder, model, "float32")
+    reopened = open_model(folder, None, torch.device("cpu")).model
+    assert torch.equal(reopened.wte.weight, model.wte.weight[:50257])
+
+
+def test_a_batch_of_transformers_has_the_texts_that_it_writes_alone(
+    padded: tuple[LanguageModel, Path],
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    _, folder = padded
+    pipeline = transformers.pipeline("text-generation", str(folder))
+    prompts = ["a", "It is what it is, and it goes on for", "b c"]
+    options = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
+    alone = [pipeline(prompt, **options) for prompt in prompts]
+    assert pipeline(prompts, batch_size=3, **options) == alone
+    texts = [text[0]["generated_text"] for text in alone]
+    assert len({*texts}) == 3
+
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = their_tokenizer(prompts, padding=True, return_tensors="pt")
+    found = pipeline.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    new = found[:, inputs["input_ids"].shape[1] :]
+    assert their_tokenizer.batch_decode(new, skip_special_tokens=True) == texts
+    assert len({*new.flatten().tolist()}) > 15  # no loops, which would prove little
+
+
 @pytest.fixture
 def folder(run: Path, tmp_path: Path, forge) -> Path:
     forge("export", run, tmp_path / "hf", "--dtype", "float32")
@@ -152,6 +204,18 @@ def test_other_people_s_gpt2_folders_are_read(folder: Path, run: Path) -> None:
         assert torch.allclose(weight, dict(model.named_parameters())[name], atol=1e-3)
 
 
+def test_a_folder_is_read_as_the_weights_that_were_exported(
+    either_run: Path, tmp_path: Path, forge
+) -> None:
+    forge("export", either_run, tmp_path / "hf", "--dtype", "float32")
+    config, weights = layouts.read_folder(tmp_path / "hf")
+    model = open_model(either_run, None, torch.device("cpu")).model
+    assert config == model.config
+    wanted = dict(model.named_parameters())
+    assert {*weights} == {*wanted}
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
 def test_other_people_s_qwen3_folders_are_read(tmp_path: Path, forge) -> None:
     """What transformers itself writes for a model of its own, with heads shared by threes."""
     transformers = pytest.importorskip("transformers")
@@ -171,9 +235,19 @@ def test_other_people_s_qwen3_folders_are_read(tmp_path: Path, forge) -> None:
     for key, value in (("rms_norm_eps", 1e-5), ("tie_word_embeddings", False)):
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
         refused(forge, tmp_path, key)
-    turns = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
-    (tmp_path / "config.json").write_text(json.dumps(config | turns))
-    refused(forge, tmp_path, "yarn")
+    turns = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    for changed, reason in (
+        ({"rope_parameters": turns}, "yarn"),
+        ({"rope_parameters": {}}, "rope_theta is None"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+        ({"head_dim": None}, "head_size is None"),
+        ({"num_key_value_heads": 4}, "6 heads over 4 of keys"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        refused(forge, tmp_path, reason)
+    del config["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(forge, tmp_path, "lacks 'head_dim'")
 
 
 def refused(forge, folder: Path, reason: str) -> None:
@@ -196,6 +270,7 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
         ("n_layer", "four", "num_layers is 'four'"),
         ("n_head", 5, "32 channels for 5 heads"),
         ("n_embd", 0, "embedding_size is 0"),
+        ("n_embd", None, "embedding_size is None"),
         ("vocab_size", 40_000, "GPT-2's tokenizer has 50257"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))

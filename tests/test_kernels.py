@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sampler import decode
-from sampler.decode import Decoder, Sampling
+from sampler import decode, draw
+from sampler.decode import Decoder
+from sampler.draw import Sampling, Steps
 from trainer.config import ModelConfig
 from trainer.model import LanguageModel, build_model
 
@@ -20,7 +21,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU here, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from sampler import kernels
+from sampler import attention, fast, kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # No size is a power of two, and no row a multiple of a block.
@@ -52,7 +53,7 @@ def test_attention_is_that_of_each_rows_own_length(num_rows: int, groups: int) -
     lengths = torch.randint(room, (num_rows,), generator=generator)
     lengths[-1] = 0
     before = keys.clone()
-    y = kernels.attend(q, k, v, keys, values, lengths.to(DEVICE))
+    y = attention.attend(q, k, v, keys, values, lengths.to(DEVICE))
     for row, length in enumerate(lengths.tolist()):
         assert torch.equal(keys[row, :, length], k[row, :, 0])
         assert torch.equal(keys[row, :, :length], before[row, :, :length])
@@ -64,8 +65,10 @@ def test_attention_is_that_of_each_rows_own_length(num_rows: int, groups: int) -
 
 @pytest.mark.parametrize("length", [0, 1, 16, 75, 299])
 def test_parts_of_attention_join_to_the_whole(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "PARTS", 3)
-    monkeypatch.setattr(kernels, "PART_NUMBERS", 16 * 32)  # 16 tokens, so that a part takes several
+    monkeypatch.setattr(attention, "PARTS", 3)
+    monkeypatch.setattr(
+        attention, "PART_NUMBERS", 16 * 32
+    )  # 16 tokens, so that a part takes several
     generator = torch.Generator().manual_seed(length)
     heads, size, room = 3, 24, 300
     q, k, v = torch.randn(3, heads, size, generator=generator).to(DEVICE)
@@ -73,7 +76,7 @@ def test_parts_of_attention_join_to_the_whole(length: int, monkeypatch: pytest.M
     matrix = torch.randn(40, heads * size, generator=generator).to(DEVICE)
     before = keys.clone()
     given = keys, values, torch.tensor([length], device=DEVICE)
-    parts, log_weights = kernels.attend_parts(q, k, v, *given)
+    parts, log_weights = attention.attend_parts(q, k, v, *given)
     y = kernels.linear(parts, matrix, None, log_weights=log_weights)
     assert torch.equal(keys[0, :, length], k)
     keys[0, :, length] = before[0, :, length]
@@ -82,6 +85,12 @@ def test_parts_of_attention_join_to_the_whole(length: int, monkeypatch: pytest.M
     there = keys[:, :, : length + 1], values[:, :, : length + 1]
     wanted = F.scaled_dot_product_attention(q[None, :, None], *there).flatten() @ matrix.T
     assert torch.allclose(y[0], wanted, atol=1e-4)
+
+
+def test_only_few_of_the_likeliest_are_drawn_with_kernels() -> None:
+    few = (Sampling(top_k=64), Sampling(temperature=0), Sampling(temperature=0, top_k=65))
+    assert all(fast.has_draw(sampling) for sampling in few)
+    assert not any(fast.has_draw(sampling) for sampling in (Sampling(), Sampling(top_k=65)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,23 +109,21 @@ def test_the_likeliest_tokens_are_drawn_as_the_plain_way_draws(
     generator = torch.Generator().manual_seed(0)
     num_rows, num_tokens, step = 6, 2500, 2
     if DEVICE == "cpu":  # the interpreter sorts number by number
-        monkeypatch.setattr(kernels, "VOCABULARY_BLOCK", 128)
+        monkeypatch.setattr(fast, "VOCABULARY_BLOCK", 128)
         num_rows, num_tokens = 2, 200
     order = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(num_rows)])
     # 64 that differ in bfloat16, too: which of two equals is taken is nobody's business.
     distinct = torch.where(order < 64, order / 4, -9.0)
     logits = F.pad(distinct, (0, 12), value=99.0).to(DEVICE, dtype)[:, :num_tokens]
-    noise = torch.rand(4, num_rows, dtype=torch.float64, generator=generator).to(DEVICE)
-    number = torch.full((num_rows,), step, device=DEVICE)
-    drawn = torch.zeros(4, num_rows, dtype=torch.long, device=DEVICE)
-    last, lengths = torch.zeros_like(number), torch.arange(num_rows, device=DEVICE)
-    kernels.draw_top(
-        logits, 1 if sampling.is_greedy else sampling.top_k or 0, max(sampling.temperature, 1e-3),
-        sampling.top_p, sampling.min_p, noise, number, drawn, last, lengths,
-    )  # fmt: skip
-    wanted = decode.draw(logits, sampling, noise[step])
-    assert last.tolist() == drawn[step].tolist() == wanted.tolist()
-    assert number.tolist() == [step + 1] * num_rows
+    steps = Steps(num_rows, torch.device(DEVICE), log=False)
+    steps.noise[:4] = torch.rand(4, num_rows, dtype=torch.float64, generator=generator)
+    steps.number.fill_(step)
+    lengths = torch.arange(num_rows, device=DEVICE)
+    assert fast.has_draw(sampling)
+    fast.draw_top(logits, sampling, steps, lengths)
+    wanted = draw.draw(logits, sampling, steps.noise[step])
+    assert steps.last.tolist() == steps.drawn[step].tolist() == wanted.tolist()
+    assert steps.number.tolist() == [step + 1] * num_rows
     assert lengths.tolist() == list(range(1, num_rows + 1))
 
 
@@ -143,8 +150,8 @@ def test_a_step_with_kernels_draws_what_the_plain_step_draws(
     generator = torch.Generator().manual_seed(0)
     num_steps = 8
     if DEVICE == "cpu":  # the interpreter is slow: by the program, and by the number that is sorted
-        monkeypatch.setattr(kernels, "VOCABULARY_BLOCK", 128)
-        monkeypatch.setattr(kernels, "PARTS", 2)
+        monkeypatch.setattr(fast, "VOCABULARY_BLOCK", 128)
+        monkeypatch.setattr(attention, "PARTS", 2)
         num_steps, vocab_size = 2, 131
         if config == SMALL and num_rows == 1:
             vocab_size = 259  # from 257 on, a program of linear() has two outputs
@@ -157,6 +164,6 @@ def test_a_step_with_kernels_draws_what_the_plain_step_draws(
         monkeypatch.setattr(decode, "has_kernels", lambda weight, answer=with_kernels: answer)
         decoder = Decoder(made(config), num_rows, sampling, log=True)
         decoder.read(texts)
-        drawn[with_kernels], logs[with_kernels] = decoder.run(noise)
+        drawn[with_kernels], logs[with_kernels] = decoder.start(noise).read()
     assert drawn[True] == drawn[False]
     assert torch.allclose(torch.tensor(logs[True]), torch.tensor(logs[False]), atol=1e-4)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from sampler.decode import KVCache
-from sampler.layouts import model_config, pieces, transformers_weights
 from trainer import backends, fused
 from trainer import config as configs
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
+from trainer.layouts import model_config, pieces, transformers_weights
 from trainer.model import LanguageModel, build_model, rotary_table, rotate
 from trainer.optimizer import Optimizer, neuron_scales, orthogonalize
 

@@ -1,4 +1,4 @@
-"""forge-sample: the tokens of the plain way, whatever the batch and the cache."""
+"""forge-sample draws the same tokens as the model without a cache, in batches of any shape."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -25,7 +25,8 @@ from conftest import ROOT
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
 from sampler import cli, terminal
-from sampler.decode import Decoder, Sampling, draw, penalize
+from sampler.decode import Decoder
+from sampler.draw import Sampling, draw, penalize
 from sampler.generate import Limits, Sample, generate
 from sampler.load import open_model
 from trainer import checkpoint
@@ -226,6 +227,43 @@ def test_a_checkpoint_is_read_where_it_belongs_and_nowhere_else(run: Path, tmp_p
             open_model(copy, None, CPU)
 
 
+def test_the_model_is_the_one_that_the_checkpoint_states(run: Path, tmp_path: Path, forge) -> None:
+    """Not the one in RUN/config.toml, which is read for older checkpoints that state none."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    config = copy / "config.toml"
+    model = asdict(open_model(run, None, CPU).model.config)
+    for path in copy.rglob(checkpoint.STATE_FILE):
+        state = json.loads(path.read_text()) | {"model": model}
+        state["checksums"].pop(checkpoint.STATE_FILE)
+        path.write_text(json.dumps(state))
+    config.write_text(config.read_text().replace("num_heads = 2", "num_heads = 4"))
+    assert "num_heads = 4" in config.read_text()
+    options = ["--temperature", 0, "--max-tokens", 3, "--json"]
+    assert forge("sample", copy, *options).output == forge("sample", run, *options).output
+    for path in copy.rglob(checkpoint.STATE_FILE):
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in state.items() if k != "model"}))
+    assert open_model(copy, None, CPU).model.config.num_heads == 4
+
+
+def test_a_path_that_is_not_utf_8_is_one_clear_error(run: Path, tmp_path: Path, forge) -> None:
+    folder = tmp_path / os.fsdecode(b"run-\xe9")
+    shutil.copytree(run, folder)
+    for arguments in (
+        ("sample", folder),
+        ("sample", checkpoint.checkpoint_path(folder, 8)),
+        ("eval", folder, "--data", tmp_path),
+        ("export", folder, tmp_path / "hf"),
+        ("export", run, folder / "hf"),
+    ):
+        result = forge(*arguments)
+        assert result.exit_code == 1, arguments
+        assert "not valid UTF-8" in result.output
+        assert "rename the folder" in result.output
+    assert [*tmp_path.iterdir()] == [folder]
+    assert not (folder / "hf").exists()
+
+
 def test_a_stop_text_may_be_a_line_end(run: Path, forge, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, ...]] = []
     monkeypatch.setattr(terminal.Session, "write", lambda self, *_: seen.append(self.limits.stops))
@@ -344,8 +382,6 @@ def test_an_older_checkpoint_can_be_sampled_and_a_missing_one_is_named(run: Path
 
 
 def test_sampling_reads_no_optimizer_state(run: Path, tmp_path: Path, forge) -> None:
-    import shutil
-
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     for path in copy.rglob(checkpoint.OPTIMIZER_FILE):
         path.unlink()

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ForgeError
 from pipeline.files import sync_folder
-from trainer.config import CheckpointConfig
+from trainer.config import CheckpointConfig, ModelConfig, load
 
 FOLDER = "checkpoints"
 MODEL_FILE = "model.safetensors"
@@ -240,6 +240,17 @@ def read_state(run: Path, step: int) -> State:
         raise _unusable(run, step, error) from error
 
 
+def read_model(run: Path, step: int) -> ModelConfig:
+    """The model of a checkpoint: from its state.json, or from the run's config where older
+    versions wrote it."""
+    path = checkpoint_path(run, step) / STATE_FILE
+    try:
+        model = json.loads(path.read_text()).get("model")
+        return load(str(run / "config.toml")).model if model is None else ModelConfig(**model)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise _unusable(run, step, error) from error
+
+
 def load_state(
     run: Path, step: int, files: tuple[str, ...] = (MODEL_FILE, OPTIMIZER_FILE)
 ) -> State:
@@ -254,7 +265,7 @@ def load_state(
 def _state(path: Path) -> State:
     try:
         raw = json.loads((path / STATE_FILE).read_text())
-        state = State(**raw)
+        state = State(**{key: value for key, value in raw.items() if key != "model"})
         if state.checksums.get(STATE_FILE) not in (None, _own_checksum(raw)):  # older ones: None
             raise ValueError("checksum differs")
     except (ValueError, TypeError, AttributeError) as error:  # whatever it may hold

@@ -1,8 +1,8 @@
-"""What other people's programs make of an export: do they load it, and do they say the same?
+"""Whether other programs load an export, and compute the same text and log-probabilities.
 
     python -m tests.benchmarks.engines RUN [--llama-cpp DIR] [--questions FILE.jsonl]
 
-Exports RUN in float32. Each engine that is installed here goes on greedily with a prompt, and gives
+Exports RUN in float32. Each engine that is installed here continues a prompt greedily, and gives
 the log-probabilities of a text that forge-sample drew: transformers, CTranslate2 (ctranslate2),
 llama.cpp (llama-cpp-python, gguf; --llama-cpp names a checkout with convert_hf_to_gguf.py, such as
 vendor/llama.cpp in llama-cpp-python's sdist). With --questions, EleutherAI's lm-evaluation-harness
@@ -23,7 +23,8 @@ import torch
 
 from pipeline import tokenizer
 from sampler import evaluate, export
-from sampler.decode import Decoder, Sampling
+from sampler.decode import Decoder
+from sampler.draw import Sampling
 from sampler.generate import Limits, Sample, generate
 from sampler.load import open_model
 

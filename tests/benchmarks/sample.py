@@ -5,9 +5,9 @@
 
 Random weights, the same for all rows; bfloat16 on a GPU, float32 on a CPU; temperature 0.8, top-k
 50. Tokens/s are new tokens over the time from reading the prompts to the last token on the host;
-what is compiled, captured or planned once is done before ("prepared", in seconds). Rows of others
-that are slow are cut off after --seconds. The limit is the time to read what a step must read, at
-the speed at which this device copies memory.
+compilation, capture and planning happen before ("prepared", in seconds). Slow rows of others are
+cut off after --seconds. The limit is the time to read the weights and the cache once a step, at the
+speed at which this device copies memory.
 """
 
 import math
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from pipeline import tokenizer
 from sampler import decode
-from sampler.decode import Decoder, Sampling
+from sampler.decode import Decoder
+from sampler.draw import MAX_STEPS, Sampling
 from sampler.generate import Limits, Sample, generate
-from sampler.layouts import model_config, transformers_weights
 from sampler.load import best_device
 from trainer import config as configs
+from trainer.layouts import model_config, transformers_weights
 from trainer.model import LanguageModel, build_model
 
 SAMPLING = Sampling(temperature=0.8, top_k=50)
@@ -107,12 +108,7 @@ def theirs(model: LanguageModel, prompts: Tensor, count: int, static: bool = Fal
     with prompts.device:
         other = transformers.AutoModelForCausalLM.from_config(settings)
     other = other.to(model.wte.weight.dtype).eval()
-    # The head may have grown for forge-sample.
-    weights = {
-        n: w[: settings.vocab_size] if "wte" in n or "embed_tokens" in n else w
-        for n, w in transformers_weights(model).items()
-    }
-    other.load_state_dict(weights, strict=False)
+    other.load_state_dict(transformers_weights(model), strict=False)
     other.tie_weights()
 
     def run(seconds: float) -> tuple[int, float]:
@@ -145,18 +141,18 @@ def profile_step(model: LanguageModel, prompts: Tensor) -> None:
 
     decoder = Decoder(model, len(prompts), SAMPLING)
     decoder.read(dict(enumerate(prompts.tolist())))
-    noise = torch.rand(decode.MAX_STEPS, len(prompts), dtype=torch.float64)
-    decoder.run(noise)
+    noise = torch.rand(MAX_STEPS, len(prompts), dtype=torch.float64)
+    decoder.start(noise).read()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        decoder.run(noise)
+        decoder.start(noise).read()
     rows = [e for e in profiler.key_averages() if e.self_device_time_total]
-    total = sum(e.self_device_time_total for e in rows) / decode.MAX_STEPS
+    total = sum(e.self_device_time_total for e in rows) / MAX_STEPS
     click.echo(
-        f"    {total:7.1f} us in {sum(e.count for e in rows) / decode.MAX_STEPS:.0f} kernels a step"
+        f"    {total:7.1f} us in {sum(e.count for e in rows) / MAX_STEPS:.0f} kernels a step"
     )
     for e in sorted(rows, key=lambda e: -e.self_device_time_total)[:14]:
-        each = e.self_device_time_total / decode.MAX_STEPS
-        click.echo(f"    {each:7.1f} us {e.count / decode.MAX_STEPS:6.1f} x  {e.key[:90]}")
+        each = e.self_device_time_total / MAX_STEPS
+        click.echo(f"    {each:7.1f} us {e.count / MAX_STEPS:6.1f} x  {e.key[:90]}")
 
 
 @click.command()

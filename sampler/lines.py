@@ -1,0 +1,28 @@
+"""Reads text files that have a prompt or a question on each line.
+
+Before: the file that the user names. After: terminal.py and evaluate.py.
+"""
+
+from pathlib import Path
+
+from pipeline.errors import ForgeError
+
+
+def read_lines(path: Path, option: str, what: str) -> list[tuple[str, str]]:
+    """(file and line number, line) of all lines that are not blank; ForgeError if there are none.
+
+    `what` is on each line of the file that `option` names.
+    """
+    try:
+        # splitlines() ends lines at other characters, too; Windows programs put a mark in front.
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise ForgeError(
+            f"cannot read the {what}s: {getattr(error, 'strerror', None) or error}",
+            where=path,
+            fix=f"give {option} a text file in UTF-8, one {what} a line",
+        ) from error
+    found = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise ForgeError(f"the file has no {what}", where=path, fix="write one a line")
+    return found
