@@ -73,3 +73,15 @@ def _lock(descriptor: int, folder: Path, program: str, deadline: float) -> None:
                     fix="let it finish, or stop it; or choose another --out",
                 ) from None
             time.sleep(0.1)
+
+
+def check_utf8(path: Path) -> None:
+    """ForgeError if the path is not valid UTF-8, which safetensors requires."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ForgeError(
+            "the folder's path is not valid UTF-8",
+            where=path,
+            fix="rename the folder, or the one above it with the invalid character",
+        ) from error

@@ -26,8 +26,8 @@ from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN, load_index
 from sampler.lines import read_lines
 from sampler.load import Loaded, best_device, open_model
+from trainer.evaluate import VALIDATION_SEED
 from trainer.model import LanguageModel
-from trainer.validation import VALIDATION_SEED
 from trainer.windows import Windows, to_device, windows_at
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}  # through one forward

@@ -20,13 +20,15 @@ import torch
 
 from pipeline import shards, tokenizer
 from pipeline.errors import ForgeError
+from pipeline.files import check_utf8
 from pipeline.shards import VOCAB_SIZE
 from sampler.load import Loaded, open_model
 from trainer import checkpoint
-from trainer.layouts import check_path, model_config, transformers_weights
-from trainer.metrics import METRICS_FILE, duration, read_metrics
+from trainer.checkpoint import CONFIG_FILE
+from trainer.layouts import model_config, transformers_weights
 from trainer.model import LanguageModel
-from trainer.run import CONFIG_FILE, DATA_FILE
+from trainer.report import METRICS_FILE, duration, read_metrics
+from trainer.run import DATA_FILE
 
 CHECK_TEXTS = (
     "Fruits are good for you because they're 100% natural.",
@@ -43,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
     """Write a run's checkpoint to `out`, whole or not at all; returns the result of check()."""
     out = out.resolve()
-    check_path(out)
+    check_utf8(out)
     exists = out.exists()
     if exists and (there := next(out.iterdir() if out.is_dir() else iter([out]), None)):
         raise ForgeError(

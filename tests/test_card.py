@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer import config as configs
 from trainer.card import Card
+from trainer.config_file import load
 
 H200 = Card(matmul_flops=680e12, copy_bytes=4.25e12)
 
@@ -16,5 +16,5 @@ def test_predicted_speeds_are_within_20_percent_of_measured_ones(
     name: str, micro_batch_size: int, measured: float
 ) -> None:
     """Measured on an H200 whose sustained product was 680 TFLOP/s (tests/benchmarks)."""
-    predicted = H200.tokens_per_second(configs.load(name).model, micro_batch_size)
+    predicted = H200.tokens_per_second(load(name).model, micro_batch_size)
     assert predicted == pytest.approx(measured, rel=0.2)

@@ -157,7 +157,6 @@ def test_an_export_of_an_old_run_is_the_same_model(
     assert row["loss"] == pytest.approx(LOSSES[name][0], abs=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="comes with --from")
 @pytest.mark.parametrize("name", OLD_RUNS)
 def test_an_old_run_is_not_resumed_but_named_in_from(
     name: str, old_shards: Path, tmp_path: Path, forge: Forge
@@ -168,7 +167,6 @@ def test_an_old_run_is_not_resumed_but_named_in_from(
     assert is_refused(result, "--from")
 
 
-@pytest.mark.xfail(strict=True, reason="comes with --from")
 @pytest.mark.parametrize("name", OLD_RUNS)
 def test_a_new_run_begins_from_the_weights_of_an_old_one(
     name: str, old: Path, old_shards: Path, tmp_path: Path, forge: Forge

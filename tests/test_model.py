@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from sampler.decode import KVCache
 from trainer import backends, fused
-from trainer import config as configs
+from trainer import config_file as configs
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
 from trainer.layouts import model_config, pieces, transformers_weights

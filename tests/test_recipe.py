@@ -54,12 +54,9 @@ def test_time_is_that_of_steps_without_compilation() -> None:
     assert ended[40] + excluded == pytest.approx(sum(seconds))
 
 
-def test_a_skipped_step_takes_time_and_a_larger_step_takes_more() -> None:
+def test_a_skipped_step_takes_time() -> None:
     rows = [row for row in metrics([1.0] * 10, 100) if row["step"] != 5]
     assert curves.training_seconds(rows)[0][10] == pytest.approx(10)
-    for row in rows:
-        row["tokens"] += TOKENS * max(0, row["step"] - 8)  # the last two are of double size
-    assert curves.training_seconds(rows)[0][10] == pytest.approx(12)
 
 
 def test_the_training_loss_beside_an_evaluation_is_the_mean_before_it() -> None:
@@ -146,7 +143,10 @@ def test_a_finished_run_is_left_out_and_a_name_stands_for_one_thing(
 
 @pytest.mark.parametrize("path", sorted(MEASURED.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_runs_that_are_kept_are_of_the_arms_and_configs_of_today(path: Path) -> None:
+    """But for those with a batch warm-up, which forge-train no longer has."""
     for run in (line for line in curves.read_lines(path) if "curve" in line):
+        if any(setting.startswith("batch.doubl") for setting in run["settings"]):
+            continue
         if run["arm"].partition("@")[0] in recipe.ARMS:
             arm = recipe.find_arm(run["arm"], recipe.ARMS)
             assert run["config"] == arm.values()

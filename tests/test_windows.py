@@ -1,6 +1,5 @@
 """Laws of the window order: a pure function of (seed, position), shared out among the ranks."""
 
-import itertools
 import shutil
 from pathlib import Path
 
@@ -10,10 +9,18 @@ import torch
 
 from pipeline import shards
 from pipeline.errors import ForgeError
-from trainer.config import StepSizes
+from trainer import config_file
+from trainer.config import Config
+from trainer.ranks import Ranks
 from trainer.windows import MicroBatches, Windows, permute, step_positions, windows_at
 
 CPU = torch.device("cpu")
+
+
+def steps_of(windows: int, seed: int = 0) -> Config:
+    """A config whose steps take so many windows of 64 tokens."""
+    settings = ("model.context_length=64", f"batch.tokens_per_step={64 * windows}", f"seed={seed}")
+    return config_file.load("tiny", (*settings, "evaluate.num_tokens=64"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])
@@ -47,34 +54,12 @@ def test_each_window_comes_once_an_epoch() -> None:
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_ranks_share_the_windows_without_overlap(world_size: int, micro_batch_size: int) -> None:
     shares = [
-        step_positions(5, StepSizes(24), micro_batch_size, rank, world_size)
+        step_positions(5, steps_of(24), micro_batch_size, Ranks(rank, rank, world_size))
         for rank in range(world_size)
     ]
     assert all(share.shape[1] == micro_batch_size for share in shares)
     together = np.concatenate([share.ravel() for share in shares])
     assert together.tolist() == list(range(5 * 24, 6 * 24))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 6])
-def test_steps_that_grow_take_the_windows_one_after_the_other(world_size: int) -> None:
-    sizes = StepSizes(24, doublings=2, doubling_steps=3)
-    taken = [
-        np.concatenate(
-            [step_positions(n, sizes, 1, rank, world_size) for rank in range(world_size)]
-        )
-        for n in range(9)
-    ]
-    assert [len(step) for step in taken] == [6, 6, 6, 12, 12, 12, 24, 24, 24]
-    assert np.concatenate(taken).ravel().tolist() == list(range(6 * 3 + 12 * 3 + 24 * 3))
-    assert [sizes.cut(n, world_size, 4) for n in (0, 3, 6)] == {
-        1: [(2, 3), (3, 4), (6, 4)],
-        2: [(1, 3), (2, 3), (3, 4)],
-        6: [(1, 1), (1, 2), (1, 4)],
-    }[world_size]
-    assert step_positions(3, sizes, 4, 0, world_size).shape == sizes.cut(3, world_size, 4)
-    for step, more in itertools.product(range(9), range(9)):
-        assert sizes.steps(step, sizes.before(step + more) - sizes.before(step)) == more
-    assert sizes.steps(4, 0.5 * 12) == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -94,23 +79,14 @@ def test_each_token_is_a_target_once_an_epoch(windows: Windows) -> None:
     assert at == windows.num_windows
 
 
-def test_a_window_can_be_found_on_the_disk(windows: Windows) -> None:
-    for number in (0, windows.num_windows // 2, windows.num_windows - 1):
-        shard, start = windows.locate(number)
-        tokens = shards.map_shard(windows.index.folder / shard.file, shard.num_tokens)
-        assert np.array_equal(tokens[start : start + 65], windows.read(np.array([number]))[0])
-
-
 def test_reading_ahead_gives_what_the_arguments_say(windows: Windows) -> None:
-    with MicroBatches(windows, 9, 2, StepSizes(8), 4, 1, 2, CPU) as batches:
-        inputs, targets = next(batches)
-        chosen = batches.windows_of(2, 1, 0)
-    wanted = windows.read(
-        windows_at(step_positions(2, StepSizes(8), 4, 1, 2)[0], windows.num_windows, 9)
-    )
+    config, ranks = steps_of(8, seed=9), Ranks(1, 1, 2)
+    with MicroBatches(windows, config, 2, 4, ranks, CPU) as batches:
+        ((inputs, targets),) = batches.of_step()
+    positions = step_positions(2, config, 4, ranks)[0]
+    wanted = windows.read(windows_at(positions, windows.num_windows, 9))
     assert inputs.tolist() == wanted[:, :-1].tolist()
     assert targets.tolist() == wanted[:, 1:].tolist()
-    assert np.array_equal(windows.read(chosen), wanted)
 
 
 def copy_of(windows: Windows, folder: Path) -> Windows:
@@ -129,12 +105,12 @@ def test_a_shard_that_changes_while_training_is_an_error_and_no_signal(
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-2])
-    with MicroBatches(copy, 0, 0, StepSizes(4), 2, 0, 1, CPU) as batches:
-        inputs, _ = next(batches)
-        assert inputs.shape == (2, 64)  # the step goes through, and all ranks learn of it
-        assert batches.error
-        assert "cannot read a shard" in batches.error.what
-        assert batches.error.where == path
+    says = "cannot read a shard" if harm == "gone" else "shorter than its header"
+    with MicroBatches(copy, steps_of(4), 0, 2, Ranks(), CPU) as batches:
+        steps = (list(batches.of_step()) for _ in range(9))
+        with pytest.raises(ForgeError, match=says) as caught:
+            list(steps)
+    assert caught.value.where == path
 
 
 def test_a_truncated_shard_is_found_before_the_first_step(windows: Windows, tmp_path: Path) -> None:

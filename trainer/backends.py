@@ -1,7 +1,4 @@
-"""What is chosen once for a device: attention's kernels, and where torch.compile is put.
-
-Before: config.py's `compile`, fused.py's kernels. After: loop.py, before the first step.
-"""
+"""What is chosen once for a device: attention's kernels, and where torch.compile is put."""
 
 import functools
 from typing import Any

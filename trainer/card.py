@@ -1,7 +1,4 @@
-"""What the card in hand does, measured at start-up; and what a model will reach on it.
-
-Before: the GPU. After: metrics.py's second MFU and `forge-train --check`.
-"""
+"""What the card in hand does, measured, and what a model will reach on it (`--check`)."""
 
 import time
 from collections.abc import Callable

@@ -1,30 +1,37 @@
-"""What a config would do on this machine, before a day is spent on it (`forge-train --check`).
-
-Before: config.py, memory.py and the folder of shards. After: a person.
-"""
+"""What a config would do on this machine, before a day is spent on it (`forge-train --check`)."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.errors import ForgeError
 from trainer import card, memory
-from trainer.config import Config, OptimizerConfig, names_in
-from trainer.metrics import amount, hardware
+from trainer.config import Config, OptimizerConfig
+from trainer.config_file import names_in
 from trainer.optimizer import compute_dtype
 from trainer.ranks import Ranks
-from trainer.run import Data
+from trainer.report import amount, hardware, say
+from trainer.windows import Data, check_amount, find_data
 
 CARD_GIB, FREE_GIB = 24, 23  # what is left of it beside the driver and CUDA's context
 MANY_EPOCHS = 5  # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models"
 
 
-def report(config: Config, name: str, data: Data) -> str:
+def check(config: Config, name: str, folder: Path) -> None:
+    """Print the plan on rank 0. ForgeError if it cannot be trained."""
+    ranks, data = Ranks.from_environment(), find_data(config, folder)
+    text = report(config, name, data, ranks)
+    if ranks.is_first:
+        say(text)
+    check_amount(config, data)
+
+
+def report(config: Config, name: str, data: Data, ranks: Ranks) -> str:
     """Parameters, tokens a step, accumulation, memory as text; ForgeError if they cannot be."""
-    ranks = Ranks.from_environment()
     device = ranks.device()
-    plan = memory.plan_step(config, ranks, device)
+    cut = memory.cut_here(config, ranks, device)
     model, tokens = config.model, config.batch.tokens_per_step
     train_tokens = data.index.total("num_tokens", "train")
     lines = [
@@ -35,10 +42,10 @@ def report(config: Config, name: str, data: Data) -> str:
         f"steps         {until(config, train_tokens)} of {data.index.folder}",
         f"optimizer     {config.optimizer.describe()}",
         f"compute       {model.flops_per_token() / 1e6:,.1f} MFLOP a token{in_all(config)}",
-        f"here          {hardware(device, ranks.world_size)}: micro-batch {plan.micro_batch_size} "
-        f"x {plan.accumulation_steps} accumulation steps x {ranks.world_size} ranks"
-        + (f", about {plan.estimated_bytes / 2**30:.1f} GiB" if device.type == "cuda" else ""),
-        f"speed         {speed(config, plan, device, ranks)}",
+        f"here          {hardware(device, ranks.world_size)}: micro-batch {cut.micro_batch_size} "
+        f"x {cut.accumulation_steps} accumulation steps x {ranks.world_size} ranks"
+        + (f", about {cut.estimated_bytes / 2**30:.1f} GiB" if device.type == "cuda" else ""),
+        f"speed         {speed(config, cut, device, ranks)}",
         f"evaluation    every {config.evaluate.every_steps} steps, about "
         f"{evaluation_share(config):.1%} of the time",
         f"on 2x {CARD_GIB} GiB  {two_cards(config)}",
@@ -81,10 +88,8 @@ def without_effect(config: Config) -> list[str]:
     muon = [name for name in names_in(OptimizerConfig) if name.startswith("muon_")]
     unread: list[tuple[Any, list[str], bool, str]] = [
         (config.optimizer, muon, config.optimizer.name != "muon", 'optimizer.name = "adamw"'),
-        (config.batch, ["doubling_steps"], not config.batch.doublings, "batch.doublings = 0"),
         (config.schedule, ["decay_fraction"], config.shape() == "cosine", "a cosine"),
         (config.schedule, ["final_lr_fraction"], config.shape() == "wsd", "wsd"),
-        (config.schedule, ["count_downtime"], config.schedule.budget_hours is None, "no budget"),
     ]
     found = []
     for section, names, is_idle, why in unread:
@@ -102,12 +107,12 @@ def in_all(config: Config) -> str:
     return f", {config.model.flops_per_token() * num_tokens:.3g} FLOP in all"
 
 
-def speed(config: Config, plan: memory.Plan, device: torch.device, ranks: Ranks) -> str:
+def speed(config: Config, cut: memory.Cut, device: torch.device, ranks: Ranks) -> str:
     """Tokens/s and hours, predicted from a second's measurement of the card."""
     measured = card.measure(device, compute_dtype(config, device))
     if measured is None:
         return "predicted for GPUs only; a few steps show a CPU's"
-    each = measured.tokens_per_second(config.model, plan.micro_batch_size)
+    each = measured.tokens_per_second(config.model, cut.micro_batch_size)
     share = each * config.model.flops_per_token() / measured.matmul_flops
     found = (
         f"about {each * ranks.world_size:,.0f} tokens/s, {share:.0%} of the card's sustained "
@@ -131,9 +136,9 @@ def two_cards(config: Config) -> str:
     """The step's cut and the memory a card on the machine that this program is meant for."""
     limit = memory.USABLE * FREE_GIB * 2**30
     try:
-        plan = memory.cut_step(config, 2, limit)
+        cut = memory.cut_step(config, 2, limit)
     except ForgeError as error:
         return error.what
-    text = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps} accumulation steps"
-    text += f", about {plan.estimated_bytes / 2**30:.1f} GiB a card"
-    return text + ": too much" * (plan.estimated_bytes > limit)
+    text = f"micro-batch {cut.micro_batch_size} x {cut.accumulation_steps} accumulation steps"
+    text += f", about {cut.estimated_bytes / 2**30:.1f} GiB a card"
+    return text + ": too much" * (cut.estimated_bytes > limit)

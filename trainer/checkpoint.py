@@ -1,12 +1,10 @@
-"""Save, load, latest: a run's weights and optimizer on the disk.
-
-Before: loop.py. After: a later loop.py (--resume) and sampler/.
+"""A run's weights and optimizer on the disk: save, load, and which checkpoints stay.
 
     RUN/checkpoints/step_00001000/
         model.safetensors       weights, float32, by model.py's names
         optimizer.safetensors   optimizer.py's state: AdamW's moments, Muon's momentum
-        state.json              step, tokens, seconds, and checksums (xxh3_64): of both files and
-                                of all else in this one
+        state.json              State, and checksums (xxh3_64): of both files and of the rest of
+                                this one
 
 A checkpoint is written as NAME.partial and renamed, so one that is there is whole; it is checked on
 load all the same. Nothing is ever unpickled.
@@ -15,41 +13,53 @@ load all the same. Nothing is ever unpickled.
 import json
 import math
 import os
-import queue
 import shutil
-import threading
-import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ForgeError
-from pipeline.files import sync_folder
-from trainer.config import CheckpointConfig, ModelConfig, load
+from pipeline.files import check_utf8, sync_folder
+from trainer.config import CheckpointConfig, ModelConfig
+from trainer.config_file import model_from_dict, read_toml
+from trainer.schedule import Plan
 
 FOLDER = "checkpoints"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+CONFIG_FILE = "config.toml"  # of the run
+VERSION = 2  # 1: without model, precision, vocabulary and plan
 
 
-@dataclass(frozen=True)
+@dataclass
 class State:
-    """Where training stands. The position in the data follows from the step."""
+    """Where a run stands: all that it needs beside tensors. The data's position is the step's."""
 
-    step: int
-    tokens: int
-    seconds: float  # of training, over all starts
-    checksums: dict[str, str] = field(default_factory=dict)
-    decayed: float = 1.0  # what the decay has left of the peak learning rate (schedule.py)
-    validation_loss: float | None = None  # if it was evaluated at this step
+    model: ModelConfig
+    precision: str  # of the weights that the model computes with
+    vocabulary: str  # sha256 of its file
+    plan: Plan
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training, over all starts
+    weights_from: str = ""  # where the run began, unless at random weights
+    validation_loss: float | None = None  # of this very step, where it is finite
+    version: int = VERSION
+
+    def advance(self, tokens: int) -> None:
+        """A step more, of so many tokens."""
+        self.step, self.tokens, self.validation_loss = self.step + 1, self.tokens + tokens, None
+
+    @property
+    def is_before_decay(self) -> bool:
+        return self.plan.height == 1 and self.step <= self.plan.start
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -62,8 +72,47 @@ def steps(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in found)
 
 
+def find(path: Path, step: int | None = None) -> tuple[Path, int] | None:
+    """(run, step) of a run's folder, whose latest checkpoint it is, or of a checkpoint's.
+
+    None for any other folder. ForgeError for a run without the checkpoint.
+    """
+    check_utf8(path)
+    if (path / STATE_FILE).is_file():
+        run, name = path.resolve().parent.parent, path.resolve().name
+        number = name.removeprefix("step_")
+        if step is not None:
+            raise ForgeError(
+                "both a checkpoint's folder and --checkpoint",
+                where=path,
+                fix="give one of them: the run and --checkpoint, or the checkpoint's folder",
+            )
+        if not number.isdecimal() or checkpoint_path(run, int(number)) != path.resolve():
+            raise ForgeError(
+                "a checkpoint outside of its run, which has the vocabulary",
+                where=path,
+                fix=f"put it back as RUN/{FOLDER}/step_N, or copy the whole run",
+            )
+        return run, int(number)
+    if not (path / CONFIG_FILE).is_file():
+        return None
+    found = steps(path)
+    if not found:
+        raise ForgeError("the run has no checkpoint yet", where=path, fix="wait for the first one")
+    if step is not None and step not in found:
+        raise ForgeError(
+            f"the run has no checkpoint of step {step}",
+            where=path,
+            fix=f"--checkpoint {' or '.join(map(str, found))}",
+        )
+    return path, found[-1] if step is None else step
+
+
+# ---------------------------------------------------------------------------------------- save
+
+
 def save(run: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: State) -> Path:
-    """Write a checkpoint, whole or not at all, with its checksums in place of those of `state`.
+    """Write a checkpoint, whole or not at all.
 
     Raises OSError when the disk does not take it; older checkpoints are untouched then.
     """
@@ -75,7 +124,7 @@ def save(run: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], st
         save_tensors(weights, partial / MODEL_FILE)
         save_tensors(optimizer, partial / OPTIMIZER_FILE)
         sums = {name: _checksum(partial / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-        raw = asdict(state) | {"checksums": sums}
+        raw = _plain(state) | {"checksums": sums}
         sums[STATE_FILE] = _own_checksum(raw)
         with (partial / STATE_FILE).open("w") as file:
             json.dump(raw, file, indent=2)
@@ -89,6 +138,66 @@ def save(run: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], st
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return path
+
+
+def _plain(state: State) -> dict[str, Any]:
+    """For JSON: without keys that are absent, and null where a plan is not known yet."""
+    raw = asdict(state)
+    raw["model"] = {k: v for k, v in raw["model"].items() if v is not None}
+    raw["plan"] = {k: None if v == math.inf else v for k, v in raw["plan"].items()}
+    return raw
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file and wait until it is on the disk."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its type for a full disk, too
+        raise OSError(f"cannot write {path}: {error}") from error
+    path.chmod(0o644)  # the library makes it readable to its owner only
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+class Checkpoints:
+    """The checkpoints that a run writes.
+
+    An update can be finite and ruin the weights all the same, which only the next step shows. So
+    the last checkpoint pushes out older ones only when a later step, or its own evaluation, was
+    sound.
+    """
+
+    def __init__(self, run: Path, options: CheckpointConfig, unproven: int | None = None) -> None:
+        """`unproven` is the step of a checkpoint that is resumed from."""
+        self.run, self.options, self.unproven = run, options, unproven
+
+    def save(
+        self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: State
+    ) -> str | None:
+        """Write a checkpoint; returns what the disk said if it did not take it."""
+        try:
+            save(self.run, weights, optimizer, state)
+        except OSError as error:
+            return str(error)
+        self.unproven = state.step
+        if state.validation_loss is not None:
+            self.prove()
+        return None
+
+    def prove(self) -> None:
+        """A later step was sound: the last checkpoint is good, and older ones may go."""
+        if self.unproven is not None:
+            self.unproven = None
+            prune(self.run, self.options)
+
+    def last_good(self) -> str:
+        """For people: the checkpoint to continue from, and the one that may be ruined."""
+        good = [step for step in steps(self.run) if step != self.unproven]
+        said = f"the last good checkpoint: {checkpoint_path(self.run, good[-1]) if good else None}"
+        if self.unproven is not None:
+            ruined = checkpoint_path(self.run, self.unproven)
+            said += f"; before --resume remove {ruined}, whose weights may be ruined"
+        return said
 
 
 def prune(run: Path, options: CheckpointConfig) -> None:
@@ -105,149 +214,36 @@ def kept(states: list[State], options: CheckpointConfig) -> set[int]:
     """Steps of the checkpoints to keep, of `states` in order.
 
     The last keep_last; the first in each keep_every_hours of training; the best by validation
-    loss; and the last before the learning rate's decay, from which the run can be extended.
+    loss; and the last before the learning rate's decay, from which a longer run can begin.
     """
     chosen = {state.step for state in states[-options.keep_last :]}
-    chosen |= {state.step for state in [s for s in states if s.decayed == 1][-1:]}
+    chosen |= {state.step for state in [s for s in states if s.is_before_decay][-1:]}
     losses = {s.step: s.validation_loss for s in states if s.validation_loss is not None}
-    if finite := {step: loss for step, loss in losses.items() if math.isfinite(loss)}:
-        chosen.add(min(finite, key=lambda step: finite[step]))
+    if losses:
+        chosen.add(min(losses, key=lambda step: losses[step]))
     periods: dict[int, int] = {}
     for state in states:
         periods.setdefault(int(state.seconds / 3600 / options.keep_every_hours), state.step)
     return chosen | {step for period, step in periods.items() if period > 0}
 
 
-@dataclass(frozen=True)
-class Saved:
-    """How a save went: seconds until it was on the disk, or what the disk said."""
-
-    step: int
-    seconds: float
-    error: Exception | None
-
-
-class Saver:
-    """Writes checkpoints behind training's back, one at a time.
-
-    What is saved is copied to the host's memory first (pinned, on GPUs: the copies are queued
-    between two steps, and the writer waits for them, not the trainer). The copy's place is kept
-    for the next one, so that memory stays flat.
-    """
-
-    def __init__(self, run: Path, options: CheckpointConfig) -> None:
-        self.run, self.options = run, options
-        self.copies: dict[str, dict[str, Tensor]] = {}
-        self.thread: threading.Thread | None = None
-        self.results: queue.SimpleQueue[Saved] = queue.SimpleQueue()
-        for left in (run / FOLDER).glob("*.partial"):  # of a start that was killed
-            shutil.rmtree(left, ignore_errors=True)
-
-    def start(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: State) -> None:
-        """Copy everything and leave the writing to a thread; first waits for the save before."""
-        self.wait()
-        copied = self._copy("weights", weights), self._copy("optimizer", optimizer)
-        arrived: torch.cuda.Event | None = None
-        if next(iter(weights.values())).is_cuda:
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-        self.thread = threading.Thread(target=self._write, args=(*copied, state, arrived))
-        self.thread.start()
-
-    def wait(self) -> None:
-        """Until nothing is being written."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-
-    def is_busy(self, seconds: float) -> bool:
-        """Whether something is still being written after waiting for so long."""
-        if self.thread:
-            self.thread.join(seconds)
-        return self.thread is not None and self.thread.is_alive()
-
-    def finished(self) -> list[Saved]:
-        """The saves that have ended since the last call."""
-        found = []
-        with suppress(queue.Empty):
-            while True:
-                found.append(self.results.get_nowait())
-        return found
-
-    def prepare(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """Make room for the copies ahead, behind the first step's compilation.
-
-        Pinning a few gigabytes takes seconds.
-        """
-
-        def allocate() -> None:
-            self._places("weights", weights)
-            self._places("optimizer", optimizer)
-
-        self.wait()
-        self.thread = threading.Thread(target=allocate)
-        self.thread.start()
-
-    def _places(self, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if kind not in self.copies:
-            self.copies[kind] = {
-                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-                for name, t in tensors.items()
-            }
-        return self.copies[kind]
-
-    def _copy(self, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        places = self._places(kind, tensors)
-        for name, tensor in tensors.items():
-            places[name].copy_(tensor, non_blocking=True)
-        return places
-
-    def _write(
-        self,
-        weights: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
-        state: State,
-        arrived: torch.cuda.Event | None,
-    ) -> None:
-        started = time.perf_counter()
-        error: Exception | None = None
-        try:
-            if arrived:
-                arrived.synchronize()
-            save(self.run, weights, optimizer, state)
-            prune(self.run, self.options)
-        except Exception as caught:  # a warning at the next step, whatever it is
-            error = caught
-        self.results.put(Saved(state.step, time.perf_counter() - started, error))
+def before_decay(run: Path) -> int | None:
+    """Step of the last checkpoint before the learning rate fell; None if there is none."""
+    found = None
+    for step in steps(run):
+        with suppress(ForgeError):
+            found = step if read_state(run, step).is_before_decay else found
+    return found
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file and wait until it is on the disk."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # its type for a full disk, too
-        raise OSError(f"cannot write {path}: {error}") from error
-    path.chmod(0o644)  # the library makes it readable to its owner only
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+# ---------------------------------------------------------------------------------------- load
 
 
 def read_state(run: Path, step: int) -> State:
     """state.json of a checkpoint; ForgeError when it cannot be read."""
     try:
-        return _state(checkpoint_path(run, step))
+        return _state(run, step)[0]
     except (OSError, ValueError) as error:
-        raise _unusable(run, step, error) from error
-
-
-def read_model(run: Path, step: int) -> ModelConfig:
-    """The model of a checkpoint: from its state.json, or from the run's config where older
-    versions wrote it."""
-    path = checkpoint_path(run, step) / STATE_FILE
-    try:
-        model = json.loads(path.read_text()).get("model")
-        return load(str(run / "config.toml")).model if model is None else ModelConfig(**model)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _unusable(run, step, error) from error
 
 
@@ -257,26 +253,39 @@ def load_state(
     """state.json of a checkpoint, after checking `files` against it; ForgeError if it is damaged,
     which names the next older one that is good."""
     try:
-        return _whole_state(checkpoint_path(run, step), files)
+        return _whole_state(run, step, files)
     except (OSError, ValueError) as error:
         raise _unusable(run, step, error) from error
 
 
-def _state(path: Path) -> State:
+def _state(run: Path, step: int) -> tuple[State, dict[str, str]]:
+    """With the checksums. ValueError if it is damaged."""
     try:
-        raw = json.loads((path / STATE_FILE).read_text())
-        state = State(**{key: value for key, value in raw.items() if key != "model"})
-        if state.checksums.get(STATE_FILE) not in (None, _own_checksum(raw)):  # older ones: None
+        raw = json.loads((checkpoint_path(run, step) / STATE_FILE).read_text())
+        sums = raw.pop("checksums")
+        if sums.get(STATE_FILE) != _own_checksum(raw | {"checksums": sums}):
             raise ValueError("checksum differs")
-    except (ValueError, TypeError, AttributeError) as error:  # whatever it may hold
+        if "version" not in raw:
+            return _old_state(run, raw), sums
+        model = model_from_dict(raw.pop("model"), STATE_FILE)
+        plan = {k: math.inf if v is None else v for k, v in raw.pop("plan").items()}
+        return State(model=model, plan=Plan(**plan), **raw), sums
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # whatever it may hold
         raise ValueError(f"{STATE_FILE}: {error}") from error
-    return state
 
 
-def _whole_state(path: Path, files: tuple[str, ...]) -> State:
-    state = _state(path)
+def _old_state(run: Path, raw: dict[str, Any]) -> State:
+    """Of version 1, whose model stands in the run's config alone."""
+    model = model_from_dict(read_toml(run / CONFIG_FILE)["model"], run / CONFIG_FILE)
+    start = math.inf if raw["decayed"] == 1 else -1.0
+    known = {name: raw[name] for name in ("step", "tokens", "seconds", "validation_loss")}
+    return State(model, "float32", "", Plan(start), version=1, **known)
+
+
+def _whole_state(run: Path, step: int, files: tuple[str, ...]) -> State:
+    state, sums = _state(run, step)
     for name in files:
-        if _checksum(path / name) != state.checksums.get(name):
+        if _checksum(checkpoint_path(run, step) / name) != sums.get(name):
             raise ValueError(f"{name}: checksum differs")
     return state
 
@@ -286,7 +295,7 @@ def _unusable(run: Path, step: int, error: Exception) -> ForgeError:
     good = None
     for older in reversed([found for found in steps(run) if found < step]):
         with suppress(OSError, ValueError):
-            good = _whole_state(checkpoint_path(run, older), (MODEL_FILE, OPTIMIZER_FILE)).step
+            good = _whole_state(run, older, (MODEL_FILE, OPTIMIZER_FILE)).step
             break
     return ForgeError(
         f"damaged checkpoint: {error}",
@@ -306,12 +315,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a safetensors file; ForgeError unless names and shapes are those wanted."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ForgeError(
-            f"cannot read tensors: {error}", where=path, fix="copy the checkpoint again"
-        ) from error
+    tensors = read_tensors(path)
     differing = {k for k in {*tensors, *wanted} if k not in tensors or k not in wanted}
     differing |= {k for k in {*tensors} & {*wanted} if tensors[k].shape != wanted[k].shape}
     if differing:
@@ -326,6 +330,16 @@ def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
             fix=fix,
         )
     return tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ForgeError(
+            f"cannot read tensors: {error}", where=path, fix="copy the checkpoint again"
+        ) from error
 
 
 def _own_checksum(raw: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ matrices where we have one. A padded vocabulary of ours is cut to GPT-2's 50,257
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,23 +170,18 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     The weights have the type that they are stored in, and may be views that are not contiguous.
     Raises ForgeError unless it is a model that we compute exactly.
     """
-    check_path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ForgeError(
+            "no model there" if folder.exists() else "no such folder",
+            where=folder,
+            fix="give a run of forge-train (the folder named with --out), one of its checkpoints, "
+            "or a folder in transformers' GPT-2 or Qwen3 layout (to download a model of the hub: "
+            "hf download NAME --local-dir FOLDER)",
+        )
     config = read_config(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
     with torch.device("meta"):  # only its names and shapes are needed
         model = build_model(config)
     return config, our_weights(model, read_tensors(folder), folder)
-
-
-def check_path(path: Path) -> None:
-    """ForgeError if the path is not valid UTF-8, which safetensors requires."""
-    try:
-        os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ForgeError(
-            "the folder's path is not valid UTF-8",
-            where=path,
-            fix="rename the folder, or the one above it with the invalid character",
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""How much memory a step takes, and the largest micro-batch that fits.
-
-Before: config.py. After: loop.py, which trains with that micro-batch, and `forge-train --check`.
-"""
+"""How much memory a step takes, and the largest micro-batch that fits."""
 
 import math
 from dataclasses import dataclass
@@ -35,11 +32,8 @@ CPU_TOKENS = 1024  # a CPU is fastest when a micro-batch's logits stay near its 
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a full step is cut: micro_batch_size * accumulation_steps * world_size windows.
-
-    StepSizes.cut() says how the smaller ones of a batch warm-up are.
-    """
+class Cut:
+    """How a step is cut: micro_batch_size * accumulation_steps * world_size windows."""
 
     micro_batch_size: int
     accumulation_steps: int
@@ -70,30 +64,27 @@ def usable_bytes(device: torch.device) -> int:
     return int(USABLE * min(free, limit - torch.cuda.memory_reserved(device)))
 
 
-def plan_step(config: Config, ranks: Ranks, device: torch.device, step: int = 0) -> Plan:
-    """Cut tokens_per_step for this machine, `step` of the run done; the same on every rank.
-
-    ForgeError as cut_step().
-    """
+def cut_here(config: Config, ranks: Ranks, device: torch.device) -> Cut:
+    """Cut tokens_per_step for this machine; the same on every rank. ForgeError as cut_step()."""
     if device.type != "cuda":
-        return cut_step(config, ranks.world_size, step=step)
+        return cut_step(config, ranks.world_size)
     limit = torch.tensor(usable_bytes(device), device=device)
     if dist.is_initialized():
         dist.all_reduce(limit, dist.ReduceOp.MIN)
-    return cut_step(config, ranks.world_size, limit.item(), step)
+    return cut_step(config, ranks.world_size, limit.item())
 
 
-def cut_step(config: Config, world_size: int, limit: float | None = None, step: int = 0) -> Plan:
-    """Cut tokens_per_step for so many ranks, with `limit` bytes on each; None for CPUs.
+def cut_step(config: Config, world_size: int, limit: float | None = None) -> Cut:
+    """Cut tokens_per_step for `world_size` ranks, with `limit` bytes on each; None for CPUs.
 
     Raises ForgeError when the windows do not divide among the ranks, when a given micro-batch does
     not divide a rank's share, or when not even one window fits.
     """
-    least = config.step_sizes().of(step)
-    if least % world_size:  # of the next step; all that follow are multiples of it
-        fits = [n for n in range(1, 65) if least % n == 0]
+    windows = config.windows_per_step()
+    if windows % world_size:
+        fits = [n for n in divisors(windows) if n <= 64]
         raise ForgeError(
-            f"{least} windows a step cannot be shared out evenly among {world_size} ranks",
+            f"{windows} windows a step cannot be shared out evenly among {world_size} ranks",
             where="batch.tokens_per_step",
             fix=f"use one of {', '.join(map(str, fits))} ranks, or --set batch.tokens_per_step=...",
         )
@@ -120,16 +111,7 @@ def cut_step(config: Config, world_size: int, limit: float | None = None, step: 
                 fix="train a smaller model, or free the GPU of other programs",
             )
         size = max(fits)
-    return Plan(size, share // size, estimate_bytes(config, size))
-
-
-def smaller(plan: Plan, config: Config, used: int) -> Plan | None:
-    """The next cut of a full step whose micro-batch is less than was `used`, None if none is."""
-    share = plan.micro_batch_size * plan.accumulation_steps
-    fits = [size for size in divisors(share) if size < used]
-    if not fits:
-        return None
-    return Plan(fits[-1], share // fits[-1], estimate_bytes(config, fits[-1]))
+    return Cut(size, share // size, estimate_bytes(config, size))
 
 
 def divisors(number: int) -> list[int]:

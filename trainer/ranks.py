@@ -1,31 +1,20 @@
-"""What torchrun says -> Ranks; the process group; the device; what all ranks do together.
+"""This process among the others: its rank, its device, the group, and what all do together."""
 
-Before: torchrun's environment variables. After: loop.py, which takes Ranks as an argument.
-"""
-
-import json
 import os
 import signal
-import sys
-import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import _get_default_store
 
 from pipeline.errors import ForgeError
 
 T = TypeVar("T")
-BEAT_SECONDS = 1.0
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 @dataclass(frozen=True)
@@ -74,193 +63,57 @@ class Ranks:
         return torch.device("cuda", self.local_rank)
 
 
-def launch() -> str | None:
-    """Names the torchrun that started this process: the same after its own restarts, no other's.
-
-    Its process id and when it began, as the kernel counts; None without torchrun.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    launcher = os.getppid()
-    try:
-        began_at = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:  # not Linux
-        began_at = ""
-    return f"{launcher} {began_at}"
-
-
-# ---------------------------------------------------------------------------------------------
-
-
-class Heartbeat:
-    """Who is there: each rank sets its pulse in a store every second and watches the others'.
-
-    A collective cannot say who is missing, and over NCCL it does not notice a dead rank at all. So
-    when this rank makes no progress and another has been silent for `silent_seconds`, this process
-    says which and ends; torchrun then ends or restarts the group.
-    """
-
-    def __init__(self, store: Store, ranks: Ranks, silent_seconds: float) -> None:
-        self.store, self.ranks, self.silent_seconds = store, ranks, silent_seconds
-        self.heard = {rank: time.monotonic() for rank in range(ranks.world_size)}
-        self.pulses = dict.fromkeys(self.heard, "")
-        self.step = 0
-        self.progress_at = time.monotonic()
-        self.ending = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def progress(self, step: int) -> None:
-        self.step, self.progress_at = step, time.monotonic()
-
-    def end(self) -> None:
-        """Wait for the thread: Python, at its own end, would kill it inside torch and abort."""
-        self.ending.set()
-        self.thread.join(timeout=5)  # unless the store does not answer
-
-    def missing(self) -> str:
-        """The other ranks that are silent; if none is, those that are behind."""
-        now = time.monotonic()
-        silent = [
-            f"rank {rank} (silent for {now - heard:.0f} s, last at step {self._step(rank)})"
-            for rank, heard in self.heard.items()
-            if now - heard > 3 * BEAT_SECONDS and rank != self.ranks.rank
-        ]
-        behind = [
-            f"rank {rank} (alive, at step {self._step(rank)})"
-            for rank in self.heard
-            if rank != self.ranks.rank and self._step(rank) < self.step
-        ]
-        return ", ".join(silent or behind) or "unknown: all ranks are alive and at the same step"
-
-    def _step(self, rank: int) -> int:
-        return int(self.pulses[rank].partition(" ")[0] or 0)
-
-    def _run(self) -> None:
-        count = 0
-        while not self.ending.wait(BEAT_SECONDS):
-            count += 1
-            try:
-                self.store.set(f"pulse/{self.ranks.rank}", f"{self.step} {count}")
-                for rank in self.heard:
-                    key = f"pulse/{rank}"
-                    pulse = self.store.get(key).decode() if self.store.check([key]) else ""
-                    if pulse != self.pulses[rank]:
-                        self.pulses[rank], self.heard[rank] = pulse, time.monotonic()
-            except RuntimeError:  # the store's own process is gone: collectives will say so
-                return
-            stuck = time.monotonic() - self.progress_at > self.silent_seconds
-            longest = time.monotonic() - min(self.heard.values())
-            if stuck and longest > self.silent_seconds:
-                print(
-                    f"Error: [rank {self.ranks.rank}] missing: {self.missing()}\n"
-                    f"  where:      after step {self.step}\n"
-                    "  what to do: look at that rank's own output; then the same command with "
-                    "--resume",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(1)
-
-
-def fresh_store(ranks: Ranks, timeout: timedelta) -> Store:
-    """A key-value store that only the processes of this very start share.
-
-    torchrun keeps one store for all its restarts, and the ranks before left their addresses in it:
-    who reads those waits for the dead (pytorch issue 135712). Restart counts differ between
-    machines, so they cannot tell the starts apart. Instead rank 0 calls with a new name, every
-    other rank answers to it with a new name of its own, and goes on when rank 0 has repeated that.
-    """
-    shared = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timeout,
-    )
-    me = uuid.uuid4().hex
-    deadline = time.monotonic() + timeout.total_seconds()
-    if ranks.is_first:
-        call = me
-        shared.set("forge/call", call)
-        answers = {str(rank): f"forge/{call}/{rank}" for rank in range(1, ranks.world_size)}
-        while missing := [rank for rank, key in answers.items() if not shared.check([key])]:
-            if time.monotonic() > deadline:
-                raise _not_there(f"rank {', '.join(missing)}", timeout)
-            time.sleep(0.02)
-        names = {rank: shared.get(key).decode() for rank, key in answers.items()}
-        shared.set(f"forge/{call}/go", json.dumps(names))
-    else:
-        while True:
-            call = shared.get("forge/call").decode() if shared.check(["forge/call"]) else ""
-            shared.set(f"forge/{call}/{ranks.rank}", me)
-            go = f"forge/{call}/go"
-            if shared.check([go]) and json.loads(shared.get(go))[str(ranks.rank)] == me:
-                break
-            if time.monotonic() > deadline:
-                raise _not_there("rank 0, or one that it waits for,", timeout)
-            time.sleep(0.02)
-    return PrefixStore(f"forge/{call}", shared)
-
-
-def _not_there(who: str, timeout: timedelta) -> ForgeError:
-    return ForgeError(
-        f"{who} did not join within {timeout.total_seconds():.0f} s",
-        where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-        fix="look at that rank's own output; start the group again with --resume",
-    )
-
-
 @contextmanager
-def process_group(
-    ranks: Ranks, device: torch.device, timeout_seconds: float
-) -> Iterator[Heartbeat | None]:
+def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float) -> Iterator[None]:
     """Join the other ranks and leave them cleanly: NCCL between GPUs, gloo between CPUs.
 
-    Raises ForgeError that names the missing when others go away.
+    ForgeError when others go away. torchrun names the rank that failed, and the collective's
+    time-out ends one that hangs.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks.world_size == 1:
-        yield None
+        yield
         return
-    timeout = timedelta(seconds=timeout_seconds)
+    check_own_store()
     # GPUs get gloo, too: what is decided on the host is shared without the GPU.
     backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        dist.init_process_group(
-            backend,
-            timeout=timeout,
-            store=fresh_store(ranks, timeout),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            device_id=device_id,
-        )
-    else:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    # A connection of its own: whoever waits for a key keeps the other one busy.
-    store = _get_default_store().clone()  # type: ignore[attr-defined]
-    heartbeat = Heartbeat(store, ranks, max(timeout_seconds / 5, 5 * BEAT_SECONDS))
+    timeout = timedelta(seconds=timeout_seconds)
     try:
-        yield heartbeat
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        yield
     except ForgeError:
         # All ranks have it and leave by themselves: the first to be gone has torchrun end the
         # others, which are to say what happened, too.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("gloo", "NCCL", "nccl")):
+        if not any(sign in str(error) for sign in ("gloo", "NCCL", "nccl", "client socket")):
             raise
-        time.sleep(4 * BEAT_SECONDS)  # until a dead rank is seen to be silent
         raise ForgeError(
-            f"lost contact with the other ranks; missing: {heartbeat.missing()}",
-            where=f"rank {ranks.rank} after step {heartbeat.step}: "
-            f"{str(error).splitlines()[0][:160]}",
-            fix="look at that rank's own output; then the same command with --resume",
+            "lost contact with the other ranks",
+            where=f"rank {ranks.rank}: {str(error).splitlines()[0][:160]}",
+            fix="look at the output of the rank that torchrun names; then the same command with "
+            "--resume",
         ) from error
-    finally:
-        heartbeat.end()
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+    # Not after an error: it would wait for the ranks that are gone.
+    dist.destroy_process_group()
+
+
+def check_own_store() -> None:
+    """ForgeError where torchrun would restart the ranks, and they could not meet again.
+
+    torchrun keeps one store for all its restarts, and the ranks before left their addresses in it:
+    who reads those waits for the dead (pytorch issue 135712). With a store of its own, each start
+    begins without them.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ForgeError(
+            f"torchrun may restart the ranks ({restarts} times), which could not meet again",
+            where="the environment of torchrun",
+            fix=f"export {OWN_STORE}=1 before the same command",
+        )
 
 
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -1,6 +1,8 @@
-"""The learning rate of each step, and when the run is over.
+"""The learning rate of each step, and when the run ends.
 
-Before: config.py; on resume, what an earlier start did. After: loop.py.
+The rate is a pure function of the step and a Plan. Steps or tokens that end a run give its plan
+before the first step. A budget of hours gives an estimate, which is revised only when a checkpoint
+is written, and saved in it: so a resumed run repeats the rates, whatever the clock says.
 
 Linear warm-up, then one of two shapes:
 
@@ -8,108 +10,143 @@ Linear warm-up, then one of two shapes:
              Hutter 2017, without restarts)
     wsd      warm-up, stable, decay (Hu et al. 2024): the peak, then over the last decay_fraction of
              all steps a straight line to zero (Hägele et al. 2024)
-
-Where the clock sets the end, nobody knows the number of steps. So wsd asks at each step how many
-still fit (Clock), and goes on from where it stands on a straight line to zero over those: it never
-jumps, and it is at zero when the time is up, whatever the machine did meanwhile.
 """
 
 import math
 import statistics
+import time
 from collections import deque
+from dataclasses import dataclass
 
 from trainer.config import Config
 
-UNKNOWN_STEPS = 1e9  # left, before the first has been timed
-TIMED_STEPS = 64  # the median of so many is a step's time: one long pause does not move it
-SPARE_FRACTION = 0.002  # of the budget: what nothing else accounts for
+TIMED_STEPS = 64  # a step takes their median: one long pause does not change the plan
+FIRST_STEPS = 5  # to be timed before the first plan
+SPARE_FRACTION = 0.002  # of the budget, for what nothing else accounts for
 SPARE_SECONDS = 2.0  # that a process takes to end
+SPARE_STEPS = 1.5  # that a plan leaves free, so that the clock seldom cuts it short
+HEARD_STEPS = 4  # that may still run after a vote to end: three are queued before it is heard
+CUT_FACTOR = 0.01  # share of the peak at which the clock may cut a plan without a new one
 
 
-class Schedule:
-    """Gives each step its learning rate. The same on every rank: it reads no clock itself.
+@dataclass(frozen=True)
+class Plan:
+    """The rate is `height` of its peak up to step `start`, then falls to zero at step `stop`.
 
-    `decayed` is what the decay has left of the peak (1 before it, 0 at the end of the run): the
-    only state. `replay` is `decayed` after each of the next steps, as an earlier start has had it.
+    A cosine, which falls all along, ends at `stop`.
     """
 
-    def __init__(
-        self, config: Config, decayed: float = 1.0, replay: tuple[float, ...] = ()
-    ) -> None:
-        self.config, self.decayed, self.replay = config, decayed, list(replay)
-        self.left = 0  # steps until the end, the last one that rate() was asked for included
+    start: float = math.inf
+    stop: float = math.inf
+    height: float = 1.0
 
-    def is_over(self, steps_done: int) -> bool:
-        num_steps = self.config.num_steps()
-        return self.decayed == 0 or (num_steps is not None and steps_done >= num_steps)
+    def factor(self, step: float) -> float:
+        """Share of the peak at `step`, but for the warm-up."""
+        if step <= self.start:
+            return self.height
+        return self.height * max(0.0, (self.stop - step) / (self.stop - self.start))
 
-    def rate(self, step: int, steps_left: float) -> float:
-        """Learning rate of the update that ends step `step` (from 1).
 
-        It moves the decay on: to be called once a step, in order. `steps_left` is how many steps
-        the clock leaves room for, this one included.
-        """
-        schedule, peak = self.config.schedule, self.config.optimizer.peak_lr
-        warmup = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
-        num_steps = self.config.num_steps()
-        if self.config.shape() == "cosine":
-            assert num_steps is not None
-            decay_steps = max(1, num_steps - schedule.warmup_steps)
-            progress = min(1.0, max(0, step - schedule.warmup_steps) / decay_steps)
-            cosine = 0.5 * (1 + math.cos(math.pi * progress))
-            final = schedule.final_lr_fraction
-            return peak * warmup * (final + (1 - final) * cosine)
-        is_last = steps_left < 2  # by the clock, whatever decay_fraction is
-        if num_steps is not None:
-            steps_left = min(steps_left, num_steps - step + 1)
-        left = self.left = max(1, math.floor(steps_left))
-        if self.replay and left >= len(self.replay):
-            self.decayed = self.replay.pop(0)
-        else:  # nothing to repeat, or no time for it
-            self.replay.clear()
-            falls = left <= schedule.decay_fraction * (step - 1 + left)
-            if self.decayed < 1 or falls or is_last:
-                # As metrics.jsonl writes it, so that a later start can repeat it exactly.
-                self.decayed = float(f"{self.decayed * (left - 1) / left:.6g}")
-        return peak * min(warmup, self.decayed)
+def first_plan(config: Config) -> Plan:
+    """What is known before the first step: everything, unless the clock ends the run."""
+    stop = config.num_steps()
+    return Plan() if stop is None else Plan(decay_start(config, stop), stop)
+
+
+def decay_start(config: Config, stop: float) -> int:
+    """The last step before the straight fall, of a run with `stop` steps."""
+    if config.shape() == "cosine":
+        return math.floor(stop)
+    return math.floor((1 - config.schedule.decay_fraction) * stop)
+
+
+def learning_rate(config: Config, plan: Plan, step: int) -> float:
+    """Rate of the update that ends step `step` (from 1)."""
+    schedule, peak = config.schedule, config.optimizer.peak_lr
+    warmup = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    if config.shape() == "wsd":
+        return peak * min(warmup, plan.factor(step))
+    progress = max(0, step - schedule.warmup_steps) / max(1, plan.stop - schedule.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    final = schedule.final_lr_fraction
+    return peak * warmup * (final + (1 - final) * cosine)
 
 
 class Clock:
-    """How many steps the budget still has room for, from what steps, evaluations, saves took."""
+    """Rank 0's watch over the budget: it plans when the run ends, and ends it when time is up."""
 
-    def __init__(
-        self,
-        config: Config,
-        evaluate_seconds: float | None = None,
-        step_seconds: tuple[float, ...] = (),
-    ) -> None:
+    def __init__(self, config: Config, began: float, used_seconds: float = 0.0) -> None:
+        """`began` by time.perf_counter(); `used_seconds` of earlier starts."""
         self.config = config
-        self.step_seconds: deque[float] = deque(step_seconds, maxlen=TIMED_STEPS)
-        self.evaluate_seconds = evaluate_seconds  # the last one's, unless it had to compile
-        self.save_seconds = 0.0  # until the last checkpoint was on the disk
-        self.stall_seconds = 0.0  # that it held up training
+        self.began = began - used_seconds
+        self.steps: deque[float] = deque(maxlen=TIMED_STEPS)  # seconds
+        self.evaluation: float | None = None  # seconds that the last one took
+        self.save = 0.0  # likewise a checkpoint
+        self.lap_at = began
+        self.is_warm = False  # the first step compiles
+        self.has_asked = False  # for a checkpoint with a new plan
 
-    def note_step(self, step: int, seconds: float) -> None:
-        """What a step (from 1) took; a smaller one counts as what a full one would have taken."""
-        sizes = self.config.step_sizes()
-        self.step_seconds.append(seconds * sizes.windows / sizes.of(step - 1))
+    @property
+    def used(self) -> float:
+        """Seconds of training, over all starts."""
+        return time.perf_counter() - self.began
 
-    def steps_left(self, used_seconds: float, step: int = 0) -> float:
-        """Steps that fit after `used_seconds` of the budget, `step` of them done since the start.
+    def lap(self) -> float:
+        """Seconds since the last lap, which a step took."""
+        now, before = time.perf_counter(), self.lap_at
+        self.lap_at = now
+        if self.is_warm:
+            self.steps.append(now - before)
+        self.is_warm = True
+        return now - before
 
-        UNKNOWN_STEPS without a budget.
+    def restart_lap(self) -> None:
+        """What happened since the last lap was not a step."""
+        self.lap_at = time.perf_counter()
+
+    def seconds_per_step(self) -> float:
+        """What a step takes, its share of evaluations and checkpoints included."""
+        each = statistics.median(self.steps)
+        each += self._evaluation() / self.config.evaluate.every_steps
+        return each + self.save / self.config.checkpoint.every_steps
+
+    def steps_left(self) -> float:
+        """Steps that fit into the rest of the budget, with a last evaluation and checkpoint.
+
+        Infinite without a budget, and before a step was timed.
         """
-        budget = self.config.schedule.budget_hours
-        if budget is None or not self.step_seconds:
-            return UNKNOWN_STEPS
-        each = statistics.median(self.step_seconds)
-        evaluation = self.evaluate_seconds
-        if evaluation is None:  # forward is a third of a step
-            evaluation = each * self.config.evaluate.num_tokens
-            evaluation /= 3 * self.config.batch.tokens_per_step
-        left = budget * 3600 * (1 - SPARE_FRACTION) - SPARE_SECONDS - used_seconds
-        left -= evaluation + self.save_seconds  # the last ones
-        each += evaluation / self.config.evaluate.every_steps
-        each += self.stall_seconds / self.config.checkpoint.every_steps
-        sizes = self.config.step_sizes()
-        return min(UNKNOWN_STEPS, sizes.steps(step, sizes.windows * max(0.0, left / each)))
+        hours = self.config.schedule.budget_hours
+        if hours is None or not self.steps:
+            return math.inf
+        left = hours * 3600 * (1 - SPARE_FRACTION) - SPARE_SECONDS - self.used
+        return max(0.0, left - self._evaluation() - self.save) / self.seconds_per_step()
+
+    def _evaluation(self) -> float:
+        if self.evaluation is not None:
+            return self.evaluation
+        share = self.config.evaluate.num_tokens / self.config.batch.tokens_per_step
+        return share * statistics.median(self.steps) / 3  # forward is a third of a step
+
+    def is_up(self, step: int, plan: Plan) -> bool:
+        """Whether the run must end now, before its plan does; `step` is the last one queued."""
+        left = self.steps_left()
+        return left < HEARD_STEPS and step + left < plan.stop
+
+    def wants_plan(self, step: int, plan: Plan) -> bool:
+        """Whether the clock would cut the plan while the rate is high. Asks once for each plan."""
+        if len(self.steps) < FIRST_STEPS or self.has_asked:
+            return False
+        end = step + self.steps_left()
+        self.has_asked = end < plan.stop and plan.factor(end) > CUT_FACTOR
+        return self.has_asked
+
+    def revise(self, step: int, plan: Plan) -> Plan:
+        """The plan from `step` on, by what a step takes now."""
+        self.has_asked = False
+        left = self.steps_left()
+        if left == math.inf or step >= plan.stop:
+            return plan
+        stop = step + max(1, math.floor(left - SPARE_STEPS))
+        stop = min(stop, self.config.num_steps() or stop)
+        height = plan.factor(step)
+        return Plan(step if height < 1 else max(step, decay_start(self.config, stop)), stop, height)

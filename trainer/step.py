@@ -1,128 +1,103 @@
-"""One step: forward, loss, backward, clip, update; and what all ranks learn of it.
-
-Before: windows.py, model.py, optimizer.py. After: loop.py, which reads a step's figures when the
-next step has been queued.
-"""
+"""One step: forward, backward, clip, update; and its figures, read when the next is queued."""
 
 import math
-import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer import memory
+from trainer.config import Config
+from trainer.memory import Cut
 from trainer.model import LanguageModel
 from trainer.optimizer import Optimizer
 from trainer.ranks import Ranks, sum_over_ranks
-from trainer.signals import Wishes
-from trainer.windows import MicroBatches
+from trainer.windows import Data, MicroBatches
 
 
-class Shared(NamedTuple):
-    """What all ranks know of a step once it is done, whoever it came from."""
+@dataclass(frozen=True)
+class Setup:
+    """What a start of a run works with, from its first step to its last."""
 
-    loss: float
-    stops: float  # ranks that want to stop
-    saves: float  # ranks that want a checkpoint
-    failed: float  # ranks that could not read their windows
-    out_of_memory: float  # ranks that ran out of GPU memory
-    steps_left: float  # rank 0's clock: steps that fit, this one included
-    norm: float
-    suspects: list[float]  # 1 for each micro-batch, rank by rank, whose loss was not finite
-
-
-class Moment:
-    """A point in the device's queue of work, which the host runs ahead of (a CPU: its clock)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.time = time.perf_counter()
-        self.event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self.event.record()
-
-    def wait(self) -> None:
-        if self.event:
-            self.event.synchronize()
-
-    def seconds_since(self, earlier: "Moment") -> float:
-        """wait() for both first."""
-        if self.event and earlier.event:
-            return float(earlier.event.elapsed_time(self.event)) / 1000
-        return self.time - earlier.time
+    config: Config
+    data: Data
+    ranks: Ranks
+    device: torch.device
+    cut: Cut
+    model: LanguageModel
+    optimizer: Optimizer
+    batches: MicroBatches
 
 
-class StepResult:
-    """A step's figures on their way from the device to here."""
+class Votes(NamedTuple):
+    """What one rank wants; what any of them wants, all do."""
 
-    def __init__(
-        self,
-        step: int,
-        lr: float,
-        decayed: tuple[float, float],
-        figures: Tensor,
-        plan: memory.Plan,
-        seconds_waited: float,
-    ) -> None:
-        self.step, self.lr = step, lr
-        self.decayed_before, self.decayed = decayed
-        self.plan, self.seconds_waited = plan, seconds_waited
-        self.figures = figures
-        if figures.is_cuda:  # reading it directly would wait for all that is queued behind it, too
-            self.figures = torch.empty(figures.shape, pin_memory=True)
-            self.figures.copy_(figures, non_blocking=True)
-        self.arrived = Moment(figures.device)
-
-    def read(self) -> Shared:
-        """Waits until this step is done."""
-        self.arrived.wait()
-        loss, stops, saves, failed, out_of_memory, steps_left, norm, *rest = self.figures.tolist()
-        return Shared(loss, stops, saves, failed, out_of_memory, steps_left, norm, rest)
+    stop: bool = False
+    save: bool = False
+    time_is_up: bool = False
 
 
-def train_step(
-    model: LanguageModel,
-    optimizer: Optimizer,
-    batches: MicroBatches,
-    accumulation_steps: int,
-    tokens_per_step: int,
-    lr: float,
-    ranks: Ranks,
-    wishes: Wishes,
-    steps_left: float,
-) -> Tensor:
-    """One optimizer update: forward, loss, backward, clip, update.
+class StepResult(NamedTuple):
+    """What a step came to, the same on every rank."""
 
-    Returns a step's Shared figures, on the device. A loss or a
-    norm that is not finite leaves the weights as they were, and so does a rank without windows or
-    without memory.
+    step: int
+    lr: float
+    loss: float  # mean nats per token, over all ranks
+    norm: float  # of the gradient, before clipping
+    votes: Votes
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the weights were updated."""
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+def train_step(setup: Setup, lr: float, votes: Votes) -> Tensor:
+    """One update of the weights. Returns [loss, *votes, norm], on the device: nothing waits for it.
+
+    A loss or a norm that is not finite leaves the weights as they were, on all ranks alike.
+    ForgeError when this rank cannot read its windows.
     """
-    total = torch.zeros((), device=optimizer.device)
-    suspects = torch.zeros(ranks.world_size, accumulation_steps, device=optimizer.device)
-    out_of_memory = False
-    try:
-        for micro_step in range(accumulation_steps):
-            inputs, targets = next(batches)
-            loss = model(inputs, targets)
-            loss.backward()
-            optimizer.collect()
-            total += loss.detach()
-            suspects[ranks.rank, micro_step] = ~torch.isfinite(loss.detach())
-    except torch.OutOfMemoryError:
-        out_of_memory = True
-    if out_of_memory:  # out of the except clause, which holds the failed step's arrays
-        inputs = targets = loss = None  # type: ignore[assignment]
-        optimizer.discard()
-        torch.cuda.empty_cache()
-        total.fill_(math.nan)
-        for _ in range(micro_step + 1, accumulation_steps):
-            next(batches)  # the step after this one is queued already, and starts with its own
+    model, optimizer = setup.model, setup.optimizer
+    num_tokens = setup.config.batch.tokens_per_step
+    total = torch.zeros((), device=setup.device)
+    for inputs, targets in setup.batches.of_step():
+        loss = model(inputs, targets)  # a sum over tokens: the optimizer divides, in float32
+        loss.backward()
+        optimizer.collect()
+        total += loss.detach()
     optimizer.reduce()
-    flags = (*wishes.take(), batches.error is not None, out_of_memory)
-    votes = (*flags, steps_left if ranks.is_first else 0.0)
-    mine = [total / tokens_per_step, *(torch.full_like(total, float(vote)) for vote in votes)]
-    sums = sum_over_ranks(torch.cat([torch.stack(mine), suspects.flatten()]), ranks)
-    is_sound = torch.isfinite(sums[0]) & (sums[3] == 0)
-    norm = optimizer.update(lr, tokens_per_step, is_sound)
-    return torch.cat([sums[:6], norm.reshape(1), sums[6:]])
+    mine = [total / num_tokens, *(torch.full_like(total, float(vote)) for vote in votes)]
+    shared = sum_over_ranks(torch.stack(mine), setup.ranks)
+    norm = optimizer.update(lr, num_tokens, is_sound=torch.isfinite(shared[0]))
+    return torch.cat([shared, norm.reshape(1)])
+
+
+class Inbox:
+    """Figures on their way from the GPU: a step's are read when the next one has been queued."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
+
+    def push(self, step: int, lr: float, figures: Tensor) -> list[StepResult]:
+        """Send a step's figures on their way; returns those of the one before (CPU: its own)."""
+        arrived = None
+        if figures.is_cuda:  # reading it directly would wait for all that is queued behind it, too
+            sent = torch.empty(figures.shape, pin_memory=True)
+            figures = sent.copy_(figures, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        before = self.flush()
+        self.waiting = [(step, lr, figures, arrived)]
+        return before if arrived else before + self.flush()
+
+    def flush(self) -> list[StepResult]:
+        """All that is still on its way; waits for it."""
+        results = []
+        for step, lr, figures, arrived in self.waiting:
+            if arrived:
+                arrived.synchronize()
+            loss, *votes, norm = figures.tolist()
+            results.append(StepResult(step, lr, loss, norm, Votes(*(n > 0 for n in votes))))
+        self.waiting = []
+        return results

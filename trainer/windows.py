@@ -1,6 +1,4 @@
-"""Shards -> window order -> this rank's micro-batches.
-
-Before: pipeline/shards.py, the folder on the disk. After: model.py, by way of step.py.
+"""Mapped shards -> the order of the windows -> this rank's micro-batches.
 
 A window is context_length + 1 tokens; windows start every context_length tokens of a shard, so that
 each token is predicted once an epoch. Their order is a pure function of (seed, position): a keyed
@@ -10,104 +8,139 @@ state, and the same step holds the same windows on 1, 2 or 8 ranks.
 """
 
 import contextlib
-import math
-import os
 import queue
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline import shards
 from pipeline.errors import ForgeError
-from pipeline.shards import (
-    VOCAB_SIZE,
-    Index,
-    Shard,
-    check_header,
-    head_checksum,
-    shard_bytes,
-)
-from trainer.config import StepSizes
+from pipeline.shards import Index
+from trainer.config import Config
+from trainer.ranks import Ranks
 
 Ids = npt.NDArray[np.int64]
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (B, T) int64
 
 FEISTEL_ROUNDS = 6
-SILENT_DISK_SECONDS = 60.0  # longest wait for a micro-batch
 
 
 class Windows:
     """All windows of one split, by number: 0 to num_windows - 1, in the order of the shards."""
 
     def __init__(self, index: Index, split: str, context_length: int) -> None:
-        self.index = index
-        self.split = split
-        self.context_length = context_length
+        self.index, self.split, self.context_length = index, split, context_length
         self.shards = index.of(split)
         per_shard = [max(0, shard.num_tokens - 1) // context_length for shard in self.shards]
         self.ends = np.cumsum(per_shard, dtype=np.int64)  # windows up to and with each shard
         self.num_windows = int(self.ends[-1]) if per_shard else 0
 
     def check(self) -> None:
-        """Look at the size and the head of every shard; ForgeError for the first that is wrong."""
-        for shard in self.shards:
+        """Look at the size and the first 4 KiB of every shard; ForgeError for the first bad one."""
+        for number, shard in enumerate(self.shards):
             path = self.index.folder / shard.file
-            if check_header(path) != shard.num_tokens:
-                raise ForgeError(
-                    f"the shard does not have the {shard.num_tokens:,} tokens of the index",
-                    where=path,
-                    fix="run forge-prep verify on its folder",
-                )
-            if shard.head_checksum and head_checksum(path) != shard.head_checksum:
+            self._map(number)
+            if shard.head_checksum and shards.head_checksum(path) != shard.head_checksum:
                 raise ForgeError(
                     "the shard has changed since the index was written: its first 4 KiB differ",
                     where=path,
                     fix="restore the file, or make the folder again with forge-prep tokenize",
                 )
 
-    def locate(self, window: int) -> tuple[Shard, int]:
-        """(shard, its first token) of a window: where a person finds it."""
-        shard = int(np.searchsorted(self.ends, window, side="right"))
-        before = int(self.ends[shard - 1]) if shard else 0
-        return self.shards[shard], (window - before) * self.context_length
-
     def read(self, windows: Ids) -> npt.NDArray[np.uint16]:
         """The tokens of n windows: (n, T + 1) uint16.
 
-        Read, not mapped: a mapped page of a disk that fails or of a file that shrinks ends the
-        process with a signal, and maps kept for days count as its memory. Both read the page cache.
-        ForgeError when a shard cannot be read, ends early, or has a token outside the vocabulary.
+        Shards are mapped anew for each call, so that maps never count as the process's memory.
+        ForgeError when a shard is gone, has another size, or has a token outside the vocabulary.
         """
-        out = np.empty((len(windows), self.context_length + 1), "<u2")
+        out = np.empty((len(windows), self.context_length + 1), np.uint16)
         in_shard = np.searchsorted(self.ends, windows, side="right")
         for number in np.unique(in_shard):
-            shard = self.shards[number]
-            path = self.index.folder / shard.file
+            tokens = self._map(number)
             before = self.ends[number - 1] if number else 0
-            try:
-                with path.open("rb", buffering=0) as file:
-                    if os.fstat(file.fileno()).st_size != shard_bytes(shard.num_tokens):
-                        raise OSError(0, "its size is no longer that of the index")
-                    for row in np.flatnonzero(in_shard == number):
-                        start = (windows[row] - before) * self.context_length
-                        count = os.preadv(file.fileno(), [out[row]], shard_bytes(int(start)))
-                        if count != out[row].nbytes:
-                            raise OSError(0, "it ends early")
-            except OSError as error:
+            for row in np.flatnonzero(in_shard == number):
+                start = (windows[row] - before) * self.context_length
+                out[row] = tokens[start : start + self.context_length + 1]
+            if out[in_shard == number].max() >= shards.VOCAB_SIZE:
                 raise ForgeError(
-                    f"cannot read a shard: {error.strerror}",
-                    where=path,
-                    fix="bring it back; then the same command with --resume",
-                ) from error
-            if out[in_shard == number].max() >= VOCAB_SIZE:
-                raise ForgeError(
-                    f"a token is outside the vocabulary of {VOCAB_SIZE:,}",
-                    where=path,
+                    f"a token is outside the vocabulary of {shards.VOCAB_SIZE:,}",
+                    where=self.index.folder / self.shards[number].file,
                     fix="run forge-prep verify on its folder",
                 )
         return out
+
+    def _map(self, number: int) -> shards.Tokens:
+        """The tokens of a shard, once its size and header are what the index says."""
+        shard = self.shards[number]
+        path = self.index.folder / shard.file
+        if shards.check_header(path) != shard.num_tokens:
+            raise ForgeError(
+                f"the shard does not have the {shard.num_tokens:,} tokens of the index",
+                where=path,
+                fix="run forge-prep verify on its folder",
+            )
+        return shards.map_shard(path, shard.num_tokens)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two splits, checked, and the bytes of each token (V,) for bits per byte."""
+
+    index: Index
+    train: Windows
+    val: Windows
+    vocabulary: list[bytes]
+
+
+def open_data(config: Config, folder: Path) -> Data:
+    """find_data(), with as much as the config asks for."""
+    data = find_data(config, folder)
+    check_amount(config, data)
+    return data
+
+
+def find_data(config: Config, folder: Path) -> Data:
+    """Open and check a folder of shards. ForgeError if it cannot serve this model."""
+    index = shards.load_index(folder)
+    if index.tokenizer["vocab_size"] > config.model.vocab_size:
+        raise ForgeError(
+            f"the shards have {index.tokenizer['vocab_size']:,} token ids, the model "
+            f"{config.model.vocab_size:,}",
+            where=folder,
+            fix="--set model.vocab_size=50257",
+        )
+    vocabulary = shards.read_vocabulary(folder / shards.VOCABULARY_FILE)
+    train, val = (Windows(index, split, config.model.context_length) for split in shards.SPLITS)
+    train.check()
+    val.check()
+    return Data(index, train, val, vocabulary)
+
+
+def check_amount(config: Config, data: Data) -> None:
+    """ForgeError unless there are windows for a step and for an evaluation."""
+    per_evaluation = config.evaluate.num_tokens // config.model.context_length
+    for windows, wanted, key in (
+        (data.train, config.windows_per_step(), "batch.tokens_per_step"),
+        (data.val, per_evaluation, "evaluate.num_tokens"),
+    ):
+        if windows.num_windows < wanted:
+            most = windows.num_windows * config.model.context_length
+            raise ForgeError(
+                f"{key} asks for {wanted:,} windows, the {windows.split} split has "
+                f"{windows.num_windows:,}",
+                where=data.index.folder,
+                fix=f"--set {key}={most} at most"
+                if most
+                else "tokenize more text, or with a "
+                f"{'larger' if windows is data.val else 'smaller'} --val-fraction",
+            )
 
 
 def permute(numbers: Ids, size: int, key: tuple[int, int]) -> Ids:
@@ -146,14 +179,11 @@ def windows_at(positions: Ids, num_windows: int, seed: int) -> Ids:
     return windows
 
 
-def step_positions(
-    step: int, sizes: StepSizes, micro_batch_size: int, rank: int, world_size: int
-) -> Ids:
-    """This rank's positions in one step: (accumulation steps, windows in each)."""
-    cut = sizes.cut(step, world_size, micro_batch_size)
-    share = math.prod(cut)
-    first = sizes.before(step) + rank * share
-    return np.arange(first, first + share, dtype=np.int64).reshape(cut)
+def step_positions(step: int, config: Config, size: int, ranks: Ranks) -> Ids:
+    """This rank's positions in `step` (from 0): (accumulation steps, `size` windows in each)."""
+    share = config.windows_per_step() // ranks.world_size
+    first = step * config.windows_per_step() + ranks.rank * share
+    return np.arange(first, first + share, dtype=np.int64).reshape(-1, size)
 
 
 def to_device(windows: npt.NDArray[np.uint16], device: torch.device) -> MicroBatch:
@@ -165,32 +195,27 @@ def to_device(windows: npt.NDArray[np.uint16], device: torch.device) -> MicroBat
 
 
 class MicroBatches:
-    """This rank's endless micro-batches from `first_step` on, read ahead by a thread.
+    """This rank's micro-batches of `size` windows, read ahead by a thread.
 
-    The thread only looks ahead: what comes depends on the arguments alone. When reading fails,
-    `error` says why and zeros come from then on: the step can go through on all ranks, which learn
-    of it there and stop together (loop.py).
+    The thread only looks ahead: what comes depends on the arguments alone.
     """
 
     def __init__(
         self,
         windows: Windows,
-        seed: int,
+        config: Config,
         first_step: int,
-        sizes: StepSizes,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
+        size: int,
+        ranks: Ranks,
         device: torch.device,
     ) -> None:
-        self.windows, self.seed, self.first_step = windows, seed, first_step
-        self.cut = (sizes, micro_batch_size, rank, world_size)
-        self.device = device
-        self.error: ForgeError | None = None
-        self._seconds_waited = 0.0
+        self.windows, self.device = windows, device
+        self.positions = (config, size, ranks)
+        self.step, self.seed = first_step, config.seed
+        self.accumulation_steps = config.windows_per_step() // ranks.world_size // size
+        self.seconds_waited = 0.0  # by the trainer, since take_seconds_waited()
         # A whole step ahead: the thread gets Python's lock when the trainer waits for the GPU.
-        a_step = sizes.windows // world_size // micro_batch_size
-        self.ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(a_step + 1)
+        self.ready: queue.Queue[Any] = queue.Queue(self.accumulation_steps + 1)
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._read_ahead, daemon=True)
 
@@ -202,60 +227,36 @@ class MicroBatches:
         self.stopping.set()
         self.thread.join(timeout=5)  # unless the disk holds it
 
-    def __iter__(self) -> "MicroBatches":
-        return self
-
-    def __next__(self) -> MicroBatch:
-        if self.error is None:
+    def of_step(self) -> Iterator[MicroBatch]:
+        """The micro-batches of the next step. ForgeError when a shard cannot be read."""
+        for _ in range(self.accumulation_steps):
             started = time.perf_counter()
-            try:
-                item = self.ready.get(timeout=SILENT_DISK_SECONDS)
-            except queue.Empty:
-                item = ForgeError(
-                    f"the shards' disk has not answered for {SILENT_DISK_SECONDS:.0f} s",
-                    where=self.windows.index.folder,
-                    fix="look at the disk; then the same command with --resume",
-                )
-            self._seconds_waited += time.perf_counter() - started
-            if isinstance(item, tuple):
-                return item
-            if not isinstance(item, ForgeError):
-                item = ForgeError(
-                    f"cannot read windows: {item!r}",
-                    where=self.windows.index.folder,
-                    fix="look at the disk and the memory; then the same command with --resume",
-                )
-            self.error = item
-        shape = (self.cut[1], self.windows.context_length)
-        zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        return zeros, zeros
+            item = self.ready.get()
+            self.seconds_waited += time.perf_counter() - started
+            if isinstance(item, BaseException):
+                raise item
+            yield item
 
     def take_seconds_waited(self) -> float:
         """Seconds that the trainer has waited for micro-batches since the last call."""
-        waited, self._seconds_waited = self._seconds_waited, 0.0
+        waited, self.seconds_waited = self.seconds_waited, 0.0
         return waited
-
-    def windows_of(self, step: int, rank: int, micro_step: int) -> Ids:
-        """The windows of any rank's micro-batch: `step` counts from 0."""
-        sizes, micro_batch_size, _, world_size = self.cut
-        positions = step_positions(step, sizes, micro_batch_size, rank, world_size)
-        return windows_at(positions[micro_step], self.windows.num_windows, self.seed)
-
-    def _put(self, item: MicroBatch | BaseException) -> None:
-        while not self.stopping.is_set():
-            with contextlib.suppress(queue.Full):
-                self.ready.put(item, timeout=0.1)
-                return
 
     def _read_ahead(self) -> None:
         try:
-            step = self.first_step
-            while not self.stopping.is_set():
-                for positions in step_positions(step, *self.cut):
-                    if self.stopping.is_set():
-                        return
+            while True:
+                for positions in step_positions(self.step, *self.positions):
                     chosen = windows_at(positions, self.windows.num_windows, self.seed)
-                    self._put(to_device(self.windows.read(chosen), self.device))
-                step += 1
+                    if not self._put(to_device(self.windows.read(chosen), self.device)):
+                        return
+                self.step += 1
         except BaseException as error:
             self._put(error)
+
+    def _put(self, item: MicroBatch | BaseException) -> bool:
+        """Whether it was taken; waits as long as the queue is full and someone reads."""
+        while not self.stopping.is_set():
+            with contextlib.suppress(queue.Full):
+                self.ready.put(item, timeout=0.1)
+                return True
+        return False

@@ -3,7 +3,7 @@
 Trains a small model on two ranks with gloo, ends one rank, all processes or torchrun itself with
 SIGKILL, every other time while a checkpoint is being written, and starts the same command again,
 until it gets through. Losses of all steps and final weights must be the bits of a run that nobody
-disturbed. With --restarts torchrun brings a killed rank's group back by itself (--max-restarts).
+disturbed. With --restarts torchrun restarts the ranks by itself when one is killed.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 from pipeline import prepare, pydocs, sources
 from pipeline.slices import Options
 from trainer import checkpoint
+from trainer.ranks import OWN_STORE
 
 ROOT = Path(__file__).parents[2]
 VICTIMS = ("rank", "all", "launcher")
@@ -55,14 +56,13 @@ def start(data: Path, run: Path, steps: int, restarts: int = 0) -> subprocess.Po
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launcher += [f"--max-restarts={restarts}"]
     command = [sys.executable, "-m", *launcher, "-m", "trainer.cli", "tiny"]
-    command += [] if restarts else ["--resume"]  # torchrun's own restarts need no help
-    command += ["--data", data, "--out", run, f"--set=schedule.max_steps={steps}"]
+    command += ["--data", data, "--out", run, "--resume", f"--set=schedule.max_steps={steps}"]
     command += [f"--set={key}={value}" for key, value in SETTINGS.items()]
     log = run.with_name(run.name + ".log").open("ab")
     return subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", OWN_STORE: "1"},
         stdout=log,
         stderr=log,
         start_new_session=True,

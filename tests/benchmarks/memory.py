@@ -3,7 +3,7 @@
     python -m tests.benchmarks.memory --data DIR [--configs gpt2,gpt2_medium,gpt2_large]
 
 Each row is forge-train for a few steps in a process that may take 23.0 GiB of the GPU. "predicted"
-is what `forge-train --check` says on this card. gpt2_xl does not fit, and says so.
+is what `forge-train --check` says on this card. For gpt2_xl, which does not fit, the row says so.
 """
 
 import os
@@ -15,19 +15,22 @@ from pathlib import Path
 import click
 import torch
 
-from trainer import config as configs
-from trainer import loop
-from trainer.card import Card
-from trainer.metrics import read_metrics
+from pipeline.errors import ForgeError
+from trainer import card, config_file
+from trainer import train as trainer
+from trainer.report import read_metrics
+from trainer.start import Command
 
 ROOT = Path(__file__).parent.parent.parent
-KEYS = ("matmul_flops", "copy_bytes")
 
 
 def train(name: str, data: Path, run: Path, gib: float, settings: tuple[str, ...]) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
-    loop.train(configs.load(name, settings), name, data, run, resume=False)
+    try:
+        trainer.train(Command(config_file.load(name, settings), name, data, run))
+    except ForgeError as error:
+        sys.exit(f"{error.what} ({error.where})")
 
 
 @click.command()
@@ -45,10 +48,12 @@ def main(
         return
     if not torch.cuda.is_available():
         raise click.ClickException("this benchmark needs a GPU")
+    measured = card.measure(torch.device("cuda"), torch.bfloat16)
+    torch.cuda.empty_cache()
     click.echo(f"{torch.cuda.get_device_name()}, at most {gib} GiB; torch {torch.__version__}")
     click.echo(
-        f"{'config':14}{'micro-batch':>14}{'estimated':>11}{'peak':>8} GiB{'predicted':>13}"
-        f"{'tokens/s':>10}{'data wait':>11}"
+        f"{'config':14}{'micro-batch':>14}{'estimated':>11}{'peak':>8} GiB{'ratio':>7}"
+        f"{'predicted':>12}{'tokens/s':>10}{'data wait':>11}"
     )
     more = (
         f"schedule.max_steps={steps}",
@@ -75,20 +80,15 @@ def main(
                 continue
             rows = read_metrics(Path(folder, "run"))
         start = next(row for row in rows if row["kind"] == "start")
-        lowered = [row for row in rows if row["kind"] == "out_of_memory"]
-        cut = (lowered or [start])[-1]
         taken = [row for row in rows if row["kind"] == "step"][2:]
         speed = sorted(row["tokens_per_second"] for row in taken)[len(taken) // 2]
         peak = max(row["peak_memory_bytes"] for row in rows if row["kind"] == "evaluate")
-        card = Card(*(start[key] for key in KEYS))
-        predicted = card.tokens_per_second(
-            configs.load(name, settings).model, cut["micro_batch_size"]
-        )
+        size, estimated = start["micro_batch_size"], start["estimated_bytes"]
+        predicted = measured.tokens_per_second(config_file.load(name, settings).model, size)
         click.echo(
-            f"{name:14}{cut['micro_batch_size']:>9} x {cut['accumulation_steps']:<3}"
-            f"{start['estimated_bytes'] / 2**30:>10.2f}{peak / 2**30:>8.2f}    {predicted:>13,.0f}"
-            f"{speed:>10,.0f}{max(row['data_wait'] for row in taken):>11.2%}"
-            + (f"  lowered {len(lowered)} times" if lowered else "")
+            f"{name:14}{size:>9} x {start['accumulation_steps']:<3}"
+            f"{estimated / 2**30:>10.2f}{peak / 2**30:>8.2f}    {estimated / peak:>7.3f}"
+            f"{predicted:>12,.0f}{speed:>10,.0f}{max(row['data_wait'] for row in taken):>11.2%}"
         )
 
 

@@ -1,7 +1,7 @@
 """The trainer's memory over a day of windows: python -m tests.benchmarks.memory_curve --data DIR
 
 Everything that a rank does in a day but the model: reads and permutes the windows of each step,
-makes micro-batches of them, logs the step. The resident set must stay flat.
+makes micro-batches of them, writes the step's row. The resident set must stay flat.
 """
 
 import os
@@ -13,8 +13,9 @@ import click
 import torch
 
 from pipeline import shards
-from trainer import config as configs
-from trainer.metrics import Metrics
+from trainer import config_file
+from trainer.ranks import Ranks
+from trainer.report import Metrics
 from trainer.windows import MicroBatches, Windows
 
 POINTS = 24
@@ -36,26 +37,16 @@ def resident_mib() -> float:
 def main(
     data: Path, config: str, hours: float, tokens_per_second: int, ranks: int, micro_batch_size: int
 ) -> None:
-    chosen = configs.load(config)
+    chosen = config_file.load(config)
     windows = Windows(shards.load_index(data), "train", chosen.model.context_length)
     per_step = chosen.windows_per_step()
     num_steps = int(hours * 3600 * tokens_per_second / chosen.batch.tokens_per_step)
-    micro_steps = per_step // ranks // micro_batch_size
     print(f"{num_steps:,} steps of {per_step} windows, this rank's {per_step // ranks} of each")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        metrics = Metrics(Path(folder), True)
-        batches = MicroBatches(
-            windows,
-            chosen.seed,
-            0,
-            chosen.step_sizes(),
-            micro_batch_size,
-            0,
-            ranks,
-            torch.device("cpu"),
-        )
-        with batches:
+        metrics, first = Metrics(Path(folder), None), Ranks(world_size=ranks)
+        cpu = torch.device("cpu")
+        with MicroBatches(windows, chosen, 0, micro_batch_size, first, cpu) as batches:
             for step in range(num_steps + 1):
                 if step % (num_steps // POINTS) == 0:
                     hour = step / num_steps * hours
@@ -64,10 +55,10 @@ def main(
                         f"{resident_mib():8.1f} MiB  after {time.monotonic() - started:5.0f} s",
                         flush=True,
                     )
-                for _ in range(micro_steps):
-                    next(batches)
-                metrics.log("step", step, step * per_step, 0.0, loss=3.0, lr=1e-4, norm=1.0)
-        assert batches.error is None, batches.error
+                for _ in batches.of_step():
+                    pass
+                row = {"kind": "step", "step": step, "tokens": step * per_step, "seconds": 0.0}
+                metrics(row | {"loss": 3.0, "lr": 1e-4, "norm": 1.0})
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ It runs forge-train's own step under torch.profiler and prints milliseconds a st
 Muon it also times the update alone, with the matrices shared out among the ranks and without.
 """
 
-import math
 import statistics
-import tempfile
-import time
 from pathlib import Path
 
 import click
@@ -18,15 +15,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from trainer import backends, loop, memory
-from trainer import config as configs
+from trainer import backends, config_file
 from trainer.optimizer import Optimizer
 from trainer.ranks import Ranks, process_group
-from trainer.run import Past, open_data
-from trainer.schedule import UNKNOWN_STEPS
-from trainer.signals import Wishes
-from trainer.step import Moment, train_step
-from trainer.windows import MicroBatches
+from trainer.start import Command, first_state, prepare
+from trainer.step import Votes, train_step
+from trainer.windows import open_data
 
 KINDS = {
     "communication": ("nccl",),
@@ -34,7 +28,7 @@ KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
     "optimizer": ("adam", "multi_tensor", "accumulate"),
     "cross-entropy": ("softmax_gradient",),
-    "fused.py": ("_and_sum", "add_and_norm", "gelu", "gate", "rotate_heads"),
+    "fused.py": ("_and_sum", "add_and_norm", "gate", "rotate_heads"),
     "copies": ("memcpy", "memset"),
 }
 Intervals = list[tuple[float, float]]
@@ -59,11 +53,12 @@ def muon_milliseconds(optimizer: Optimizer, ranks: Ranks) -> float:
     optimizer.ranks = ranks
     divisor, times = torch.ones((), device=optimizer.device), []
     for _ in range(8):
-        began = Moment(optimizer.device)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
         optimizer.muon(0.0, divisor, divisor > 0)  # at a rate of 0: the weights stay
-        ended = Moment(optimizer.device)
-        ended.wait()
-        times.append(1e3 * ended.seconds_since(began))
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
     return statistics.median(times[2:])
 
 
@@ -74,46 +69,30 @@ def muon_milliseconds(optimizer: Optimizer, ranks: Ranks) -> float:
 @click.option("--steps", default=3, show_default=True)
 @click.option("--kernels", default=0, help="Also print the N kernels that take longest.")
 def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels: int) -> None:
-    chosen = configs.load(config, ("evaluate.num_tokens=65536", *settings))
+    chosen = config_file.load(config, ("evaluate.num_tokens=65536", *settings))
+    command = Command(chosen, config, data, Path("unused"))
     ranks = Ranks.from_environment()
     device = ranks.device()
     opened = open_data(chosen, data)
+    torch.set_float32_matmul_precision("high")
     with (
         process_group(ranks, device, chosen.guard.timeout_seconds),
         backends.attention_backends(device),
-        tempfile.TemporaryDirectory() as folder,
     ):
-        plan = memory.plan_step(chosen, ranks, device)
-        place = (opened, Path(folder), ranks, device, plan)
-        trainer = loop.Trainer(chosen, config, *place, Past(), time.perf_counter(), None)
-        windows = (chosen.step_sizes(), plan.micro_batch_size)
-        reader = MicroBatches(opened.train, 0, 0, *windows, ranks.rank, ranks.world_size, device)
-        with reader as batches:
-
-            def step() -> None:
-                train_step(
-                    trainer.model,
-                    trainer.optimizer,
-                    batches,
-                    plan.accumulation_steps,
-                    chosen.batch.tokens_per_step,
-                    1e-4,
-                    ranks,
-                    Wishes(),
-                    UNKNOWN_STEPS,
-                    math.inf,
-                )
-
+        state = first_state(command, opened, device, None, ranks)
+        setup = prepare(command, opened, device, state, ranks)
+        cut = setup.cut
+        with setup.batches:
             for _ in range(3):
-                step()
+                train_step(setup, 1e-4, Votes())
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 for _ in range(steps):
-                    step()
+                    train_step(setup, 1e-4, Votes())
                 torch.cuda.synchronize()
         muon = []
         if chosen.optimizer.name == "muon":
-            muon = [muon_milliseconds(trainer.optimizer, by) for by in (ranks, Ranks())]
+            muon = [muon_milliseconds(setup.optimizer, by) for by in (ranks, Ranks())]
     if not ranks.is_first:
         return
     by_kind: dict[str, Intervals] = {}
@@ -129,7 +108,7 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
     compute = [
         i for kind, intervals in by_kind.items() if kind != "communication" for i in intervals
     ]
-    click.echo(f"{config}, micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}:")
+    click.echo(f"{config}, micro-batch {cut.micro_batch_size} x {cut.accumulation_steps}:")
     for kind, intervals in sorted(by_kind.items(), key=lambda item: -length(item[1])):
         click.echo(f"  {kind:24}{length(intervals) / steps / 1e3:>10.2f} ms a step")
     longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))
@@ -144,7 +123,7 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
     for what, took in zip(("shared out", "not shared"), muon, strict=False):
         click.echo(f"  {'Muon, ' + what:24}{took:>10.2f} ms")
     peak = torch.cuda.max_memory_allocated() / 2**30
-    click.echo(f"  peak {peak:.2f} GiB, estimated {plan.estimated_bytes / 2**30:.2f} GiB")
+    click.echo(f"  peak {peak:.2f} GiB, estimated {cut.estimated_bytes / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

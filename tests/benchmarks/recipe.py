@@ -38,21 +38,16 @@ from pipeline import files, shards
 from pipeline.errors import ForgeError
 from tests.benchmarks import curves
 from tests.benchmarks.curves import Row, Run
-from trainer import config as configs
-from trainer.metrics import duration, hardware, read_metrics
+from trainer import config_file
 from trainer.ranks import Ranks
+from trainer.report import duration, hardware, read_metrics
 
 ROOT = Path(__file__).parents[2]
 MINUTES = "optimizer.muon_weight_decay=0.1"  # for 65,536 tokens a step, some 2,000 times
 MUON = ("optimizer.name=muon", "optimizer.peak_lr=2.4e-3", MINUTES)
 TO_ZERO = ("schedule.shape=wsd", "schedule.decay_fraction=0.5")
 # What was best over two minutes, for plans that shall end early.
-SHORT = (
-    "batch.doublings=1",
-    "batch.doubling_steps=400",
-    "schedule.shape=wsd",
-    "schedule.decay_fraction=0.8",
-)
+SHORT = ("schedule.shape=wsd", "schedule.decay_fraction=0.8")
 MUON_SHORT = ("optimizer.name=muon", "optimizer.muon_lr=0.03", MINUTES)
 GPT2_EMBEDDING = ("optimizer.weight_decay=0.25", "optimizer.peak_lr=4.8e-3")
 FORGE_EMBEDDING = ("optimizer.weight_decay=0.1", "optimizer.peak_lr=9.6e-3")
@@ -71,9 +66,7 @@ ARMS = {  # config, settings
 MICRO_BATCH = 64  # windows, on a GPU
 WARMUP_FRACTION, MOST_WARMUP_STEPS = 0.1, 300  # an arm may set its own
 # What changes no speed; the rest of an arm's settings has a calibration of its own.
-SPEEDLESS = re.compile(
-    r"(optimizer\.\w*(lr|decay)|schedule\.(shape|\w+_fraction|warmup_steps)|batch\.doubl\w+)="
-)
+SPEEDLESS = re.compile(r"(optimizer\.\w*(lr|decay)|schedule\.(shape|\w+_fraction|warmup_steps))=")
 OVERHEAD_SECONDS = 90.0  # of a run: start, compilation, evaluations
 SAY_SECONDS = 20.0
 
@@ -147,7 +140,7 @@ class Bench:
     def settings(self, arm: Arm) -> list[str]:
         """All but the seed and what follows from the number of steps. ForgeError if it is wrong."""
         given = [*self.common, *arm.settings]
-        config = configs.load(arm.config, (*given, "schedule.max_steps=1"))
+        config = config_file.load(arm.config, (*given, "schedule.max_steps=1"))
         windows = config.windows_per_step()
         if torch.cuda.is_available() and "batch.micro_batch_size" not in " ".join(given):
             given.append(f"batch.micro_batch_size={math.gcd(windows, MICRO_BATCH)}")
@@ -171,7 +164,7 @@ class Bench:
             curves.check_same(run, wanted)
         return any(all(run[key] == wanted[key] for key in wanted) for run in same_name)
 
-    def train(self, arm: Arm, steps: int, evaluations: int, seed: int, *more: str) -> list[Row]:
+    def train(self, arm: Arm, steps: int, evaluations: int, seed: int) -> list[Row]:
         """The rows of metrics.jsonl of one forge-train that ends after `steps`."""
         settings = [
             f"schedule.max_steps={steps}",
@@ -181,7 +174,6 @@ class Bench:
             "checkpoint.every_steps=1000000",
             *self.settings(arm),
             f"seed={seed}",
-            *more,
         ]
         with tempfile.TemporaryDirectory(prefix="recipe-") as folder:
             command = [sys.executable, "-m", "trainer.cli", arm.config, "--data", str(self.data)]
@@ -216,11 +208,7 @@ class Bench:
         for line in self.known():
             if all(line.get(name) == value for name, value in key.items()):
                 return float(line["tokens_per_second"])
-        rows = [
-            row
-            for row in self.train(arm, steps, 1, 0, "batch.doublings=0")
-            if row["kind"] == "step"
-        ]
+        rows = [row for row in self.train(arm, steps, 1, 0) if row["kind"] == "step"]
         speed = statistics.median(row["tokens_per_second"] for row in rows[len(rows) // 2 :])
         self.keep(key | {"tokens_per_second": speed})
         self.say(f"{arm.name}: {speed:,.0f} tokens/s in {steps} steps of calibration")
@@ -230,10 +218,10 @@ class Bench:
         """One run, from its plan to its line."""
         speed = self.speed(arm, calibration_steps)
         run = self.wanted(arm, seconds, seed)
-        config = configs.load(arm.config, (*run["settings"], "schedule.max_steps=1000000000"))
+        config = config_file.load(arm.config, (*run["settings"], "schedule.max_steps=1000000000"))
         tokens = max(1, round(seconds * speed - config.batch.tokens_per_step / 2))
         ends = (*run["settings"], "schedule.max_steps=1000000000", f"schedule.max_tokens={tokens}")
-        steps = max(2, configs.load(arm.config, ends).num_steps() or 0)
+        steps = max(2, config_file.load(arm.config, ends).num_steps() or 0)
         self.say(f"{arm.name} seed {seed}: {steps:,} steps for {seconds:g} s")
         rows = self.train(arm, steps, self.evaluations, seed)
         ended, excluded = curves.training_seconds(rows)

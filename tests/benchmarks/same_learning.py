@@ -20,16 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer import config as configs
-from trainer import memory
+from trainer import config_file, memory
 from trainer.config import Config
-from trainer.metrics import read_metrics
+from trainer.evaluate import VALIDATION_SEED
 from trainer.model import build_model
 from trainer.ranks import Ranks
-from trainer.run import Data, open_data
-from trainer.schedule import UNKNOWN_STEPS, Schedule
-from trainer.validation import VALIDATION_SEED
-from trainer.windows import MicroBatches, to_device, windows_at
+from trainer.report import read_metrics
+from trainer.schedule import first_plan, learning_rate
+from trainer.windows import Data, MicroBatches, open_data, to_device, windows_at
 
 ARMS = {
     "forge": (),
@@ -71,18 +69,16 @@ def plain(config: Config, data: Data, micro_batch: int) -> dict[int, float]:
         return torch.stack(losses).mean().item()
 
     found = {0: validation_loss()}
-    count, schedule = config.windows_per_step(), Schedule(config)
-    with MicroBatches(
-        data.train, config.seed, 0, config.step_sizes(), micro_batch, 0, 1, device
-    ) as batches:
+    count, plan = config.windows_per_step(), first_plan(config)
+    with MicroBatches(data.train, config, 0, micro_batch, Ranks(), device) as batches:
         for step in range(1, (config.num_steps() or 0) + 1):
-            for _ in range(count // micro_batch):
+            for tokens, targets in batches.of_step():
                 with torch.autocast(device.type, torch.bfloat16):
-                    loss = mean_loss(*next(batches))
+                    loss = mean_loss(tokens, targets)
                 (loss * micro_batch / count).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_norm)
             for group in adamw.param_groups:
-                group["lr"] = schedule.rate(step, UNKNOWN_STEPS)
+                group["lr"] = learning_rate(config, plan, step)
             adamw.step()
             adamw.zero_grad(set_to_none=True)
             if step % config.evaluate.every_steps == 0:
@@ -111,12 +107,12 @@ def main(
         "batch.micro_batch_size=16",
         *settings,
     )
-    config = configs.load(name, more)
+    config = config_file.load(name, more)
     found: dict[str, dict[int, float]] = {}
     for arm in arms.split(","):
         started = time.perf_counter()
         if arm == "plain":
-            micro_batch = memory.plan_step(config, Ranks(), Ranks().device()).micro_batch_size
+            micro_batch = memory.cut_here(config, Ranks(), Ranks().device()).micro_batch_size
             found[arm] = plain(config, open_data(config, data), micro_batch)
             took = f"{time.perf_counter() - started:.0f} s with compilation"
         else:

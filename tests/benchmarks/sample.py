@@ -24,7 +24,7 @@ from sampler.decode import Decoder
 from sampler.draw import MAX_STEPS, Sampling
 from sampler.generate import Limits, Sample, generate
 from sampler.load import best_device
-from trainer import config as configs
+from trainer import config_file as configs
 from trainer.layouts import model_config, transformers_weights
 from trainer.model import LanguageModel, build_model
 

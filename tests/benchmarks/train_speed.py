@@ -1,22 +1,29 @@
 """How fast one GPU trains: forge-train against nanoGPT's recipe, in one run.
 
     python -m tests.benchmarks.train_speed [--data DIR] [--configs gpt2,gpt2_medium]
+    ... --configs forge_124m --arms forge --against CHECKOUT    this version beside another, in turn
 
 "forge" is forge-train itself with all that it does (real windows, evaluation, metrics); "plain" is
 the recipe that most trainers use: autocast over float32 weights, fused AdamW, F.cross_entropy over
 a vocabulary padded to 50304, torch.compile, the same windows. Without --data the tokens are random.
 Other arms: "forge by block" (compile=block), "forge unfused" (without trainer/fused.py), and a
 second "forge" to see what the compile cache saves.
+
+The times of the first step, from the start of the process, are those of a run of a single step,
+which comes before: in a longer one a step's figures are read only when the next one is queued. With
+--against each version has a compile cache of its own, empty at first.
 """
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -25,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import foreign
-from trainer import config as configs
-from trainer.metrics import read_metrics
+from trainer import config_file
 from trainer.model import build_model
-from trainer.run import open_data
-from trainer.windows import MicroBatches
+from trainer.ranks import Ranks
+from trainer.report import read_metrics
+from trainer.windows import MicroBatches, open_data
 
 ROOT = Path(__file__).parent.parent.parent
 MICRO_BATCHES = {  # fast on a large card
@@ -39,6 +46,8 @@ MICRO_BATCHES = {  # fast on a large card
     "forge_124m": 96,
     "forge_350m": 40,
 }
+FOLDER = click.Path(path_type=Path, resolve_path=True)
+CHECKOUT = click.Path(path_type=Path, resolve_path=True, exists=True, file_okay=False)
 NO_BIAS = "--set=model.bias=false"
 UNFUSED = "from trainer import cli, fused; fused.available = lambda *_: False; cli.main()"
 
@@ -67,30 +76,29 @@ def sustained_matmul(seconds: float = 1.0) -> float:
     return 2 * size**3 * count / (time.perf_counter() - started)
 
 
-def forge(
-    config: str,
-    data: Path,
-    micro_batch: int,
-    steps: int,
-    settings: tuple[str, ...],
-    fuses: bool,
-) -> tuple[float, float, float, float]:
-    """(tokens/s, peak GiB, seconds to the first step and to its end) of forge-train."""
+class Measured(NamedTuple):
+    speed: float  # tokens/s
+    peak: float  # GiB
+    begin: float  # seconds from the start of the process to the first step
+    end: float  # and to its end
+
+
+def python_path(tree: Path) -> dict[str, str]:
+    """The environment that lets Python find the packages of `tree` first."""
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{tree}{os.pathsep}{before}" if before else str(tree)}
+
+
+def train(
+    command: list[str], steps: int, tree: Path, more: dict[str, str]
+) -> tuple[list[dict], float]:
+    """Rows of metrics.jsonl of forge-train, and the seconds until its first evaluation ended."""
     with tempfile.TemporaryDirectory() as folder:
-        options = [
-            f"--set=batch.micro_batch_size={micro_batch}",
-            f"--set=schedule.max_steps={steps}",
-            "--set=evaluate.num_tokens=262144",
-            "--set=evaluate.sample_tokens=0",
-            "--set=checkpoint.every_steps=100000",
-            *settings,
-        ]
-        program = ["-m", "trainer.cli"] if fuses else ["-c", UNFUSED]
-        command = [sys.executable, *program, config, "--data", str(data)]
         started = time.perf_counter()
         process = subprocess.Popen(
-            [*command, "--out", f"{folder}/run", *options],
-            cwd=ROOT,
+            [*command, f"--out={folder}/run", f"--set=schedule.max_steps={steps}"],
+            cwd=tree,
+            env=os.environ | python_path(tree) | more,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -102,17 +110,42 @@ def forge(
                 begin = time.perf_counter() - started
         if process.wait():
             raise click.ClickException("".join(output[-40:]))
-        rows = read_metrics(Path(folder, "run"))
-    tokens = configs.load(config).batch.tokens_per_step
+        return read_metrics(Path(folder, "run")), begin
+
+
+def forge(
+    config: str,
+    data: Path,
+    micro_batch: str,
+    steps: int,
+    arm: str = "forge",
+    tree: Path = ROOT,
+    more: dict[str, str] = {},  # noqa: B006
+) -> Measured:
+    """Of forge-train as it is in `tree`, with `more` in its environment."""
+    program = ["-c", UNFUSED] if "unfused" in arm else ["-m", "trainer.cli"]
+    options = [
+        f"--set=batch.micro_batch_size={micro_batch}",
+        "--set=evaluate.num_tokens=262144",
+        "--set=evaluate.sample_tokens=0",
+        "--set=checkpoint.every_steps=100000",
+    ]
+    options += [NO_BIAS] if "without" in arm else []
+    options += ["--set=compile=block"] if "block" in arm else []
+    command = [sys.executable, *program, config, f"--data={data}", *options]
+    rows, begin = train(command, 1, tree, more)
+    (only,) = (row for row in rows if row["kind"] == "step")
+    end = begin + only["tokens"] / only["tokens_per_second"]
+    rows, _ = train(command, steps, tree, more)
     speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "step"]
-    peak = max(row["peak_memory_bytes"] for row in rows if row["kind"] == "evaluate")
-    return statistics.median(speeds[3:]), peak / 2**30, begin, begin + tokens / speeds[0]
+    peak = max(row["peak_memory_bytes"] or 0 for row in rows if row["kind"] == "evaluate")
+    return Measured(statistics.median(speeds[3:]), peak / 2**30, begin, end)
 
 
-def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float, ...]:
-    """The same for the plain recipe."""
+def plain(config: str, data: Path, micro_batch: int, steps: int) -> Measured:
+    """Of the plain recipe, in this process."""
     started = time.perf_counter()
-    chosen = configs.load(config, ("evaluate.num_tokens=65536",))
+    chosen = config_file.load(config, ("evaluate.num_tokens=65536",))
     windows = open_data(chosen, data).train
     torch.set_float32_matmul_precision("high")
     model = build_model(dataclasses.replace(chosen.model, vocab_size=50304))
@@ -129,17 +162,15 @@ def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float,
         logits = model.logits(model.hidden(tokens))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    count = chosen.windows_per_step()
-    accumulation_steps = count // micro_batch
     times = []
     device = torch.device("cuda", 0)
-    with MicroBatches(windows, 0, 0, chosen.step_sizes(), micro_batch, 0, 1, device) as batches:
+    with MicroBatches(windows, chosen, 0, micro_batch, Ranks(), device) as batches:
         begin = time.perf_counter() - started
         for _ in range(steps):
-            for _ in range(accumulation_steps):
+            for tokens, targets in batches.of_step():
                 with torch.autocast("cuda", torch.bfloat16):
-                    loss = mean_loss(*next(batches))
-                (loss / accumulation_steps).backward()
+                    loss = mean_loss(tokens, targets)
+                (loss / batches.accumulation_steps).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -147,52 +178,107 @@ def plain(config: str, data: Path, micro_batch: int, steps: int) -> tuple[float,
             times.append(time.perf_counter())
     seconds = np.diff(times)[2:]
     speed = chosen.batch.tokens_per_step / statistics.median(seconds)
-    return speed, torch.cuda.max_memory_allocated() / 2**30, begin, times[0] - started
+    return Measured(speed, torch.cuda.max_memory_allocated() / 2**30, begin, times[0] - started)
+
+
+def beside_plain(name: str, data: Path, micro_batch: str, steps: int, arms: list[str]) -> None:
+    """Print a row for each arm; the first is what the others compare with."""
+    flops, first = config_file.load(name).model.flops_per_token(), 0.0
+    for arm in arms:
+        if arm == "plain":  # in a process of its own, so that its memory is free again
+            command = [sys.executable, "-m", "tests.benchmarks.train_speed", f"--data={data}"]
+            command += [f"--plain-arm={name}", f"--micro-batches={micro_batch}", f"--steps={steps}"]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+            found = Measured(*json.loads(done.stdout))
+        else:
+            found = forge(name, data, micro_batch, steps, arm)
+        first = first or found.speed
+        share = found.speed * flops / sustained_matmul()
+        show(name, arm, micro_batch, found, first, f"{share:>11.1%}")
+
+
+def beside_other(
+    name: str, data: Path, micro_batch: str, steps: int, arm: str, other: Path, rounds: int
+) -> None:
+    """Print a row for each run of the other version and of this one, in turn, and their ratios."""
+    found: dict[Path, list[Measured]] = {other: [], ROOT: []}
+    with tempfile.TemporaryDirectory() as caches:
+        for _ in range(rounds):
+            for tree, label in ((other, "against"), (ROOT, "this")):
+                cache = f"{caches}/{label}"
+                more = {
+                    "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+                    "TRITON_CACHE_DIR": f"{cache}/triton",
+                }
+                found[tree].append(forge(name, data, micro_batch, steps, arm, tree, more))
+                first = found[other][0].speed
+                show(name, f"{arm}, {label}", micro_batch, found[tree][-1], first)
+    theirs, ours = (list(zip(*runs, strict=True)) for runs in found.values())
+    speed = statistics.mean(ours[0]) / statistics.mean(theirs[0])
+    peak = max(ours[1]) / max(theirs[1]) if max(theirs[1]) else 1.0
+    later = [ours[3][n] - theirs[3][n] for n in range(rounds)]
+    click.echo(
+        f"{name}, {arm}: this / against: tokens/s {speed:.4f}, peak {peak:.3f}; the first step "
+        f"ends later by {', '.join(f'{seconds:+.1f}' for seconds in later)} s"
+    )
+
+
+def show(
+    name: str, arm: str, micro_batch: str, found: Measured, first: float, more: str = ""
+) -> None:
+    click.echo(
+        f"{name:14}{arm:24}{micro_batch:>8}{found.speed:>11,.0f}{found.speed / first:>7.3f}"
+        f"{found.peak:>10.2f}{found.begin:>10.1f} to{found.end:>5.1f} s{more}"
+    )
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), help="Shards; random tokens without it.")
+@click.option("--data", type=FOLDER, help="Shards; random tokens without it.")
 @click.option("--configs", "names", default="gpt2,gpt2_medium", show_default=True)
-@click.option("--steps", default=12, show_default=True)
+@click.option("--micro-batches", help="Windows of each config, such as 96,40.")
+@click.option("--steps", type=click.IntRange(4), default=12, show_default=True)
 @click.option("--arms", default="plain,forge,forge without biases", show_default=True)
+@click.option("--against", type=CHECKOUT, help="A folder with another version of this project.")
+@click.option("--rounds", default=2, show_default=True, help="Runs of each, with --against.")
 @click.option("--plain-arm", hidden=True)
-def main(data: Path | None, names: str, steps: int, arms: str, plain_arm: str | None) -> None:
-    if plain_arm and data:
-        click.echo(json.dumps(plain(plain_arm, data, MICRO_BATCHES[plain_arm], steps)))
+def main(
+    data: Path | None,
+    names: str,
+    micro_batches: str | None,
+    steps: int,
+    arms: str,
+    against: Path | None,
+    rounds: int,
+    plain_arm: str | None,
+) -> None:
+    if plain_arm and data and micro_batches:
+        click.echo(json.dumps(plain(plain_arm, data, int(micro_batches), steps)))
         return
     if not torch.cuda.is_available():
         raise click.ClickException("this benchmark needs a GPU")
+    configs = names.split(",")
+    sizes = [str(MICRO_BATCHES.get(name, "auto")) for name in configs]
+    if micro_batches:
+        sizes = micro_batches.split(",")
+    if len(sizes) != len(configs):
+        raise click.BadParameter(f"--micro-batches has {len(sizes)}, --configs {len(configs)}")
     click.echo(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: sustained 8192^3 bfloat16 "
         f"product {sustained_matmul() / 1e12:.0f} TFLOP/s"
     )
     click.echo(
         f"{'config':14}{'arm':24}{'windows':>8}{'tokens/s':>11}{'ratio':>7}{'peak GiB':>10}"
-        f"{'first step':>20}{'of matmul':>11}"
+        f"{'first step':>20}" + f"{'of matmul':>11}" * (against is None)
     )
     with tempfile.TemporaryDirectory() as folder:
         data = data or random_shards(Path(folder) / "random")
-        for name in names.split(","):
-            model, micro_batch = configs.load(name).model, MICRO_BATCHES[name]
-            against: float | None = None
+        for name, size in zip(configs, sizes, strict=True):
+            if against is None:
+                beside_plain(name, data, size, steps, arms.split(","))
+                continue
             for arm in arms.split(","):
-                if arm == "plain":  # in a process of its own, so that its memory is free again
-                    command = [sys.executable, "-m", "tests.benchmarks.train_speed"]
-                    command += ["--data", str(data), "--plain-arm", name, "--steps", str(steps)]
-                    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-                    speed, peak, begin, end = json.loads(done.stdout)
-                else:
-                    settings = (NO_BIAS,) if "without" in arm else ()
-                    settings += ("--set=compile=block",) if "block" in arm else ()
-                    speed, peak, begin, end = forge(
-                        name, data, micro_batch, steps, settings, fuses="unfused" not in arm
-                    )
-                against = against or speed
-                share = speed * model.flops_per_token() / sustained_matmul()
-                click.echo(
-                    f"{name:14}{arm:24}{micro_batch:>8}{speed:>11,.0f}{speed / against:>7.3f}"
-                    f"{peak:>10.1f}{begin:>10.1f} to{end:>5.1f} s{share:>11.1%}"
-                )
+                if arm != "plain":
+                    beside_other(name, data, size, steps, arm, against, rounds)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What a second GPU brings: tokens/s on 1 and 2, with and without P2P, and exposed communication.
 
     python -m tests.benchmarks.two_gpus --data DIR
+    python -m tests.benchmarks.two_gpus --data DIR --configs gpt2_medium --against CHECKOUT
 
 Each row is forge-train itself, for a few steps at the config's own tokens_per_step and at a
-micro-batch that fits 24 GB. The losses of all rows are compared, step by step.
+micro-batch that fits 24 GB. The losses of all rows are compared, step by step. With --against two
+GPUs train with another checkout of this project and with this one, in turn.
 """
 
 import json
@@ -14,51 +16,58 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
 
+from tests.benchmarks.train_speed import CHECKOUT, python_path
+
 ROOT = Path(__file__).parent.parent.parent
 # What --check gives for a card of 24 GB.
 MICRO_BATCHES = {"gpt2": 60, "gpt2_medium": 16, "forge_124m": 48, "forge_350m": 16}
-ROW_SECONDS = 120
+ROW_SECONDS = 180
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 NO_SHM = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
-ROWS = {
-    "1 GPU": (1, {}, ()),
-    "2 GPUs": (2, {}, ()),
-    "2, no P2P": (2, NO_P2P, ()),
-    "2, no P2P, bf16 gradients": (2, NO_P2P, ("--set=reduce_precision=bfloat16",)),
-    "2, no P2P, no shared memory": (2, NO_SHM, ()),
-    "2, neither, bf16 gradients": (2, NO_SHM, ("--set=reduce_precision=bfloat16",)),
-}
+BF16 = ("--set=reduce_precision=bfloat16",)
 
 
-def train(
-    config: str,
-    data: str,
-    run: Path,
-    ranks: int,
-    steps: int,
-    environment: dict[str, str],
-    more: tuple[str, ...],
-) -> list[dict]:
+class Row(NamedTuple):
+    name: str
+    ranks: int
+    environment: dict[str, str]
+    settings: tuple[str, ...] = ()
+    tree: Path = ROOT
+
+
+ROWS = [
+    Row("1 GPU", 1, {}),
+    Row("2 GPUs", 2, {}),
+    Row("2, no P2P", 2, NO_P2P),
+    Row("2, no P2P, bf16 gradients", 2, NO_P2P, BF16),
+    Row("2, no P2P, no shared memory", 2, NO_SHM),
+    Row("2, neither, bf16 gradients", 2, NO_SHM, BF16),
+]
+
+
+def train(row: Row, config: str, data: Path, run: Path, steps: int, more: list[str]) -> list[dict]:
     """Rows of metrics.jsonl of a short run; its output on failure."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={row.ranks}"]
     settings = [
-        f"--set=batch.micro_batch_size={MICRO_BATCHES[config]}",
+        f"--set=batch.micro_batch_size={MICRO_BATCHES.get(config, 'auto')}",
         f"--set=schedule.max_steps={steps}",
         "--set=evaluate.every_steps=1000",
         "--set=evaluate.num_tokens=65536",
         "--set=evaluate.sample_tokens=0",
         "--set=checkpoint.every_steps=1000",
+        *row.settings,
         *more,
     ]
-    command = [sys.executable, *launcher, "-m", "trainer.cli", config, "--data", data]
+    command = [sys.executable, *launcher, "-m", "trainer.cli", config, "--data", str(data)]
     done = subprocess.run(
         [*command, "--out", str(run), *settings],
-        cwd=ROOT,
-        env=os.environ | environment,
+        cwd=row.tree,
+        env=os.environ | python_path(row.tree) | row.environment,
         capture_output=True,
         text=True,
         timeout=ROW_SECONDS,
@@ -70,36 +79,46 @@ def train(
 
 
 @click.command()
-@click.option("--data", required=True)
+@click.option("--data", type=click.Path(path_type=Path, resolve_path=True), required=True)
 @click.option("--configs", default="gpt2,gpt2_medium", show_default=True)
-@click.option("--rows", default="", help="Only rows whose name matches this pattern.")
+@click.option("--rows", "pattern", default="", help="Only rows whose name matches this pattern.")
+@click.option("--against", type=CHECKOUT, help="A folder with another version of this project.")
 @click.option("--steps", default=14, show_default=True)
 @click.option("--set", "settings", multiple=True)
-def main(data: str, configs: str, rows: str, steps: int, settings: tuple[str, ...]) -> None:
+def main(
+    data: Path,
+    configs: str,
+    pattern: str,
+    against: Path | None,
+    steps: int,
+    settings: tuple[str, ...],
+) -> None:
     if torch.cuda.device_count() < 2:
         raise click.ClickException("this benchmark needs two GPUs")
+    rows = (
+        [Row("2 GPUs, against", 2, {}, (), against), Row("2 GPUs", 2, {})] * 2 if against else ROWS
+    )
+    more = [f"--set={setting}" for setting in settings]
     click.echo(f"{'config':14}{'row':30}{'tokens/s':>12}{'ratio':>8}{'loss differs by':>18}")
     for config in configs.split(","):
         single: float | None = None
         wanted: list[float] = []
-        for name, (ranks, environment, more) in ROWS.items():
-            if rows and not re.search(rows, name):
+        for row in rows:
+            if not re.search(pattern, row.name):
                 continue
-            more = (*more, *(f"--set={setting}" for setting in settings))
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    out = Path(folder) / "run"
-                    found = train(config, data, out, ranks, steps, environment, more)
+                    found = train(row, config, data, Path(folder) / "run", steps, more)
                 except subprocess.TimeoutExpired:
-                    click.echo(f"{config:14}{name:30} not done after {ROW_SECONDS} s")
+                    click.echo(f"{config:14}{row.name:30} not done after {ROW_SECONDS} s")
                     continue
-            taken = [row for row in found if row["kind"] == "step"]
-            speed = statistics.median(row["tokens_per_second"] for row in taken[3:])
-            losses = [row["loss"] for row in taken]
+            taken = [each for each in found if each["kind"] == "step"]
+            speed = statistics.median(each["tokens_per_second"] for each in taken[3:])
+            losses = [each["loss"] for each in taken]
             single, wanted = single or speed, wanted or losses
             difference = max(abs(a / b - 1) for a, b in zip(losses, wanted, strict=True))
             click.echo(
-                f"{config:14}{name:30}{speed:>12,.0f}{speed / single:>8.3f}{difference:>18.2e}"
+                f"{config:14}{row.name:30}{speed:>12,.0f}{speed / single:>8.3f}{difference:>18.2e}"
             )
 
 

@@ -1,7 +1,6 @@
 """How good the model is in mid-run: a loss on held-out windows, and a text to look at.
 
-Before: model.py and the val split. After: metrics.py, by way of loop.py. Neither changes anything
-about training: they draw nothing from any shared generator.
+Neither changes anything about training: they draw nothing from any shared generator.
 """
 
 import math
@@ -14,8 +13,7 @@ from trainer.config import Config
 from trainer.cross_entropy import IGNORED
 from trainer.model import LanguageModel
 from trainer.ranks import Ranks, on_all, sum_over_ranks
-from trainer.run import Data
-from trainer.windows import to_device, windows_at
+from trainer.windows import Data, to_device, windows_at
 
 VALIDATION_SEED = 0  # one choice of validation windows for every run
 

@@ -1,0 +1,282 @@
+"""Watchers: metrics.jsonl, the terminal, RUN/README.md. They look at a run and never steer it.
+
+Whatever happens is a row, which every watcher is called with:
+
+    kind      start, step, skip, evaluate, sample, checkpoint, stop
+    step      how many steps were done, for `step` and `skip` this one included
+    tokens    that those steps have trained on
+    seconds   of training, over all starts
+
+and more by its kind. metrics.jsonl has one row a line. To add a watcher: write a class with
+__call__(row), and name it in train.py.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.files import write_whole
+from pipeline.shards import Index
+from trainer import checkpoint
+from trainer.checkpoint import State
+from trainer.config import Config
+from trainer.schedule import Clock
+
+METRICS_FILE = "metrics.jsonl"
+ALWAYS = {"kind": str, "step": int, "tokens": int, "seconds": int | float}
+PRINT_SECONDS = 1.0  # at most one step line in this time
+Row = dict[str, Any]
+
+# Dense bfloat16 tensor-core peak with float32 accumulation, in FLOP/s, by a part of the card's
+# name; the first match counts. NVIDIA's datasheets (H200, H100, A100, L40S, L4) and the appendices
+# of its Ada (RTX 4090 and 4080) and GA102 (RTX 3090 and 3080) architecture papers.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 4080": 97.5e12,
+    "RTX 3090": 71e12,
+    "RTX 3080": 59.5e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Published peak of one card, None for one that is not in the table (or a CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{part}\b(?! Ti| SUPER| Laptop| D\b)", name):
+            return peak
+    return None
+
+
+def hardware(device: torch.device, world_size: int) -> str:
+    if device.type == "cuda":
+        return f"{world_size}x {torch.cuda.get_device_name(device)}"
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    return f"CPU ({os.cpu_count()} cores, {platform.machine()}), {processes}"
+
+
+def say(text: str) -> None:
+    """Print a line. A terminal that is gone or a log on a full disk ends no training."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nor does the rest of the buffer, at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass
+
+
+class Report:
+    """Makes a row of what happened, for every watcher. Other ranks than 0 have no watchers."""
+
+    def __init__(
+        self, watchers: Sequence[Callable[[Row], None]], config: Config, clock: Clock
+    ) -> None:
+        self.watchers, self.clock = watchers, clock
+        self.tokens_per_step = config.batch.tokens_per_step
+
+    def __call__(self, kind: str, step: int, **values: Any) -> None:
+        seconds = round(self.clock.used, 3)
+        row = {"kind": kind, "step": step, "tokens": step * self.tokens_per_step}
+        for watcher in self.watchers:
+            watcher(row | {"seconds": seconds} | values)
+
+
+class Metrics:
+    """Appends to metrics.jsonl. Rows after `step`, where a run goes on, are of lost steps."""
+
+    def __init__(self, run: Path, step: int | None) -> None:
+        """Raises OSError."""
+        self.path = run / METRICS_FILE
+        self.cut = False  # whether the last line may have been written in part
+        kept = [row for row in read_metrics(run) if step is not None and row["step"] <= step]
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def __call__(self, row: Row) -> None:
+        brief = {key: _brief(value) for key, value in row.items()}
+        try:
+            with self.path.open("a") as file:
+                file.write("\n" * self.cut + json.dumps(brief) + "\n")
+            self.cut = False
+        except OSError as error:  # a full disk must not end a day's training
+            self.cut = True
+            say(f"WARNING: step {row['step']}: not written to {self.path}: {error}")
+
+
+def read_metrics(run: Path) -> list[Row]:
+    """The rows of a run's metrics.jsonl, without damaged ones: a kill cuts the last in half."""
+    rows: list[Row] = []
+    if not (run / METRICS_FILE).exists():
+        return rows
+    for line in (run / METRICS_FILE).read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and all(isinstance(row.get(k), ALWAYS[k]) for k in ALWAYS):
+                rows.append(row)
+    return rows
+
+
+def _brief(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+class Terminal:
+    """Prints what a person waits for: a step line a second at most, and all else."""
+
+    def __init__(self, config: Config, state: State, clock: Clock) -> None:
+        self.config, self.state, self.clock = config, state, clock
+        self.printed_at = 0.0
+
+    def __call__(self, row: Row) -> None:
+        kind, at = row["kind"], f"step {row['step']}/{self.num_steps}"
+        if kind == "step":
+            self.step(row)
+        elif kind == "skip":
+            say(f"{at}  loss {row['loss']}, norm {row['norm']}: not finite, update skipped")
+        elif kind == "evaluate":
+            loss, bits = row["loss"], row["bits_per_byte"]
+            say(f"{at}  validation loss {loss:.4f}  bits per byte {bits:.4f}")
+        elif kind == "sample":
+            say("  | " + re.sub(r"\s*\n\s*", "\n  | ", row["text"].strip()))
+        elif kind == "checkpoint":
+            say(f"{at}  checkpoint saved in {row['save_seconds']:.1f} s")
+
+    def step(self, row: Row) -> None:
+        now = time.perf_counter()
+        is_end = row["step"] == self.state.plan.stop
+        if now - self.printed_at < PRINT_SECONDS and not is_end:
+            return
+        self.printed_at = now
+        mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:5.1%}"
+        say(
+            f"step {row['step']:>{len(self.num_steps)}}/{self.num_steps}  loss {row['loss']:7.4f}  "
+            f"lr {row['lr']:.2e}  norm {row['norm']:7.3f}  "
+            f"{row['tokens_per_second']:>9,.0f} tok/s{mfu}  eta {self.eta(row['step'])}"
+        )
+
+    @property
+    def num_steps(self) -> str:
+        stop = self.state.plan.stop
+        return "?" if stop == math.inf else f"{stop:.0f}"
+
+    def eta(self, step: int) -> str:
+        left = math.inf
+        if self.clock.steps:
+            left = (self.state.plan.stop - step) * self.clock.seconds_per_step()
+        if (hours := self.config.schedule.budget_hours) is not None:
+            left = min(left, hours * 3600 - self.clock.used)
+        return "?" if left == math.inf else duration(max(0.0, left))
+
+
+class Readme:
+    """Keeps RUN/README.md, the page that a person reads first: what this is, how far it came."""
+
+    def __init__(self, run: Path, name: str, config: Config, index: Index, state: State) -> None:
+        self.run, self.name, self.config, self.index, self.state = run, name, config, index, state
+        self.first: Row = {}  # the first evaluation
+        self.last: dict[str, Row] = {}  # the last row of each kind
+        for row in read_metrics(run):
+            self.note(row)
+
+    def note(self, row: Row) -> None:
+        self.last[row["kind"]] = row
+        if row["kind"] == "evaluate" and not self.first:
+            self.first = row
+
+    def __call__(self, row: Row) -> None:
+        self.note(row)
+        if row["kind"] not in ("evaluate", "sample", "checkpoint", "stop"):
+            return
+        path = self.run / "README.md"
+        try:
+            write_whole(path, "\n".join([*self.lines(), ""]).encode("utf-8", "replace"))
+        except OSError as error:  # a full disk must not end a day's training
+            say(f"WARNING: {path} not written: {error}")
+
+    def lines(self) -> list[str]:
+        config, index, run, last = self.config, self.index, self.run, self.last
+        start, step = last.get("start", {}), last.get("step", {"step": 0, "loss": None})
+        now = max(last.values(), key=lambda row: int(row["step"]))
+        evaluated = last.get("evaluate", {})
+        loss = _number(evaluated.get("loss")) if evaluated else "-"
+        stop = self.state.plan.stop
+        of = "" if stop == math.inf else f" of {stop:,.0f}"
+        num_tokens = index.total("num_tokens", "train")
+        lines = [
+            f"# {self.name}, trained from {self.state.weights_from or 'scratch'}",
+            "",
+            "| model | time | steps | tokens | parameters | loss |",
+            "|---|---|---|---|---|---|",
+            f"| {self.name} | {duration(now['seconds'])} | {now['step']:,}{of} | "
+            f"{amount(now['tokens'])} | {amount(config.model.num_parameters())} | {loss} |",
+            "",
+            "Loss is the mean over the fixed validation tokens, in nats a token.",
+            "",
+        ]
+        if evaluated and evaluated["step"] > self.first["step"]:
+            lines.append(
+                f"- Validation loss {_number(self.first['loss'])} -> {loss}, "
+                f"{_number(evaluated['bits_per_byte'])} bits a byte; training loss "
+                f"{_number(step['loss']) if step['step'] else '-'}"
+            )
+        revision = (index.source.get("hub") or {}).get("revision")
+        lines += [
+            f"- Data: {index.source['name']}"
+            + (f" at {revision}" if revision else "")
+            + f", {now['tokens'] / max(1, num_tokens):.2f} epochs of {num_tokens:,} tokens",
+            f"- Optimizer: {config.optimizer.describe()}",
+            f"- Hardware: {start.get('hardware')}; torch {torch.__version__}",
+        ]
+        if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:
+            lines.append(
+                f"- To train it for longer: `--from {checkpoint.checkpoint_path(run, flat)}`, the "
+                "last checkpoint before the learning rate fell, with another --out"
+            )
+        lines += [
+            "",
+            "Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), "
+            "`checkpoints/` (safetensors).",
+            "",
+            f"    forge-sample {run}",
+            f"    forge-export {run} {run if run.name else run.absolute().name}-hf",
+        ]
+        if text := last.get("sample", {}).get("text"):
+            lines += ["", "A sample at the last evaluation:", "", "> " + text.replace("\n", "\n> ")]
+        return lines
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def amount(count: int) -> str:
+    """A count for people: 7.2 M, 1.25 B."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return str(count)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

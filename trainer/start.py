@@ -1,0 +1,200 @@
+"""All that happens before the first step: the state, the model, its weights, the run folder."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ForgeError
+from trainer import checkpoint, layouts
+from trainer.backends import compile_model, load_libraries
+from trainer.check import notes
+from trainer.checkpoint import MODEL_FILE, OPTIMIZER_FILE, State, checkpoint_path
+from trainer.config import Config
+from trainer.memory import cut_here
+from trainer.model import build_model
+from trainer.optimizer import Optimizer, compute_dtype
+from trainer.ranks import Ranks, fill_from_first, from_first
+from trainer.report import Metrics, Readme, Report, Row, Terminal, amount, duration, hardware, say
+from trainer.run import check_room, write_files
+from trainer.schedule import Clock, first_plan
+from trainer.step import Setup
+from trainer.windows import Data, MicroBatches
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the user asked for."""
+
+    config: Config
+    name: str  # of the config
+    data: Path
+    run: Path
+    resume: bool = False
+    weights_from: Path | None = None  # a run, a checkpoint, a folder of transformers
+
+
+def first_state(
+    command: Command, data: Data, device: torch.device, step: int | None, ranks: Ranks
+) -> State:
+    """Where the run stands: that of the checkpoint at `step`, or before the first step."""
+    if step is not None:
+        return from_first(ranks, lambda: checkpoint.load_state(command.run, step))
+    config, source = command.config, command.weights_from
+    return State(
+        config.model,
+        str(compute_dtype(config, device)).removeprefix("torch."),
+        data.index.tokenizer.get("sha256", ""),
+        first_plan(config),
+        weights_from=str(source or ""),
+    )
+
+
+def prepare(
+    command: Command, data: Data, device: torch.device, state: State, ranks: Ranks
+) -> Setup:
+    """The model, its optimizer and its micro-batches; the weights random, if any load none."""
+    config = replace(command.config, precision=cast(Any, state.precision))
+    cut = cut_here(config, ranks, device)
+    model = build_model(config.model)
+    with ThreadPoolExecutor() as pool:
+        loaded = pool.submit(load_libraries, config.model, device, compute_dtype(config, device))
+        if not state.step and command.weights_from is None:
+            model.init_weights(config.seed)
+        loaded.result()
+    optimizer = Optimizer(model.to(device), config, ranks)
+    compile_model(model, config, device)
+    size = cut.micro_batch_size
+    batches = MicroBatches(data.train, config, state.step, size, ranks, device)
+    return Setup(config, data, ranks, device, cut, model, optimizer, batches)
+
+
+def load_weights(setup: Setup, command: Command, state: State) -> None:
+    """Fill the optimizer and the model on all ranks with what rank 0 reads."""
+    optimizer = setup.optimizer
+    masters = optimizer.views(optimizer.masters)
+    if state.step:
+        path, moments = checkpoint_path(command.run, state.step), optimizer.state()
+        for name, tensors in ((MODEL_FILE, masters), (OPTIMIZER_FILE, moments)):
+            file = path / name
+            fill_from_first(setup.ranks, partial(checkpoint.load_tensors, file, tensors), tensors)
+    elif command.weights_from is not None:
+        fill_from_first(setup.ranks, partial(read_source, command), masters)
+    optimizer.copy_to_model()
+
+
+def read_source(command: Command) -> dict[str, Tensor]:
+    """The weights that --from names, by our names. ForgeError unless they are of this model."""
+    source, wanted = command.weights_from, command.config.model
+    assert source is not None
+    if found := checkpoint.find(source):
+        model = checkpoint.load_state(*found, (MODEL_FILE,)).model
+        tensors = checkpoint.read_tensors(checkpoint_path(*found) / MODEL_FILE)
+    else:
+        model, tensors = layouts.read_folder(source)
+    sizes = [each.sizes() for each in (model, wanted)]
+    if differing := [f"{k}: {sizes[0][k]} -> {v}" for k, v in sizes[1].items() if sizes[0][k] != v]:
+        raise ForgeError(
+            f"the weights are of another model: {', '.join(differing)}",
+            where=source,
+            fix="use a config with the same [model]",
+        )
+    return tensors
+
+
+def open_report(setup: Setup, command: Command, state: State, clock: Clock) -> Report:
+    """Make RUN/ with all that is known before the first step; the watchers are rank 0's."""
+    config, run, ranks, cut = setup.config, command.run, setup.ranks, setup.cut
+    index, watchers = setup.data.index, list[Callable[[Row], None]]()
+    where = hardware(setup.device, ranks.world_size)
+
+    def make() -> None:
+        saved = (setup.optimizer.masters, *setup.optimizer.state().values())
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved)
+        check_room(run, num_bytes, config.checkpoint.keep_last)
+        found = ""
+        if config.batch.micro_batch_size == "auto":  # and so it stays: the next may find more
+            found = (
+                f"# On {where}: batch.micro_batch_size was found to be {cut.micro_batch_size}, "
+                f"with {cut.accumulation_steps} accumulation steps.\n"
+            )
+        try:
+            metrics = Metrics(run, state.step or None)
+            write_files(run, command.config, index, found)
+        except OSError as error:
+            raise ForgeError(
+                f"cannot write the run folder: {error.strerror}",
+                where=error.filename,
+                fix="name another --out, or make it writable",
+            ) from error
+        readme = Readme(run, command.name, config, index, state)
+        watchers.extend((metrics, Terminal(config, state, clock), readme))
+        introduce(setup, command, state, where)
+
+    from_first(ranks, make)
+    report = Report(watchers, config, clock)
+    process = {"process": os.getpid(), "started_at": int(time.time())}
+    report(
+        "start", state.step, world_size=ranks.world_size, hardware=where, **asdict(cut), **process
+    )
+    return report
+
+
+def introduce(setup: Setup, command: Command, state: State, where: str) -> None:
+    """Say what begins, or continues, and what to look at."""
+    config, cut, index = setup.config, setup.cut, setup.data.index
+    num_tokens, budget = config.num_tokens(), config.schedule.budget_hours
+    train_tokens = index.total("num_tokens", "train")
+    ends = []
+    if num_tokens is not None:
+        ends.append(
+            f"{config.num_steps():,} steps, {amount(num_tokens)} tokens, "
+            f"{num_tokens / train_tokens:.2f} epochs"
+        )
+    if budget is not None:
+        ends.append(f"{budget:g} hours, {duration(state.seconds)} of them used")
+    if state.step:
+        say(f"Resuming from step {state.step}.")
+    say(
+        f"{command.name}: {config.model.num_parameters():,} parameters on {where}"
+        + (f", from {state.weights_from}" if state.weights_from else "")
+        + f"\n{config.batch.tokens_per_step:,} tokens a step = {cut.micro_batch_size} windows of "
+        f"{config.model.context_length} x {cut.accumulation_steps} accumulation steps x "
+        f"{setup.ranks.world_size} ranks\n"
+        f"{' or '.join(ends)}, from {index.folder}\n"
+        f"Save now: kill -USR1 {os.getpid()}"
+    )
+    for note in notes(config, train_tokens):
+        say(f"Note: {note}")
+
+
+@contextmanager
+def clear_errors(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """What torch raises when it cannot go on, as a ForgeError."""
+    where = f"rank {ranks.rank}, {device}"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ForgeError(
+            "out of GPU memory",
+            where=f"{where}: {str(error).splitlines()[0][:120]}",
+            fix="the same command with --resume --set batch.micro_batch_size=N, with an N below "
+            "that of RUN/config.toml's first line; tokens a step stay the same",
+        ) from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise ForgeError(
+            f"torch.compile failed: {' '.join(str(error).strip().splitlines()[:2])}",
+            where=where,
+            fix="install a C compiler, such as gcc, if that is missing; or do without: "
+            "--resume --set compile=off",
+        ) from error

@@ -1,0 +1,229 @@
+"""Train a model: a whole run, from top to bottom.
+
+Every rank runs the same code and takes the same branches: what only one of them knows travels with
+the loss through one all-reduce a step. Nothing waits for the GPU only to print.
+"""
+
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipeline.errors import ForgeError
+from pipeline.files import hold
+from trainer.backends import attention_backends
+from trainer.checkpoint import Checkpoints, State
+from trainer.evaluate import sample_text, validation_loss
+from trainer.ranks import Ranks, from_first, gather, on_all, process_group
+from trainer.report import Report, duration, peak_flops, say
+from trainer.run import check_out, check_same_folder, check_same_shards, open_run
+from trainer.schedule import Clock, learning_rate
+from trainer.signals import Signals
+from trainer.start import Command, clear_errors, first_state, load_weights, open_report, prepare
+from trainer.step import Inbox, Setup, StepResult, Votes, train_step
+from trainer.windows import open_data
+
+ENDING_SECONDS = 5.0  # that a killed process may take to let go of its run
+
+
+def train(command: Command, started: float | None = None) -> None:
+    """Train to the end of the schedule, or until a signal; writes everything under `run`.
+
+    `started` is the time.perf_counter() from which on the budget runs (else: now). Rank 0 decides
+    all that depends on the run folder, and alone writes it; the shards are read from each machine's
+    own disk. Raises ForgeError, on every rank alike, for anything that a user can cause or cure.
+    """
+    started = time.perf_counter() if started is None else started
+    config, run, ranks = command.config, command.run, Ranks.from_environment()
+    device = ranks.device()
+    torch.set_float32_matmul_precision("high")
+    with ExitStack() as opened:
+        opened.enter_context(process_group(ranks, device, config.guard.timeout_seconds))
+        opened.enter_context(clear_errors(ranks, device))
+        opened.enter_context(attention_backends(device))
+        data = on_all(ranks, lambda: open_data(config, command.data))
+        check_same_shards(data.index, ranks)
+        check_same_folder(run, ranks)
+        from_first(ranks, lambda: check_out(run))
+        from_first(ranks, lambda: opened.enter_context(hold(run, "forge-train", ENDING_SECONDS)))
+        step = from_first(ranks, lambda: open_run(config, data.index, run, command.resume))
+        state = first_state(command, data, device, step, ranks)
+        if step is not None and state.step >= state.plan.stop:
+            if ranks.is_first:
+                say(f"The run is complete: {run}. To train it for longer: --from {run}")
+            return
+        setup = prepare(command, data, device, state, ranks)
+        load_weights(setup, command, state)
+        clock = Clock(config, started, state.seconds)
+        checkpoints = Checkpoints(run, config.checkpoint, step)
+        signals = opened.enter_context(Signals())
+        report = open_report(setup, command, state, clock)
+        with setup.batches:
+            if step is None:
+                evaluate(setup, state, clock, report)
+            run_steps(setup, state, clock, signals, report, checkpoints)
+        is_complete = state.step >= state.plan.stop
+        if not is_complete:
+            report("stop", state.step, signal=signals.stop or "of another rank")
+        if ranks.is_first:
+            again = f"Stopped at step {state.step}; the same command with --resume continues."
+            say(f"Done in {duration(clock.used)}: {run}" if is_complete else again)
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Heard:
+    """What the results of earlier steps said, the same on every rank."""
+
+    stop: bool = False
+    save: bool = False
+    time_is_up: bool = False
+    skipped: int = 0  # steps in a row whose update was left out
+    is_sound: bool = True  # the last step, and its evaluation if there was one
+
+    def take(self, result: StepResult) -> None:
+        self.stop |= result.votes.stop
+        self.save |= result.votes.save
+        self.time_is_up |= result.votes.time_is_up
+        self.is_sound = result.is_sound
+        self.skipped = 0 if result.is_sound else self.skipped + 1
+
+
+def run_steps(
+    setup: Setup,
+    state: State,
+    clock: Clock,
+    signals: Signals,
+    report: Report,
+    checkpoints: Checkpoints,
+) -> None:
+    """Take steps until the plan's end, the end of the budget, or a signal.
+
+    ForgeError if the last step was not sound, or its checkpoint is not on the disk.
+    """
+    config, inbox, heard, unsaved = setup.config, Inbox(), Heard(), None
+    clock.restart_lap()
+    while state.step < state.plan.stop and not heard.stop:
+        votes = vote(setup, state, clock, signals)
+        lr = learning_rate(config, state.plan, state.step + 1)
+        figures = train_step(setup, lr, votes)
+        state.advance(config.batch.tokens_per_step)
+        take_up(inbox.push(state.step, lr, figures), setup, heard, clock, report, checkpoints)
+        evaluates = state.step % config.evaluate.every_steps == 0
+        heard.save |= state.step % config.checkpoint.every_steps == 0
+        heard.save |= state.step == state.plan.start  # a longer run can begin from here
+        ends = state.step == state.plan.stop
+        if evaluates or ends or heard.save or heard.stop or heard.time_is_up:
+            take_up(inbox.flush(), setup, heard, clock, report, checkpoints)
+        if heard.time_is_up:
+            state.plan, ends = replace(state.plan, stop=state.step), True
+        if evaluates or ends:
+            heard.is_sound &= evaluate(setup, state, clock, report)
+        if heard.is_sound and (heard.save or heard.stop or ends):
+            state.plan = from_first(setup.ranks, lambda: clock.revise(state.step, state.plan))
+            unsaved = save(setup, state, clock, report, checkpoints)
+            heard.save = False
+    if unsaved or not heard.is_sound:
+        raise ForgeError(
+            f"the last step is not saved: {unsaved or 'its loss or norm is not finite'}",
+            where=f"step {state.step} of {checkpoints.run}",
+            fix=f"{'make room' if unsaved else 'lower optimizer.peak_lr'}, then the same command "
+            f"with --resume; {from_first(setup.ranks, checkpoints.last_good)}",
+        )
+
+
+def vote(setup: Setup, state: State, clock: Clock, signals: Signals) -> Votes:
+    """What this rank wants; the clock is rank 0's."""
+    votes = Votes(bool(signals.stop), signals.take_save())
+    if not setup.ranks.is_first:
+        return votes
+    return Votes(
+        votes.stop,
+        votes.save or clock.wants_plan(state.step, state.plan),
+        clock.is_up(state.step, state.plan),
+    )
+
+
+def take_up(
+    results: list[StepResult],
+    setup: Setup,
+    heard: Heard,
+    clock: Clock,
+    report: Report,
+    checkpoints: Checkpoints,
+) -> None:
+    """Report steps that are done, and keep what they said. ForgeError after too many skipped."""
+    for result in results:
+        heard.take(result)
+        kind = "step" if result.is_sound else "skip"
+        row = {"loss": result.loss, "lr": result.lr, "norm": result.norm}
+        report(kind, result.step, **row, **speeds(setup, clock.lap()))
+        if result.is_sound and setup.ranks.is_first:
+            checkpoints.prove()
+        if heard.skipped >= setup.config.guard.max_skipped_steps:
+            raise ForgeError(
+                f"{heard.skipped} steps in a row were not finite",
+                where=f"step {result.step} of {checkpoints.run}",
+                fix="lower optimizer.peak_lr; " + from_first(setup.ranks, checkpoints.last_good),
+            )
+
+
+def speeds(setup: Setup, seconds: float) -> dict[str, float | None]:
+    """Figures of a step that took so long: tokens/s, MFU, the share that it waited for data."""
+    waited = setup.batches.take_seconds_waited()
+    speed, peak = setup.config.batch.tokens_per_step / seconds, peak_flops(setup.device)
+    flops = speed * setup.config.model.flops_per_token() / setup.ranks.world_size
+    mfu = flops / peak if peak else None
+    return {"tokens_per_second": speed, "mfu": mfu, "data_wait": waited / seconds}
+
+
+def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
+    """Report the validation loss and a sample; returns whether the loss is finite."""
+    began = time.perf_counter()
+    config, model, device = setup.config, setup.model, setup.device
+    size = setup.cut.micro_batch_size
+    loss, bits = validation_loss(model, setup.data, config, size, setup.ranks)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    text, num_tokens = "", config.evaluate.sample_tokens
+    if setup.ranks.is_first and num_tokens and state.step and math.isfinite(loss):
+        text = sample_text(model, setup.data.vocabulary, num_tokens, state.step)
+    took = time.perf_counter() - began
+    if state.step:  # the one before the first step compiles
+        clock.evaluation = took
+    figures = {"loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak}
+    report("evaluate", state.step, **figures, evaluate_seconds=took)
+    if text:
+        report("sample", state.step, text=text)
+    state.validation_loss = loss if math.isfinite(loss) else None
+    clock.restart_lap()
+    return math.isfinite(loss)
+
+
+def save(
+    setup: Setup, state: State, clock: Clock, report: Report, checkpoints: Checkpoints
+) -> str | None:
+    """Save on rank 0, after comparing the weights of all ranks; returns what the disk said."""
+    began = time.perf_counter()
+    optimizer, ranks = setup.optimizer, setup.ranks
+    sums = gather(ranks, int(optimizer.masters.view(torch.int32).sum(dtype=torch.int64)))
+    if len(set(sums)) > 1:
+        listed = ", ".join(f"rank {rank}: {total:x}" for rank, total in enumerate(sums))
+        raise ForgeError(
+            f"the weights are no longer the same on all ranks ({listed})",
+            where=f"step {state.step} of {checkpoints.run}",
+            fix="suspect a GPU or its memory; " + from_first(ranks, checkpoints.last_good),
+        )
+    state.seconds = clock.used
+    masters = optimizer.views(optimizer.masters)
+    problem = from_first(ranks, lambda: checkpoints.save(masters, optimizer.state(), state))
+    clock.save = time.perf_counter() - began
+    if problem is None:
+        report("checkpoint", state.step, save_seconds=clock.save)
+    elif ranks.is_first:
+        say(f"WARNING: step {state.step}: checkpoint not saved: {problem}")
+    clock.restart_lap()
+    return problem
