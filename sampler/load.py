@@ -56,7 +56,8 @@ def open_model(
 def _open_run(run: Path, step: int) -> Loaded:
     state = checkpoint.load_state(run, step, (checkpoint.MODEL_FILE,))
     model = build_model(state.model)
-    checkpoint.load_weights(checkpoint.checkpoint_path(run, step) / checkpoint.MODEL_FILE, model)
+    path = checkpoint.checkpoint_path(run, step) / checkpoint.MODEL_FILE
+    model.load_state_dict(checkpoint.load_tensors(path, dict(model.named_parameters())))
     return Loaded(run, model, read_vocabulary(run / VOCABULARY_FILE), state)
 
 

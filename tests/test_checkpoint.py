@@ -108,7 +108,7 @@ def test_damage_to_any_file_is_found_and_the_older_good_checkpoint_named(
         checkpoint.load_state(tmp_path, 3)
     assert file in caught.value.what
     assert str(caught.value.where).endswith("step_00000003")
-    assert "--resume goes on from step 1 then" in str(caught.value.fix)
+    assert "--resume then continues from step 1" in str(caught.value.fix)
 
 
 class Evil:

@@ -10,6 +10,7 @@ A checkpoint is written as NAME.partial and renamed, so one that is there is who
 load all the same. Nothing is ever unpickled.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import ForgeError
 from pipeline.files import check_utf8, sync_folder
@@ -34,6 +35,7 @@ FOLDER = "checkpoints"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+WHOLE = (MODEL_FILE, OPTIMIZER_FILE)
 CONFIG_FILE = "config.toml"  # of the run
 VERSION = 2  # 1: without model, precision, vocabulary and plan
 
@@ -123,7 +125,7 @@ def save(run: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], st
     try:
         save_tensors(weights, partial / MODEL_FILE)
         save_tensors(optimizer, partial / OPTIMIZER_FILE)
-        sums = {name: _checksum(partial / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        sums = {name: _checksum(partial / name) for name in WHOLE}
         raw = _plain(state) | {"checksums": sums}
         sums[STATE_FILE] = _own_checksum(raw)
         with (partial / STATE_FILE).open("w") as file:
@@ -193,7 +195,9 @@ class Checkpoints:
     def last_good(self) -> str:
         """For people: the checkpoint to continue from, and the one that may be ruined."""
         good = [step for step in steps(self.run) if step != self.unproven]
-        said = f"the last good checkpoint: {checkpoint_path(self.run, good[-1]) if good else None}"
+        said = (
+            f"the last good checkpoint: {checkpoint_path(self.run, good[-1]) if good else 'none'}"
+        )
         if self.unproven is not None:
             ruined = checkpoint_path(self.run, self.unproven)
             said += f"; before --resume remove {ruined}, whose weights may be ruined"
@@ -201,11 +205,8 @@ class Checkpoints:
 
 
 def prune(run: Path, options: CheckpointConfig) -> None:
-    """Remove the checkpoints that the rule does not keep."""
-    known = []
-    for step in steps(run):
-        with suppress(ForgeError):  # a damaged one stays, to be looked at
-            known.append(read_state(run, step))
+    """Remove the checkpoints that the rule does not keep. Damaged ones stay, to be looked at."""
+    known = known_states(run)
     for step in {state.step for state in known} - kept(known, options):
         shutil.rmtree(checkpoint_path(run, step), ignore_errors=True)
 
@@ -229,88 +230,65 @@ def kept(states: list[State], options: CheckpointConfig) -> set[int]:
 
 def before_decay(run: Path) -> int | None:
     """Step of the last checkpoint before the learning rate fell; None if there is none."""
-    found = None
+    flat = [state.step for state in known_states(run) if state.is_before_decay]
+    return flat[-1] if flat else None
+
+
+def known_states(run: Path) -> list[State]:
+    """Of all checkpoints whose state.json can be read, in order."""
+    known = []
     for step in steps(run):
         with suppress(ForgeError):
-            found = step if read_state(run, step).is_before_decay else found
-    return found
+            known.append(load_state(run, step, ()))
+    return known
 
 
 # ---------------------------------------------------------------------------------------- load
 
 
-def read_state(run: Path, step: int) -> State:
-    """state.json of a checkpoint; ForgeError when it cannot be read."""
+def load_state(run: Path, step: int, files: tuple[str, ...] = WHOLE) -> State:
+    """state.json of a checkpoint, after checking `files` against its checksums.
+
+    ForgeError if any is damaged, which names the next older checkpoint that is whole.
+    """
     try:
-        return _state(run, step)[0]
+        return _state(run, step, files)
     except (OSError, ValueError) as error:
-        raise _unusable(run, step, error) from error
+        good = ""
+        for older in reversed([found for found in steps(run) if found < step]):
+            with suppress(OSError, ValueError):
+                _state(run, older, WHOLE)
+                good = f" from step {older}; elsewhere, --checkpoint {older}"
+                break
+        raise ForgeError(
+            f"damaged checkpoint: {error}",
+            where=checkpoint_path(run, step),
+            fix=f"to train, remove this folder: --resume then continues{good}",
+        ) from error
 
 
-def load_state(
-    run: Path, step: int, files: tuple[str, ...] = (MODEL_FILE, OPTIMIZER_FILE)
-) -> State:
-    """state.json of a checkpoint, after checking `files` against it; ForgeError if it is damaged,
-    which names the next older one that is good."""
+def _state(run: Path, step: int, files: tuple[str, ...]) -> State:
+    """load_state(), but OSError or ValueError for damage."""
+    path = checkpoint_path(run, step)
     try:
-        return _whole_state(run, step, files)
-    except (OSError, ValueError) as error:
-        raise _unusable(run, step, error) from error
-
-
-def _state(run: Path, step: int) -> tuple[State, dict[str, str]]:
-    """With the checksums. ValueError if it is damaged."""
-    try:
-        raw = json.loads((checkpoint_path(run, step) / STATE_FILE).read_text())
+        raw = json.loads((path / STATE_FILE).read_text())
         sums = raw.pop("checksums")
         if sums.get(STATE_FILE) != _own_checksum(raw | {"checksums": sums}):
             raise ValueError("checksum differs")
-        if "version" not in raw:
-            return _old_state(run, raw), sums
-        model = model_from_dict(raw.pop("model"), STATE_FILE)
+        if "version" not in raw:  # 1, whose model stands in the run's config alone
+            model = read_toml(run / CONFIG_FILE)["model"]
+            start = None if raw.pop("decayed") == 1 else -1.0
+            raw |= {"model": model, "plan": {"start": start}, "version": 1}
+            raw |= {"precision": "float32", "vocabulary": ""}
+        model = model_from_dict(raw.pop("model"), path)
         plan = {k: math.inf if v is None else v for k, v in raw.pop("plan").items()}
-        return State(model=model, plan=Plan(**plan), **raw), sums
+        state = State(model=model, plan=Plan(**plan), **raw)
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # whatever it may hold
         raise ValueError(f"{STATE_FILE}: {error}") from error
-
-
-def _old_state(run: Path, raw: dict[str, Any]) -> State:
-    """Of version 1, whose model stands in the run's config alone."""
-    model = model_from_dict(read_toml(run / CONFIG_FILE)["model"], run / CONFIG_FILE)
-    start = math.inf if raw["decayed"] == 1 else -1.0
-    known = {name: raw[name] for name in ("step", "tokens", "seconds", "validation_loss")}
-    return State(model, "float32", "", Plan(start), version=1, **known)
-
-
-def _whole_state(run: Path, step: int, files: tuple[str, ...]) -> State:
-    state, sums = _state(run, step)
     for name in files:
-        if _checksum(checkpoint_path(run, step) / name) != sums.get(name):
+        if _checksum(path / name) != sums.get(name):
             raise ValueError(f"{name}: checksum differs")
     return state
-
-
-def _unusable(run: Path, step: int, error: Exception) -> ForgeError:
-    """Says what to do about a damaged checkpoint: which older one is good."""
-    good = None
-    for older in reversed([found for found in steps(run) if found < step]):
-        with suppress(OSError, ValueError):
-            good = _whole_state(run, older, (MODEL_FILE, OPTIMIZER_FILE)).step
-            break
-    return ForgeError(
-        f"damaged checkpoint: {error}",
-        where=checkpoint_path(run, step),
-        fix="for training, remove this folder: --resume goes on from "
-        + (f"step {good} then; elsewhere, --checkpoint {good}" if good else "an older one, if any"),
-    )
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill `model` from a model.safetensors; ForgeError when names or shapes differ."""
-    wanted = {name: parameter.data for name, parameter in model.named_parameters()}
-    tensors = load_tensors(path, wanted)
-    for name, weight in wanted.items():
-        weight.copy_(tensors[name])
 
 
 def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -319,15 +297,11 @@ def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     differing = {k for k in {*tensors, *wanted} if k not in tensors or k not in wanted}
     differing |= {k for k in {*tensors} & {*wanted} if tensors[k].shape != wanted[k].shape}
     if differing:
-        fix = "use the config that the run was made with"
-        if all(name.startswith("mean_squares.") for name in differing):
-            before = "false" if differing <= {*wanted} else "true"
-            fix += f" (--set optimizer.muon_normalize={before})"
         raise ForgeError(
             "the checkpoint is of another model or optimizer; differing: "
             f"{', '.join(sorted(differing)[:5])}",
             where=path,
-            fix=fix,
+            fix="use the config that the run was made with",
         )
     return tensors
 
@@ -343,16 +317,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _own_checksum(raw: dict[str, Any]) -> str:
-    """Of what state.json says, but for this checksum. Of the file's own fields, not of this
-    version's."""
+    """Of what state.json says, but for this checksum."""
     others = {name: value for name, value in raw.get("checksums", {}).items() if name != STATE_FILE}
     text = json.dumps(raw | {"checksums": others}, sort_keys=True)
     return xxhash.xxh3_64(text.encode()).hexdigest()
 
 
 def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_64()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()

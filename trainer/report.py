@@ -187,6 +187,30 @@ class Terminal:
         return "?" if left == math.inf else duration(max(0.0, left))
 
 
+PAGE = """\
+# {name}, trained from {source}
+
+| model | time | steps | tokens | parameters | loss |
+|---|---|---|---|---|---|
+| {name} | {time} | {steps} | {tokens} | {parameters} | {loss} |
+
+Loss is the mean over the fixed validation tokens, in nats a token.
+
+- Validation loss {first} -> {loss}, {bits} bits a byte; training loss {train_loss}
+- Data: {data}, {epochs:.2f} epochs of {num_tokens:,} tokens
+- Optimizer: {optimizer}
+- Hardware: {hardware}; torch {torch}
+{notes}
+Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), `checkpoints/`
+(safetensors).
+
+    forge-sample {run}
+    forge-export {run} {exported}
+
+{sample}
+"""
+
+
 class Readme:
     """Keeps RUN/README.md, the page that a person reads first: what this is, how far it came."""
 
@@ -208,60 +232,46 @@ class Readme:
             return
         path = self.run / "README.md"
         try:
-            write_whole(path, "\n".join([*self.lines(), ""]).encode("utf-8", "replace"))
+            write_whole(path, self.text().encode("utf-8", "replace"))
         except OSError as error:  # a full disk must not end a day's training
             say(f"WARNING: {path} not written: {error}")
 
-    def lines(self) -> list[str]:
+    def text(self) -> str:
         config, index, run, last = self.config, self.index, self.run, self.last
-        start, step = last.get("start", {}), last.get("step", {"step": 0, "loss": None})
         now = max(last.values(), key=lambda row: int(row["step"]))
-        evaluated = last.get("evaluate", {})
-        loss = _number(evaluated.get("loss")) if evaluated else "-"
-        stop = self.state.plan.stop
-        of = "" if stop == math.inf else f" of {stop:,.0f}"
-        num_tokens = index.total("num_tokens", "train")
-        lines = [
-            f"# {self.name}, trained from {self.state.weights_from or 'scratch'}",
-            "",
-            "| model | time | steps | tokens | parameters | loss |",
-            "|---|---|---|---|---|---|",
-            f"| {self.name} | {duration(now['seconds'])} | {now['step']:,}{of} | "
-            f"{amount(now['tokens'])} | {amount(config.model.num_parameters())} | {loss} |",
-            "",
-            "Loss is the mean over the fixed validation tokens, in nats a token.",
-            "",
-        ]
-        if evaluated and evaluated["step"] > self.first["step"]:
-            lines.append(
-                f"- Validation loss {_number(self.first['loss'])} -> {loss}, "
-                f"{_number(evaluated['bits_per_byte'])} bits a byte; training loss "
-                f"{_number(step['loss']) if step['step'] else '-'}"
-            )
+        stop, first, evaluated = self.state.plan.stop, self.first, last.get("evaluate", {})
+        train_loss = last.get("step", {}).get("loss")
         revision = (index.source.get("hub") or {}).get("revision")
-        lines += [
-            f"- Data: {index.source['name']}"
-            + (f" at {revision}" if revision else "")
-            + f", {now['tokens'] / max(1, num_tokens):.2f} epochs of {num_tokens:,} tokens",
-            f"- Optimizer: {config.optimizer.describe()}",
-            f"- Hardware: {start.get('hardware')}; torch {torch.__version__}",
-        ]
+        num_tokens = index.total("num_tokens", "train")
+        notes = ""
         if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:
-            lines.append(
+            notes += (
                 f"- To train it for longer: `--from {checkpoint.checkpoint_path(run, flat)}`, the "
-                "last checkpoint before the learning rate fell, with another --out"
+                "last checkpoint before the learning rate fell, with another --out\n"
             )
-        lines += [
-            "",
-            "Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), "
-            "`checkpoints/` (safetensors).",
-            "",
-            f"    forge-sample {run}",
-            f"    forge-export {run} {run if run.name else run.absolute().name}-hf",
-        ]
-        if text := last.get("sample", {}).get("text"):
-            lines += ["", "A sample at the last evaluation:", "", "> " + text.replace("\n", "\n> ")]
-        return lines
+        sample = last.get("sample", {}).get("text", "")
+        return PAGE.format(
+            name=self.name,
+            source=self.state.weights_from or "scratch",
+            time=duration(now["seconds"]),
+            steps=f"{now['step']:,}" + ("" if stop == math.inf else f" of {stop:,.0f}"),
+            tokens=amount(now["tokens"]),
+            parameters=amount(config.model.num_parameters()),
+            loss=_number(evaluated.get("loss")) if evaluated else "-",
+            first=_number(first.get("loss")),
+            bits=_number(evaluated.get("bits_per_byte")),
+            train_loss=_number(train_loss) if "step" in last else "-",
+            data=index.source["name"] + (f" at {revision}" if revision else ""),
+            epochs=now["tokens"] / max(1, num_tokens),
+            num_tokens=num_tokens,
+            optimizer=config.optimizer.describe(),
+            hardware=last.get("start", {}).get("hardware"),
+            torch=torch.__version__,
+            notes=notes,
+            run=run,
+            exported=f"{run if run.name else run.absolute().name}-hf",
+            sample="> " + sample.replace("\n", "\n> ") if sample else "",
+        )
 
 
 def _number(value: float | None) -> str:

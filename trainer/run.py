@@ -63,7 +63,7 @@ def open_run(config: Config, index: Index, run: Path, resume: bool) -> int | Non
             where=run / checkpoint.FOLDER,
             fix="bring the folder back; or begin anew with another --out",
         )
-    state = checkpoint.read_state(run, found[-1]) if found else None
+    state = checkpoint.load_state(run, found[-1], ()) if found else None
     if state and state.version != checkpoint.VERSION:
         raise ForgeError(
             "an earlier version of forge-train made this run, and only that can resume it",
