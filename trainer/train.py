@@ -138,13 +138,11 @@ def run_steps(
 
 def vote(setup: Setup, state: State, clock: Clock, signals: Signals) -> Votes:
     """What this rank wants; the clock is rank 0's."""
-    votes = Votes(bool(signals.stop), signals.take_save())
-    if not setup.ranks.is_first:
-        return votes
+    is_first = setup.ranks.is_first
     return Votes(
-        votes.stop,
-        votes.save or clock.wants_plan(state.step, state.plan),
-        clock.is_up(state.step, state.plan),
+        bool(signals.stop),
+        signals.take_save() or (is_first and clock.wants_plan(state.step, state.plan)),
+        is_first and clock.is_up(state.step, state.plan),
     )
 
 

@@ -118,7 +118,8 @@ def forge(
     data: Path,
     micro_batch: str,
     steps: int,
-    arm: str = "forge",
+    arm: str,
+    settings: list[str],
     tree: Path = ROOT,
     more: dict[str, str] = {},  # noqa: B006
 ) -> Measured:
@@ -132,6 +133,7 @@ def forge(
     ]
     options += [NO_BIAS] if "without" in arm else []
     options += ["--set=compile=block"] if "block" in arm else []
+    options += [f"--set={setting}" for setting in settings]
     command = [sys.executable, *program, config, f"--data={data}", *options]
     rows, begin = train(command, 1, tree, more)
     (only,) = (row for row in rows if row["kind"] == "step")
@@ -181,7 +183,9 @@ def plain(config: str, data: Path, micro_batch: int, steps: int) -> Measured:
     return Measured(speed, torch.cuda.max_memory_allocated() / 2**30, begin, times[0] - started)
 
 
-def beside_plain(name: str, data: Path, micro_batch: str, steps: int, arms: list[str]) -> None:
+def beside_plain(
+    name: str, data: Path, micro_batch: str, steps: int, arms: list[str], settings: list[str]
+) -> None:
     """Print a row for each arm; the first is what the others compare with."""
     flops, first = config_file.load(name).model.flops_per_token(), 0.0
     for arm in arms:
@@ -191,35 +195,41 @@ def beside_plain(name: str, data: Path, micro_batch: str, steps: int, arms: list
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
             found = Measured(*json.loads(done.stdout))
         else:
-            found = forge(name, data, micro_batch, steps, arm)
+            found = forge(name, data, micro_batch, steps, arm, settings)
         first = first or found.speed
         share = found.speed * flops / sustained_matmul()
         show(name, arm, micro_batch, found, first, f"{share:>11.1%}")
 
 
 def beside_other(
-    name: str, data: Path, micro_batch: str, steps: int, arm: str, other: Path, rounds: int
+    name: str,
+    data: Path,
+    micro_batch: str,
+    steps: int,
+    arm: str,
+    settings: list[str],
+    other: Path,
+    rounds: int,
 ) -> None:
     """Print a row for each run of the other version and of this one, in turn, and their ratios."""
-    found: dict[Path, list[Measured]] = {other: [], ROOT: []}
+    theirs: list[Measured] = []
+    ours: list[Measured] = []
     with tempfile.TemporaryDirectory() as caches:
         for _ in range(rounds):
-            for tree, label in ((other, "against"), (ROOT, "this")):
-                cache = f"{caches}/{label}"
+            for found, tree, label in ((theirs, other, "against"), (ours, ROOT, "this")):
                 more = {
-                    "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
-                    "TRITON_CACHE_DIR": f"{cache}/triton",
+                    "TORCHINDUCTOR_CACHE_DIR": f"{caches}/{label}/inductor",
+                    "TRITON_CACHE_DIR": f"{caches}/{label}/triton",
                 }
-                found[tree].append(forge(name, data, micro_batch, steps, arm, tree, more))
-                first = found[other][0].speed
-                show(name, f"{arm}, {label}", micro_batch, found[tree][-1], first)
-    theirs, ours = (list(zip(*runs, strict=True)) for runs in found.values())
-    speed = statistics.mean(ours[0]) / statistics.mean(theirs[0])
-    peak = max(ours[1]) / max(theirs[1]) if max(theirs[1]) else 1.0
-    later = [ours[3][n] - theirs[3][n] for n in range(rounds)]
+                found.append(forge(name, data, micro_batch, steps, arm, settings, tree, more))
+                show(name, f"{arm}, {label}", micro_batch, found[-1], theirs[0].speed)
+    speeds = [statistics.mean(each.speed for each in runs) for runs in (ours, theirs)]
+    peaks = [max(each.peak for each in runs) for runs in (ours, theirs)]
+    later = [each.end - before.end for each, before in zip(ours, theirs, strict=True)]
     click.echo(
-        f"{name}, {arm}: this / against: tokens/s {speed:.4f}, peak {peak:.3f}; the first step "
-        f"ends later by {', '.join(f'{seconds:+.1f}' for seconds in later)} s"
+        f"{name}, {arm}: this / against: tokens/s {speeds[0] / speeds[1]:.4f}, peak "
+        f"{peaks[0] / max(peaks[1], 1e-9):.3f}; end of the first step "
+        f"{', '.join(f'{seconds:+.1f}' for seconds in later)} s"
     )
 
 
@@ -240,6 +250,7 @@ def show(
 @click.option("--arms", default="plain,forge,forge without biases", show_default=True)
 @click.option("--against", type=CHECKOUT, help="A folder with another version of this project.")
 @click.option("--rounds", default=2, show_default=True, help="Runs of each, with --against.")
+@click.option("--set", "settings", multiple=True, help="Of forge-train, in all its arms.")
 @click.option("--plain-arm", hidden=True)
 def main(
     data: Path | None,
@@ -249,6 +260,7 @@ def main(
     arms: str,
     against: Path | None,
     rounds: int,
+    settings: tuple[str, ...],
     plain_arm: str | None,
 ) -> None:
     if plain_arm and data and micro_batches:
@@ -274,11 +286,11 @@ def main(
         data = data or random_shards(Path(folder) / "random")
         for name, size in zip(configs, sizes, strict=True):
             if against is None:
-                beside_plain(name, data, size, steps, arms.split(","))
+                beside_plain(name, data, size, steps, arms.split(","), list(settings))
                 continue
             for arm in arms.split(","):
                 if arm != "plain":
-                    beside_other(name, data, size, steps, arm, against, rounds)
+                    beside_other(name, data, size, steps, arm, list(settings), against, rounds)
 
 
 if __name__ == "__main__":
