@@ -43,7 +43,7 @@ def report(config: Config, name: str, data: Data, ranks: Ranks) -> str:
     cut = memory.cut_here(config, ranks, device)
     flops, train_tokens = model.flops_per_token(), data.index.total("num_tokens", "train")
     in_all = f", {flops * num_tokens:.3g} FLOP in all" if num_tokens else ""
-    memory_here = f", {gib(cut)}" if device.type == "cuda" else ""
+    gib = f", about {cut.estimated_bytes / 2**30:.1f} GiB" if device.type == "cuda" else ""
     lines = [
         f"config        {name}: {model.num_layers} layers, {model.num_heads} heads, "
         f"{model.embedding_size} channels, context {model.context_length}",
@@ -53,8 +53,8 @@ def report(config: Config, name: str, data: Data, ranks: Ranks) -> str:
         f"steps         {until(config, train_tokens)} of {data.index.folder}",
         f"optimizer     {config.optimizer.describe()}",
         f"compute       {flops / 1e6:,.1f} MFLOP a token{in_all}",
-        f"here          {hardware(device, ranks.world_size)}: {split(cut)} x {ranks.world_size} "
-        f"ranks{memory_here}",
+        f"here          {hardware(device, ranks.world_size)}: micro-batch {cut.micro_batch_size} "
+        f"x {cut.accumulation_steps} accumulation steps x {ranks.world_size} ranks{gib}",
         f"speed         {speed(config, cut, device, ranks)}",
         f"evaluation    every {config.evaluate.every_steps} steps, about "
         f"{evaluation_share(config):.1%} of the time",
@@ -62,14 +62,6 @@ def report(config: Config, name: str, data: Data, ranks: Ranks) -> str:
         *(f"note          {note}" for note in notes(config, train_tokens)),
     ]
     return "\n".join(lines)
-
-
-def split(cut: memory.Cut) -> str:
-    return f"micro-batch {cut.micro_batch_size} x {cut.accumulation_steps} accumulation steps"
-
-
-def gib(cut: memory.Cut) -> str:
-    return f"about {cut.estimated_bytes / 2**30:.1f} GiB"
 
 
 def until(config: Config, train_tokens: int) -> str:
@@ -145,7 +137,11 @@ def two_cards(config: Config) -> str:
         cut = memory.cut_step(config, 2, limit)
     except ForgeError as error:
         return error.what
-    return f"{split(cut)}, {gib(cut)} a card" + ": too much" * (cut.estimated_bytes > limit)
+    too_much = ": too much" * (cut.estimated_bytes > limit)
+    return (
+        f"micro-batch {cut.micro_batch_size} x {cut.accumulation_steps} accumulation steps, about "
+        f"{cut.estimated_bytes / 2**30:.1f} GiB a card{too_much}"
+    )
 
 
 @dataclass(frozen=True)

@@ -159,16 +159,13 @@ def drop_removed(values: dict[str, Any], path: Any, name: str) -> None:
             )
 
 
-def names_in(kind: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-
-
 def build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
     """A `cls` of `values`, or None after adding to `problems`; sections are built by recursion."""
     kinds = typing.get_type_hints(cls, include_extras=True)
     for key in (key for key in values if key not in kinds):
         close = [prefix + name for name in difflib.get_close_matches(key, kinds, 1)]
-        close += [f"{name}.{key}" for name in kinds if key in names_in(kinds[name])]
+        sections = {name: getattr(kinds[name], "__dataclass_fields__", ()) for name in kinds}
+        close += [f"{name}.{key}" for name, known in sections.items() if key in known]
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}"
         problems.append(f"{prefix}{key} does not exist; {hint}")
     built = {}

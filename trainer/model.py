@@ -20,7 +20,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, Self
+from functools import partial
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -91,13 +92,19 @@ def attend(
 
 
 class LanguageModel(nn.Module, ABC):
-    h: nn.ModuleList  # L blocks
-    ln_f: nn.Module
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, norm: Callable[[], nn.Module], attention: Any, mlp: Any
+    ) -> None:
         super().__init__()
         self.config = config
         self.wte = Embedding(config.vocab_size, config.embedding_size)
+        if config.family == "gpt2":
+            self.wpe = Embedding(config.context_length, config.embedding_size)
+        self.h = nn.ModuleList(
+            Block((norm(), norm()), attention(config, layer), mlp(config))
+            for layer in range(config.num_layers)
+        )
+        self.ln_f = norm()
         self.trunk = self.hidden  # for training; backends.py puts a faster one here
 
     def init_weights(self, seed: int) -> None:
@@ -189,17 +196,8 @@ class GPT2(LanguageModel):
     ln_f: nn.LayerNorm
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.wpe = Embedding(config.context_length, config.embedding_size)
-
-        def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(config.embedding_size, bias=config.bias)
-
-        self.h = nn.ModuleList(
-            Block((norm(), norm()), Attention(config, layer), MLP(config))
-            for layer in range(config.num_layers)
-        )
-        self.ln_f = norm()
+        norm = partial(nn.LayerNorm, config.embedding_size, bias=config.bias)
+        super().__init__(config, norm, Attention, MLP)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         new = torch.arange(tokens.shape[1], device=tokens.device)
@@ -285,16 +283,8 @@ class Qwen3(LanguageModel):
     ln_f: nn.RMSNorm
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(config.embedding_size, eps=RMS_NORM_EPS)
-
-        self.h = nn.ModuleList(
-            Block((norm(), norm()), GroupedAttention(config, layer), GatedMLP(config))
-            for layer in range(config.num_layers)
-        )
-        self.ln_f = norm()
+        norm = partial(nn.RMSNorm, config.embedding_size, eps=RMS_NORM_EPS)
+        super().__init__(config, norm, GroupedAttention, GatedMLP)
         self.turns = rotary_table(config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -53,7 +53,8 @@ class Optimizer:
         self.muon_starts: dict[tuple[int, int], list[int]] = {}
         for name, parameter in self.parameters.items():
             if (start := self._starts[name]) < muon_end:
-                layer, columns = model.get_submodule(name.removesuffix(".weight")), len(parameter.T)
+                layer = model.get_submodule(name.removesuffix(".weight"))
+                columns = parameter.shape[1]
                 for rows in getattr(layer, "sizes", parameter.shape[:1]):
                     self.muon_starts.setdefault((rows, columns), []).append(start)
                     start += rows * columns
@@ -76,7 +77,7 @@ class Optimizer:
         }
         names = "exp_avg", "exp_avg_sq"
         self.moments = {n: torch.zeros(end - muon_end, device=self.device) for n in names}
-        # What AdamW updates: (part, its decay, its number of sound steps).
+        # AdamW's parts: (range, decay, number of sound steps).
         self.parts = [
             (slice(muon_end, matrices_end), self.options.weight_decay, self.masters.new_zeros(())),
             (slice(matrices_end, end), 0.0, self.masters.new_zeros(())),
@@ -202,7 +203,7 @@ class Optimizer:
         return everyone[: len(matrices)]
 
     def state(self) -> dict[str, Tensor]:
-        """A checkpoint's tensors beside the masters, not copies: fill them to restore.
+        """The tensors that a checkpoint has besides the masters, not copied: fill them to restore.
 
         Moments are `exp_avg.NAME` and `exp_avg_sq.NAME`, for Muon's matrices `momentum.NAME`, and
         `mean_squares.ROWSxCOLUMNS` for all of a shape; `step.0` and `step.1` are single numbers.
