@@ -73,7 +73,7 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("nonsense", "key=value"),
         ("seed=1\nmodel.bias=false", "takes one value"),
         ("optimizer={peak_lr=1e-3}", "takes one value"),
-        ("optimizer.peak_lr.x=1", "peak_lr is no section"),
+        ("optimizer.peak_lr.x=1", "peak_lr must be a number"),
         (f"seed={'1' * 5001}", "a whole number"),
         (f"optimizer.peak_lr=1{'0' * 400}", "a number"),
         ("guard.timeout_seconds=1e10", "at most 1,000,000"),

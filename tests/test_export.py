@@ -238,16 +238,16 @@ def test_other_people_s_qwen3_folders_are_read(tmp_path: Path, forge) -> None:
     turns = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     for changed, reason in (
         ({"rope_parameters": turns}, "yarn"),
-        ({"rope_parameters": {}}, "rope_theta is None"),
-        ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
-        ({"head_dim": None}, "head_size is None"),
-        ({"num_key_value_heads": 4}, "6 heads over 4 of keys"),
+        ({"rope_parameters": {}}, "rope_theta must be a number, not None"),
+        ({"rope_theta": "1e4"}, "rope_theta must be a number, not '1e4'"),
+        ({"head_dim": None}, "head_size must be a whole number, not None"),
+        ({"num_key_value_heads": 4}, "num_heads (6) must be a multiple of model.num_kv_heads (4)"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         refused(forge, tmp_path, reason)
     del config["head_dim"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(forge, tmp_path, "lacks 'head_dim'")
+    refused(forge, tmp_path, "head_size must be a whole number, not None")
 
 
 def refused(forge, folder: Path, reason: str) -> None:
@@ -267,10 +267,10 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
         ("n_inner", 99, "n_inner"),
         ("n_layer", 3, "weights that differ"),
         ("n_positions", 128, "wpe.weight"),
-        ("n_layer", "four", "num_layers is 'four'"),
-        ("n_head", 5, "32 channels for 5 heads"),
-        ("n_embd", 0, "embedding_size is 0"),
-        ("n_embd", None, "embedding_size is None"),
+        ("n_layer", "four", "num_layers must be a whole number, not 'four'"),
+        ("n_head", 5, "embedding_size (32) must be a multiple of model.num_heads (5)"),
+        ("n_embd", 0, "embedding_size must be a whole number of at least 1"),
+        ("n_embd", None, "embedding_size must be a whole number, not None"),
         ("vocab_size", 40_000, "GPT-2's tokenizer has 50257"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))

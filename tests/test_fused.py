@@ -195,13 +195,13 @@ def test_a_step_of_the_fused_trunk_imports_no_compiler() -> None:
 import sys
 from functools import partial
 import torch
-from trainer import config, fused
+from trainer import config_file, fused
 from trainer.model import build_model
 from trainer.optimizer import Optimizer
 small = ["vocab_size=777", "num_layers=1", "num_heads=2", "embedding_size=32", "context_length=16"]
 small += ["head_size=16", "mlp_size=48"]
 small = [f"model.{each}" for each in small]
-chosen = config.load("forge_124m", ("precision=bfloat16", "evaluate.num_tokens=16", *small))
+chosen = config_file.load("forge_124m", ("precision=bfloat16", "evaluate.num_tokens=16", *small))
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = build_model(chosen.model)
 model.init_weights(0)

@@ -1,11 +1,8 @@
-"""What to train: every key of a config, with its bounds and its default, and what follows from it.
-
-Derived numbers are methods, so that no two numbers can disagree.
-"""
+"""Every key of a config with its bounds and its default; numbers that follow are methods."""
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from sys import float_info
 from typing import Annotated, Any, Literal
 
@@ -14,27 +11,34 @@ from pipeline.shards import VOCAB_SIZE
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a number may have; `above` leaves `low` itself out."""
+    """The range of a number; `above` excludes `low` itself."""
 
     low: float
     high: float = float_info.max
     above: bool = False
 
-    def check(self, value: float) -> None:
-        """TypeError that says what is allowed."""
-        if not (self.low < value if self.above else self.low <= value) or value > self.high:
+    def checked(self, value: float) -> float:
+        """`value`; TypeError that says what is allowed."""
+        if not self.low <= value <= self.high or (self.above and value == self.low):
             least = f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
             most = "" if self.high == float_info.max else f" and at most {self.high:,}"
             noun = "a whole number" if isinstance(value, int) else "a number"
             raise TypeError(f"{noun} of {least}{most}")
+        return value
 
 
-Count = Annotated[int, Bounds(1, 2**53)]  # up to there a float tells a number from the next
+Count = Annotated[int, Bounds(1, 2**53)]  # floats are exact up to here
 CountOrZero = Annotated[int, Bounds(0, 2**53)]
 Positive = Annotated[float, Bounds(0, above=True)]
 NotNegative = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
 Beta = Annotated[float, Bounds(0, math.nextafter(1, 0))]
+
+
+def indivisible(names: tuple[str, str], value: int, divisor: int) -> list[str]:
+    """The problem that `value` is not a multiple of `divisor`, if so."""
+    problem = f"{names[0]} ({value}) must be a multiple of {names[1]} ({divisor})"
+    return [problem] if value % divisor else []
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class ModelConfig:
     context_length: Count = 1024
     vocab_size: Annotated[int, Bounds(1, 2**16)] = VOCAB_SIZE  # token ids are 16 bits
     bias: bool = True  # GPT-2 has biases in every linear layer and LayerNorm; qwen3 has none
-    # Only for qwen3; head_dim(), kv_heads() and mlp_dim() say what holds where they are absent.
-    num_kv_heads: Count | None = None  # heads of keys and values, shared by groups of num_heads
+    # Only for qwen3; head_dim(), kv_heads() and mlp_dim() give their defaults.
+    num_kv_heads: Count | None = None  # heads of keys and values, each for a group of num_heads
     head_size: Count | None = None
     mlp_size: Count | None = None
     rope_theta: Positive = 10_000.0  # base of the rotary positions' frequencies
@@ -59,16 +63,34 @@ class ModelConfig:
         return self.num_kv_heads or self.num_heads
 
     def mlp_dim(self) -> int:
-        """Channels inside the MLP. A gated one has three matrices where GPT-2's has two: 8/3 of
-        the embedding instead of 4 make as many weights, rounded up to what a GPU likes."""
-        usual = 4 * self.embedding_size
+        """Channels inside the MLP. A gated one has three matrices, GPT-2's has two: with 8/3 of
+        the embedding for 4 both have equally many weights. Rounded up to a multiple of 128."""
         gated = math.ceil(8 * self.embedding_size / 3 / 128) * 128
-        return self.mlp_size or (gated if self.family == "qwen3" else usual)
+        return self.mlp_size or (gated if self.family == "qwen3" else 4 * self.embedding_size)
 
     def sizes(self) -> dict[str, Any]:
-        """Every key with what holds where it is absent: two models of the same sizes are one."""
+        """Every key, defaults filled in: two models of equal sizes are the same model."""
         derived = {"num_kv_heads": self.kv_heads(), "head_size": self.head_dim()}
         return dataclasses.asdict(self) | derived | {"mlp_size": self.mlp_dim()}
+
+    def conflicts(self) -> list[str]:
+        """Problems of keys that do not fit together."""
+        problems = []
+        if self.head_size is None:
+            names = "model.embedding_size", "model.num_heads"
+            problems += indivisible(names, self.embedding_size, self.num_heads)
+        if self.family == "gpt2":
+            for name in ("num_kv_heads", "head_size", "mlp_size", "rope_theta"):
+                if getattr(self, name) != getattr(ModelConfig, name):
+                    problems.append(f'model.{name} is only for model.family = "qwen3"')
+            return problems
+        if self.bias:
+            problems.append('model.bias must be false: model.family = "qwen3" has no biases')
+        names = "model.num_heads", "model.num_kv_heads"
+        problems += indivisible(names, self.num_heads, self.kv_heads())
+        if self.head_dim() % 2:
+            problems.append(f"a head's size must be even to be rotated, not {self.head_dim()}")
+        return problems
 
     def layer_weights(self) -> int:
         """Numbers in the matrices of one block; with GPT-2's proportions 12 C^2."""
@@ -78,13 +100,13 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Trainable numbers, the tied head counted once."""
-        c, per_bias = self.embedding_size, int(self.bias)
+        c, layers = self.embedding_size, self.num_layers
+        weights = self.vocab_size * c + layers * self.layer_weights()
+        gains = (2 * layers + 1) * c
         if self.family == "qwen3":
-            block = self.layer_weights() + 2 * c + 2 * self.head_dim()
-            return self.vocab_size * c + self.num_layers * block + c
-        block = self.layer_weights() + 2 * c + per_bias * (9 * c + 2 * c)
-        embeddings = (self.vocab_size + self.context_length) * c
-        return embeddings + self.num_layers * block + c + per_bias * c
+            return weights + gains + 2 * layers * self.head_dim()
+        biases = (11 * layers + 1) * c if self.bias else 0
+        return weights + gains + biases + self.context_length * c
 
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward for one token.
@@ -101,26 +123,26 @@ class ModelConfig:
 @dataclass(frozen=True)
 class BatchConfig:
     tokens_per_step: Count
-    micro_batch_size: Literal["auto"] | Count = "auto"  # windows a rank takes through one forward
+    micro_batch_size: Literal["auto"] | Count = "auto"  # windows in one forward of a rank
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     peak_lr: Positive
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
-    muon_lr: Positive = 0.02  # Muon's rate where AdamW's is peak_lr; the schedule moves both alike
-    # Muon's, by its own rate; weight_decay is AdamW's, by peak_lr. This is for a day's steps: the
+    muon_lr: Positive = 0.02  # Muon's peak rate; the schedule scales it like peak_lr, AdamW's
+    # Times Muon's own rate; weight_decay is AdamW's, times peak_lr. This is for a day's steps: the
     # best one is proportional to tokens_per_step, and falls with the length of a run (Bergsma et
     # al. 2025, arXiv:2505.13738, of AdamW; Muon in minutes: tests/benchmarks/README.md).
     muon_weight_decay: NotNegative = 0.02
-    muon_normalize: bool = True  # every neuron's part of Muon's updates alike (NorMuon)
-    muon_warmup_steps: CountOrZero = 0  # in which Muon's momentum rises from 0.85 to 0.95
+    muon_normalize: bool = True  # NorMuon: all neurons get equal updates
+    muon_warmup_steps: CountOrZero = 0  # Muon's momentum rises from 0.85 to 0.95
     weight_decay: NotNegative = 0.1
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     max_norm: Positive = 1.0  # gradients are clipped to this norm
 
     def describe(self) -> str:
-        """For people: who updates what, and its highest rate."""
+        """For people: each rule and its peak rate."""
         adamw = f"AdamW at {self.peak_lr:g}"
         if self.name == "adamw":
             return adamw
@@ -131,32 +153,32 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class ScheduleConfig:
     warmup_steps: CountOrZero
-    max_steps: Count | None = None  # whichever of the three ends first
+    max_steps: Count | None = None  # the run ends at the first of the three
     max_tokens: Count | None = None
-    budget_hours: Positive | None = None  # of wall clock, last evaluation and checkpoint included
+    budget_hours: Positive | None = None  # wall clock, with the last evaluation and checkpoint
     shape: Literal["auto", "cosine", "wsd"] = "auto"  # auto: wsd with budget_hours, else cosine
     final_lr_fraction: Share = 0.1  # of peak_lr, where the cosine ends
-    # Of all steps: wsd falls to zero over these last ones.
+    # Of all steps: the last ones, over which wsd falls to zero.
     decay_fraction: Annotated[float, Bounds(0, 1, above=True)] = 0.2
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     every_steps: Count = 250
-    num_tokens: Count = 1_048_576  # of the val split, always the same ones
-    sample_tokens: CountOrZero = 64  # length of the text sampled at each evaluation; 0 for none
+    num_tokens: Count = 1_048_576  # of the val split, always the same
+    sample_tokens: CountOrZero = 64  # of the text sampled at each evaluation
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: Count = 1000
     keep_last: Count = 2
-    keep_every_hours: Positive = 6.0  # besides: one for so many hours of training
+    keep_every_hours: Positive = 6.0  # and one for each period of training
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    max_skipped_steps: Count = 10  # skipped steps in a row before the run stops
+    max_skipped_steps: Count = 10  # in a row; then the run stops
     # Longest wait for another rank; torch counts it in milliseconds.
     timeout_seconds: Annotated[float, Bounds(0, 1_000_000, above=True)] = 300.0
 
@@ -169,47 +191,50 @@ class Config:
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    evaluate: EvaluateConfig
+    checkpoint: CheckpointConfig
+    guard: GuardConfig
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 1337
-    # auto: full on a GPU, off on a CPU. block starts sooner: it compiles one block, for all. Where
-    # fused.py's kernels run (qwen3 in bfloat16, Triton), nothing is compiled.
+    # auto: full on a GPU, off on a CPU. block compiles one block for all, so it starts sooner.
+    # Nothing is compiled where fused.py's kernels run (qwen3 in bfloat16, Triton).
     compile: Literal["auto", "full", "block", "off"] = "auto"
     # Of the weights that the model computes with; auto: bfloat16, or float32 on a CPU and on GPUs
-    # before Ampere. Masters, moments and sums are float32 whatever it is.
+    # before Ampere. Masters, moments and sums are always float32.
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     reduce_precision: Literal["bfloat16", "float32"] = "float32"  # gradients between GPUs
+
+    def conflicts(self) -> list[str]:
+        """Problems of keys that do not fit together."""
+        problems = self.model.conflicts()
+        for name, tokens in (
+            ("batch.tokens_per_step", self.batch.tokens_per_step),
+            ("evaluate.num_tokens", self.evaluate.num_tokens),
+        ):
+            names = name, "model.context_length"
+            problems += indivisible(names, tokens, self.model.context_length)
+        budget_hours = self.schedule.budget_hours
+        if self.num_steps() is None and budget_hours is None:
+            ends = "schedule.max_steps, schedule.max_tokens or schedule.budget_hours"
+            problems.append(f"{ends} must say when to end")
+        if budget_hours is not None and self.shape() == "cosine":
+            problems.append('schedule.shape = "cosine" is not for schedule.budget_hours: use "wsd"')
+        return problems
 
     def windows_per_step(self) -> int:
         return self.batch.tokens_per_step // self.model.context_length
 
     def num_steps(self) -> int | None:
-        """Steps after which the run ends at the latest; None where the clock alone decides."""
-        limits = []
-        if self.schedule.max_steps is not None:
-            limits.append(self.schedule.max_steps)
-        if self.schedule.max_tokens is not None:
-            limits.append(-(-self.schedule.max_tokens // self.batch.tokens_per_step))
-        return min(limits) if limits else None
+        """Steps of the run at most; None if only the clock ends it."""
+        max_steps, max_tokens = self.schedule.max_steps, self.schedule.max_tokens
+        by_tokens = max_tokens and -(-max_tokens // self.batch.tokens_per_step)
+        return min((limit for limit in (max_steps, by_tokens) if limit), default=None)
 
     def num_tokens(self) -> int | None:
         steps = self.num_steps()
         return None if steps is None else steps * self.batch.tokens_per_step
 
     def shape(self) -> Literal["cosine", "wsd"]:
-        """How the learning rate goes after the warm-up: a cosine, or stable and then down."""
+        """The learning rate after the warm-up: a cosine, or stable and then down (wsd)."""
         if self.schedule.shape != "auto":
             return self.schedule.shape
         return "cosine" if self.schedule.budget_hours is None else "wsd"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, absent ones left out: what from_dict() takes."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: plain(v) for k, v in value.items() if v is not None}
-            return list(value) if isinstance(value, tuple) else value
-
-        result: dict[str, Any] = plain(dataclasses.asdict(self))
-        return result

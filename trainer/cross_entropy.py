@@ -1,9 +1,7 @@
-"""Head and cross-entropy in one: x (N, C), weight (V, C), targets (N,) -> sum of the losses.
-
-Before: model.py's trunk. After: step.py's backward.
+"""The output head and cross-entropy in one: x (N, C), weight (V, C), targets (N,) -> sum of losses.
 
 The logits of a step are by far its largest array. Here a chunk of them is overwritten with its own
-gradient, softmax - one-hot, and used up at once: nothing of size (N, V) outlives the forward pass.
+gradient, softmax - one-hot, and used at once: nothing of size (N, V) outlives the forward pass.
 """
 
 import functools
@@ -13,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens whose logits exist at one time: a CPU wants them in its cache, a GPU enough work.
+# Tokens whose logits exist at one time: few enough for a CPU's cache, enough work for a GPU.
 HEAD_CHUNK = {"cpu": 64, "cuda": 32768}
-HEAD_MULTIPLE = 128  # rows to which a GPU's head is padded: 50257 is no size for tensor cores
-IGNORED = -100  # a target that counts for nothing
+HEAD_MULTIPLE = 128  # a GPU's head is padded to this: tensor cores are slow at 50257 rows
+IGNORED = -100  # a target without loss or gradient
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of the losses, in nats. Forward computes the gradients, too; backward scales them."""
+    """Sum of the losses, in nats. Forward also computes the gradients; backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -44,7 +42,7 @@ class HeadLoss(torch.autograd.Function):
                     dw.addmm_(logits.T, x[part])
                 else:
                     dw += logits.T @ x[part]
-            del logits  # or it would still be there when the next chunk's are made
+            del logits  # else it would live until the next chunk's replace it
         if wants_gradient:
             ctx.save_for_backward(dx, dw[:size].to(x.dtype))
         return loss
@@ -59,15 +57,12 @@ class HeadLoss(torch.autograd.Function):
 def softmax_gradient(logits: Tensor, targets: Tensor, size: int) -> Tensor:
     """Sum of n tokens' losses; the first `size` columns of `logits` (n, V) become the gradient.
 
-    Targets (n,) that are -100 give neither loss nor gradient. Columns from `size` on are padding:
-    they are zero and stay so.
+    Columns from `size` on are padding: they are zero and stay so.
     """
     if logits.is_cuda and (kernels := gpu_kernels()):
-        losses = torch.empty(len(logits), device=logits.device)
-        grid = (len(logits),)  # a program for each row
-        kernels.softmax_gradient[grid](
-            logits, targets, losses, logits.stride(0), size, 2048, num_warps=4
-        )
+        rows, stride = logits.shape[0], logits.stride(0)
+        losses = torch.empty(rows, device=logits.device)
+        kernels.softmax_gradient[(rows,)](logits, targets, losses, stride, size, 2048, num_warps=4)
         return losses.sum()
     logits = logits[:, :size]
     right, counts = targets.clamp(min=0).unsqueeze(1), (targets != IGNORED).unsqueeze(1)
@@ -85,7 +80,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, size: int) -> Tensor:
 
 @functools.cache
 def gpu_kernels() -> Any:
-    """The Triton kernels, None where there is no Triton."""
+    """The Triton kernels, None without Triton."""
     try:
         from trainer import kernels
     except ImportError:

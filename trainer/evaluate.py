@@ -1,7 +1,4 @@
-"""How good the model is in mid-run: a loss on held-out windows, and a text to look at.
-
-Neither changes anything about training: they draw nothing from any shared generator.
-"""
+"""Validation loss and a sampled text in mid-run, without effect on training's random numbers."""
 
 import math
 
@@ -22,30 +19,29 @@ VALIDATION_SEED = 0  # one choice of validation windows for every run
 def validation_loss(
     model: LanguageModel, data: Data, config: Config, micro_batch_size: int, ranks: Ranks
 ) -> tuple[float, float]:
-    """Validation loss over the config's fixed tokens: (nats a token, bits a byte of text).
+    """Loss over the same validation windows for any batch and number of ranks.
 
-    The same windows whatever the batch and the number of ranks.
+    In nats per token and in bits per byte of text.
     """
     device = next(model.parameters()).device
     length = config.model.context_length
     count = config.evaluate.num_tokens // length
-    chosen = windows_at(np.arange(count), data.val.num_windows, VALIDATION_SEED)
-    mine = chosen[ranks.rank :: ranks.world_size]
+    mine = np.arange(ranks.rank, count, ranks.world_size)
+    mine = windows_at(mine, data.val.num_windows, VALIDATION_SEED)
     token_bytes = torch.tensor([len(token) for token in data.vocabulary], device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add_mine() -> None:
         for first in range(0, len(mine), micro_batch_size):
             batch = data.val.read(mine[first : first + micro_batch_size])
-            # The last one is filled up: another shape would be compiled anew.
+            # The last one is filled up: torch.compile would compile another shape anew.
             full = np.resize(batch, (micro_batch_size, length + 1))
             inputs, targets = to_device(full, device)
             sums[1] += token_bytes[targets[: len(batch)]].sum()
-            if len(batch) < micro_batch_size:
-                targets = targets.clone()
-                targets[len(batch) :] = IGNORED
-            with torch.enable_grad():  # as in training: without, it would be compiled once more
-                x = model.trunk(inputs).detach()  # at once, or two graphs would be kept
+            is_real = torch.arange(micro_batch_size, device=device)[:, None] < len(batch)
+            targets = torch.where(is_real, targets, IGNORED)
+            with torch.enable_grad():  # as in training, or it would be compiled again
+                x = model.trunk(inputs).detach()  # frees the graph at once
             sums[0] += model.loss(x, targets)
 
     on_all(ranks, add_mine)
@@ -55,19 +51,19 @@ def validation_loss(
 
 @torch.no_grad()
 def sample_text(model: LanguageModel, vocabulary: list[bytes], num_tokens: int, step: int) -> str:
-    """A short text from <|endoftext|> on, to look at; its own generator, at temperature 0.8."""
+    """A short text after <|endoftext|>, at temperature 0.8."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(step)
     length = min(num_tokens, model.config.context_length - 1)
     tokens = torch.full((1, length + 1), shards.EOT_TOKEN, device=device)
-    n = -1
-    # Always the full length, which is causal all the same: new shapes cost a GPU more.
+    text = b""
+    # Always the full length, as attention is causal: new shapes would cost a GPU more.
     for n in range(length):
         logits = model.logits(model.hidden(tokens)[:, n]).float().cpu() / 0.8
         logits[:, shards.VOCAB_SIZE :] = -math.inf  # rows that a config may have added
-        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        tokens[0, n + 1] = drawn.item()
-        if drawn.item() == shards.EOT_TOKEN:
+        token = torch.multinomial(logits.softmax(-1), 1, generator=generator).item()
+        tokens[0, n + 1] = token
+        text += vocabulary[int(token)]
+        if token == shards.EOT_TOKEN:
             break
-    text = b"".join(vocabulary[t] for t in tokens[0, 1 : n + 2].tolist())
     return text.decode("utf-8", "replace")

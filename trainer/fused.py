@@ -1,12 +1,8 @@
-"""The Qwen3 trunk for training on a GPU: model.py's numbers, with fewer walks through memory.
+"""The Qwen3 trunk for training on a GPU: model.py's numbers with less memory traffic, no compiler.
 
-Before: model.py, whose modules and weights these are. After: backends.py, which puts hidden() in
-the trunk's place.
-
-Forward has kernels of our own, so that nothing waits for a compiler. The backward pass is
-memory-bound between its matrix products, and every gain needs its gradient summed over all tokens.
-Each kernel here that writes such a gradient also sums it: behind attention, where dq, dk and dv
-become one array and are normalized and rotated back, and behind a norm with the addition before it.
+The backward pass is memory-bound between its matrix products, and every gain needs its gradient
+summed over all tokens. Here the kernel that writes a gradient also sums it: after attention, where
+dq, dk and dv become one array and are normalized and rotated back, and after an addition's norm.
 """
 
 # torch has no types for Function.apply.
@@ -24,7 +20,7 @@ from trainer.model import RMS_NORM_EPS, Qwen3, attend
 from trainer.optimizer import compute_dtype
 
 ROWS, COLUMNS = 16, 256  # of a tile, with four warps
-WARP_COLUMNS = 256  # of a row that a program takes as a whole: 16 bytes a thread
+WARP_COLUMNS = 256  # of a row that one program takes: 16 bytes a thread
 
 
 def available(config: Config, device: torch.device) -> bool:
@@ -46,7 +42,7 @@ def hidden(model: Qwen3, tokens: Tensor) -> Tensor:
 
 
 def layer(block: Any, norm: Any, x: Tensor, n: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-    """A block, and `norm` behind it: x and its norm n (B, T, C) -> those of the next block.
+    """A block and the next `norm`: x and its norm n (B, T, C) -> those of the next block.
 
     turns (2, T, 1, D) of model.rotary_table().
     """
@@ -67,11 +63,21 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
         ctx.save_for_backward(h)
-        return gate_forward(h)
+        size = h.shape[-1] // 2
+        y = h.new_empty(*h.shape[:-1], size)
+        num_rows = y.numel() // size
+        kernels().gate[tiles(num_rows, size)](h, y, num_rows, size, ROWS, COLUMNS, num_warps=4)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return gate_backward(dy.contiguous(), *ctx.saved_tensors)
+        (h,) = ctx.saved_tensors
+        dh, size = torch.empty_like(h), dy.shape[-1]
+        num_rows = dy.numel() // size
+        kernels().gate_backward[tiles(num_rows, size)](
+            dy.contiguous(), h, dh, num_rows, size, ROWS, COLUMNS, num_warps=4
+        )
+        return dh
 
 
 class Rotate(torch.autograd.Function):
@@ -85,19 +91,41 @@ class Rotate(torch.autograd.Function):
         ctx: Any, x: Tensor, q_gain: Tensor, k_gain: Tensor, turns: Tensor, sizes: tuple[int, ...]
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, q_gain, k_gain, turns)
+        D, (B, T, _), found = len(q_gain), x.shape, []
         *rotated, v = x.split(sizes, -1)
-        q, k = (
-            rotated_heads(part, gain, turns)
-            for part, gain in zip(rotated, (q_gain, k_gain), strict=True)
-        )
-        return q, k, v.unflatten(-1, (-1, len(q_gain))).transpose(1, 2)
+        for part, gain in zip(rotated, (q_gain, k_gain), strict=True):
+            num_heads = part.shape[-1] // D
+            out = x.new_empty(B, T, num_heads, D)
+            kernels().rotate_heads[(-(-B * T // ROWS),)](
+                part, gain, turns, out, part.stride(1), T, turns.stride(0), B * T, num_heads,
+                RMS_NORM_EPS, D, ROWS, half_columns(D), num_warps=4,
+            )  # fmt: skip
+            found.append(out.transpose(1, 2))
+        return *found, v.unflatten(-1, (-1, D)).transpose(1, 2)
 
     @staticmethod
     def backward(
         ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        dx, q_partial, k_partial = rotate_backward(dq, dk, dv, *ctx.saved_tensors)
-        return dx, q_partial.sum(0).to(dq.dtype), k_partial.sum(0).to(dk.dtype), None, None
+        x, q_gain, k_gain, turns = ctx.saved_tensors
+        D, (B, T, width), start, sums = len(q_gain), x.shape, 0, []
+        dx, num_rows = torch.empty_like(x), B * T
+        for part, gain in ((dq, q_gain), (dk, k_gain)):
+            partial, share = partial_sums(x, num_rows, programs(x.device, 4), ROWS, D)
+            kernels().rotate_back_and_sum[(len(partial),)](
+                part, x[..., start:], gain, turns, dx[..., start:], partial, *part.stride(), width,
+                T, turns.stride(0), num_rows, part.shape[1], share, RMS_NORM_EPS, D, ROWS,
+                half_columns(D), num_warps=4,
+            )  # fmt: skip
+            start += part.shape[1] * D
+            sums.append(partial)
+        size = width - start  # values have no gain
+        kernels().pack[tiles(num_rows, size)](
+            dv, dx[..., start:], *dv.stride(), T, num_rows, size, width, D, ROWS, COLUMNS,
+            num_warps=4,
+        )  # fmt: skip
+        dq_gain, dk_gain = (partial.sum(0).to(x.dtype) for partial in sums)
+        return dx, dq_gain, dk_gain, None, None
 
 
 class AddRMSNorm(torch.autograd.Function):
@@ -105,137 +133,63 @@ class AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        x, n, scales = add_norm_forward(x, y, gain)
-        ctx.save_for_backward(x, scales, gain)
-        return x, n
+        size, warps = x.shape[-1], norm_warps(x.shape[-1])
+        out, n = torch.empty_like(x), torch.empty_like(x)
+        scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)  # 1 / root mean square
+        kernels().add_and_norm[(x.numel() // size,)](
+            x, y, gain, out, n, scales, size, RMS_NORM_EPS, WARP_COLUMNS * warps, num_warps=warps
+        )
+        ctx.save_for_backward(out, scales, gain)
+        return out, n
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scales, gain = ctx.saved_tensors
-        d, partial = norm_backward(dx.contiguous(), dn.contiguous(), x, scales, gain)
+        d, size = torch.empty_like(x), x.shape[-1]
+        num_rows, warps = x.numel() // size, norm_warps(size)
+        count = programs(x.device, max(1, 24 // warps))
+        partial, share = partial_sums(x, num_rows, count, 1, size)
+        kernels().norm_and_sum[(len(partial),)](
+            dx.contiguous(), dn.contiguous(), x, scales, gain, d, partial, num_rows, size, share,
+            WARP_COLUMNS * warps, num_warps=warps,
+        )  # fmt: skip
         return d, d, partial.sum(0).to(gain.dtype)
 
 
-def gate_forward(h: Tensor) -> Tensor:
-    """h (..., 2F) -> (..., F)."""
-    from trainer import kernels
-
-    size = h.shape[-1] // 2
-    y = h.new_empty(*h.shape[:-1], size)
-    num_rows = y.numel() // size
-    grid = -(-num_rows // ROWS), -(-size // COLUMNS)
-    kernels.gate[grid](h, y, num_rows, size, ROWS, COLUMNS, num_warps=4)
-    return y
+def kernels() -> Any:
+    return cross_entropy.gpu_kernels()
 
 
-def rotated_heads(x: Tensor, gain: Tensor, turns: Tensor) -> Tensor:
-    """Heads side by side in x (B, T, H * D), normalized and rotated: (B, H, T, D)."""
-    from trainer import kernels
-
-    D, (B, T, width) = len(gain), x.shape
-    out = x.new_empty(B, T, width // D, D)
-    kernels.rotate_heads[(-(-B * T // ROWS),)](
-        x, gain, turns, out, x.stride(1), T, turns.stride(0), B * T, width // D, RMS_NORM_EPS,
-        D, ROWS, half_columns(D), num_warps=4,
-    )  # fmt: skip
-    return out.transpose(1, 2)
+def tiles(num_rows: int, size: int) -> tuple[int, int]:
+    """The grid of an array of rows with `size` columns."""
+    return -(-num_rows // ROWS), -(-size // COLUMNS)
 
 
 def half_columns(size: int) -> int:
-    """Columns of a tile that takes half a head: a power of two."""
+    """Columns of a tile for half a head: a power of two."""
     return 1 << (size // 2 - 1).bit_length()
 
 
-def add_norm_forward(x: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
-    """x and y (..., C) -> x + y, its RMSNorm, and 1 / root of its mean square (..., 1)."""
-    from trainer import kernels
-
-    size = x.shape[-1]
-    out, n = torch.empty_like(x), torch.empty_like(x)
-    scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    warps = norm_warps(size)
-    kernels.add_and_norm[(x.numel() // size,)](
-        x, y, gain, out, n, scales, size, RMS_NORM_EPS, WARP_COLUMNS * warps, num_warps=warps
-    )
-    return out, n, scales
-
-
-# Backward: programs share the tokens out; each leaves a row of `partial`, float32 sums over its
-# tokens.
-
-
-def norm_backward(
-    dx: Tensor, dn: Tensor, x: Tensor, scales: Tensor, gain: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dx, dn, x (..., C) and scales (..., 1) -> d (..., C), and partial sums (chunks, C) for the
-    gradient of the gain."""
-    from trainer import kernels
-
-    d, size = torch.empty_like(x), x.shape[-1]
-    num_rows, warps = x.numel() // size, norm_warps(size)
-    partial = empty_sums(x, num_rows, programs(x.device, max(1, 24 // warps)), 1, size)
-    chunks = len(partial)
-    kernels.norm_and_sum[(chunks,)](
-        dx, dn, x, scales, gain, d, partial, num_rows, size, share(num_rows, chunks, 1),
-        WARP_COLUMNS * warps, num_warps=warps,
-    )  # fmt: skip
-    return d, partial
-
-
-def gate_backward(dy: Tensor, h: Tensor) -> Tensor:
-    """dy (..., F) and h (..., 2F) -> dh (..., 2F)."""
-    from trainer import kernels
-
-    dh, size = torch.empty_like(h), dy.shape[-1]
-    num_rows = dy.numel() // size
-    grid = -(-num_rows // ROWS), -(-size // COLUMNS)
-    kernels.gate_backward[grid](dy, h, dh, num_rows, size, ROWS, COLUMNS, num_warps=4)
-    return dh
-
-
-def rotate_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, q_gain: Tensor, k_gain: Tensor, turns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (B, H, T, D), dk and dv (B, K, T, D) -> dx, as x (B, T, (H + 2K) * D) was, and partial
-    sums (chunks, D) for the gradients of both gains."""
-    from trainer import kernels
-
-    B, T, width = x.shape
-    dx, D, num_rows, start = torch.empty_like(x), len(q_gain), B * T, 0
-    sums = [empty_sums(x, num_rows, programs(x.device, 4), ROWS, D) for _ in range(2)]
-    for part, gain, partial in zip((dq, dk), (q_gain, k_gain), sums, strict=True):
-        kernels.rotate_back_and_sum[(len(partial),)](
-            part, x[..., start:], gain, turns, dx[..., start:], partial, *part.stride(), width, T,
-            turns.stride(0), num_rows, part.shape[1], share(num_rows, len(partial), ROWS),
-            RMS_NORM_EPS, D, ROWS, half_columns(D), num_warps=4,
-        )  # fmt: skip
-        start += part.shape[1] * D
-    size = width - start  # values have no gain
-    kernels.pack[(-(-num_rows // ROWS), -(-size // COLUMNS))](
-        dv, dx[..., start:], *dv.stride(), T, num_rows, size, width, D, ROWS, COLUMNS, num_warps=4
-    )
-    return dx, sums[0], sums[1]
-
-
 def norm_warps(size: int) -> int:
-    """Warps for a row, which a program takes at once: a power of two."""
+    """Warps for a whole row: a power of two."""
     return 1 << (-(-size // WARP_COLUMNS) - 1).bit_length()
 
 
 @functools.cache
 def programs(device: torch.device, each: int) -> int:
-    """As many as fill a GPU: `each` on every multiprocessor, as their registers allow."""
+    """The number that fills a GPU: `each` on every multiprocessor, as their registers allow."""
     is_gpu = device.type == "cuda"
     count = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 1
     return int(count) * each
 
 
-def empty_sums(like: Tensor, num_rows: int, chunks: int, multiple: int, size: int) -> Tensor:
-    """(chunks, size), or fewer chunks where there are not `multiple` rows for each."""
-    chunks = max(1, min(chunks, -(-num_rows // multiple)))
-    return like.new_empty(chunks, size, dtype=torch.float32)
+def partial_sums(
+    like: Tensor, num_rows: int, chunks: int, multiple: int, size: int
+) -> tuple[Tensor, int]:
+    """A row (size) for each program's sum over its share of the tokens, and the rows of a share.
 
-
-def share(num_rows: int, chunks: int, multiple: int) -> int:
-    """Rows of a chunk: a multiple of `multiple`."""
-    return -(-num_rows // (chunks * multiple)) * multiple
+    A share is a multiple of `multiple`; with few rows there are fewer chunks.
+    """
+    chunks = min(chunks, -(-num_rows // multiple))
+    share = -(-num_rows // (chunks * multiple)) * multiple
+    return like.new_empty(chunks, size, dtype=torch.float32), share

@@ -1,7 +1,4 @@
-"""Our models in transformers' layout: config.json, safetensors files, and the names of the weights.
-
-Before: a folder in that layout, or model.py's parameters. After: a model to train or to sample
-from, or an export. It must not know about tokenizers.
+"""Our models in transformers' layout, read and written: config.json and safetensors files.
 
 GPT2LMHeadModel's Conv1D layers hold the transpose of a Linear; Qwen3ForCausalLM has several
 matrices where we have one. A padded vocabulary of ours is cut to GPT-2's 50,257 tokens in theirs.
@@ -10,22 +7,25 @@ matrices where we have one. A padded vocabulary of ours is cut to GPT-2's 50,257
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import shards
 from pipeline.errors import ForgeError
 from trainer.config import ModelConfig
+from trainer.config_file import model_from_dict
 from trainer.model import LAYER_NORM_EPS, RMS_NORM_EPS, Fused, LanguageModel, build_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 AGAIN = "download or copy the folder again"
-# Keys of config.json that change what is computed: the default, and the values that we compute.
+# Keys of config.json that change what is computed: transformers' default, and the values that we
+# compute, of which exports have the first.
 FIXED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "gpt2": {
         "layer_norm_epsilon": (LAYER_NORM_EPS, (LAYER_NORM_EPS,)),
@@ -61,17 +61,36 @@ SIZES = {
         "intermediate_size": "mlp_size",
         "max_position_embeddings": "context_length",
         "vocab_size": "vocab_size",
+        "rope_theta": "rope_theta",
     },
 }
-PUBLISHED = "give a GPT-2 or Qwen3 model as it was published, or as forge-export writes it"
-QWEN3_NAMES = (
-    (r"^wte\.", "model.embed_tokens."),
-    (r"^ln_f\.", "model.norm."),
-    (r"^h\.", "model.layers."),
-    (r"\.ln_1\.", ".input_layernorm."),
-    (r"\.ln_2\.", ".post_attention_layernorm."),
-    (r"\.attn\.", ".self_attn."),
+# Keys of an export that are for transformers and other programs alone.
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "attention_dropout": 0.0},
+}
+PUBLISHED = (
+    "give a GPT-2 or Qwen3 model with GPT-2's tokenizer, as it was published, or as forge-export "
+    "writes it"
 )
+NAMES = {
+    "gpt2": {"^": "transformer."},
+    "qwen3": {
+        r"^wte\.": "model.embed_tokens.",
+        r"^ln_f\.": "model.norm.",
+        r"^h\.": "model.layers.",
+        r"\.ln_1\.": ".input_layernorm.",
+        r"\.ln_2\.": ".post_attention_layernorm.",
+        r"\.attn\.": ".self_attn.",
+    },
+}
+# Our fused layers, and theirs.
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Piece(NamedTuple):
@@ -90,24 +109,20 @@ class Piece(NamedTuple):
 def pieces(model: LanguageModel) -> list[Piece]:
     """All of their tensors for `model`; those of one of our parameters follow each other."""
     found = []
-    if model.config.family == "gpt2":
-        for name, weight in model.named_parameters():
-            is_conv1d = weight.ndim == 2 and not name.startswith(("wte", "wpe"))
-            found.append(Piece(f"transformer.{name}", name, is_transposed=is_conv1d))
-        return found
-    fused = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Fused)}
-    for name in dict(model.named_parameters()):
+    for name, weight in model.named_parameters():
         theirs = name
-        for ours, other in QWEN3_NAMES:
+        for ours, other in NAMES[model.config.family].items():
             theirs = re.sub(ours, other, theirs)
-        if name not in fused:
-            found.append(Piece(theirs, name))
-            continue
-        start, kinds = 0, ("q", "k", "v") if "qkv_proj" in name else ("gate", "up")
-        for kind, size in zip(kinds, fused[name].sizes, strict=True):
-            their_name = re.sub("qkv_proj|gate_up_proj", f"{kind}_proj", theirs)
-            found.append(Piece(their_name, name, slice(start, start + size)))
-            start += size
+        *layer, kind, _ = name.split(".")
+        if kind in PARTS:
+            start, fused = 0, cast(Fused, model.get_submodule(".".join([*layer, kind])))
+            for part, size in zip(PARTS[kind], fused.sizes, strict=True):
+                found.append(Piece(theirs.replace(kind, part), name, slice(start, start + size)))
+                start += size
+        else:
+            is_matrix = weight.ndim == 2 and name.startswith("h.")
+            is_conv1d = is_matrix and model.config.family == "gpt2"
+            found.append(Piece(theirs, name, is_transposed=is_conv1d))
     return found
 
 
@@ -130,33 +145,17 @@ def transformers_weights(model: LanguageModel) -> dict[str, Tensor]:
 
 def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """config.json of an export."""
-    values = vars(config) | {
-        "vocab_size": min(config.vocab_size, shards.VOCAB_SIZE),
-        "num_kv_heads": config.kv_heads(),
-        "head_size": config.head_dim(),
-        "mlp_size": config.mlp_dim(),
-    }
-    common = {
+    sizes = config.sizes() | {"vocab_size": min(config.vocab_size, shards.VOCAB_SIZE)}
+    return {
         "model_type": config.family,
         "bos_token_id": shards.EOT_TOKEN,
         "eos_token_id": shards.EOT_TOKEN,
         "tie_word_embeddings": True,
         "torch_dtype": dtype,
-        **{theirs: values[ours] for theirs, ours in SIZES[config.family].items()},
+        **{theirs: sizes[ours] for theirs, ours in SIZES[config.family].items()},
         **{key: known[0] for key, (_, known) in FIXED[config.family].items()},
-    }
-    if config.family == "qwen3":
-        return common | {
-            "architectures": ["Qwen3ForCausalLM"],
-            "rope_theta": config.rope_theta,
-            "attention_dropout": 0.0,
-        }
-    return common | {
-        "architectures": ["GPT2LMHeadModel"],
-        "n_ctx": config.context_length,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        **OTHERS[config.family],
+        **({"n_ctx": config.context_length} if config.family == "gpt2" else {}),
     }
 
 
@@ -167,10 +166,11 @@ def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model and the weights of a folder in transformers' layout, under our names.
 
-    The weights have the type that they are stored in, and may be views that are not contiguous.
-    Raises ForgeError unless it is a model that we compute exactly.
+    The weights keep their stored type, and may be views that are not contiguous. Raises ForgeError
+    unless we compute the model exactly.
     """
-    if not (folder / CONFIG_FILE).is_file():
+    where = folder / CONFIG_FILE
+    if not where.is_file():
         raise ForgeError(
             "no model there" if folder.exists() else "no such folder",
             where=folder,
@@ -178,8 +178,8 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             "or a folder in transformers' GPT-2 or Qwen3 layout (to download a model of the hub: "
             "hf download NAME --local-dir FOLDER)",
         )
-    config = read_config(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
-    with torch.device("meta"):  # only its names and shapes are needed
+    config = read_config(read_json(where), where)
+    with torch.device("meta"):  # for names and shapes alone
         model = build_model(config)
     return config, our_weights(model, read_tensors(folder), folder)
 
@@ -200,10 +200,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     files = [WEIGHTS_FILE]
     if not (folder / WEIGHTS_FILE).is_file():
         if not (folder / INDEX_FILE).is_file():
-            pickled = any(folder.glob("*.bin"))
+            pickled = ", only pickled weights, which can run any program when opened"
             raise ForgeError(
-                f"no {WEIGHTS_FILE}"
-                + (", only pickled weights, which can run any program when opened" * pickled),
+                f"no {WEIGHTS_FILE}{pickled * any(folder.glob('*.bin'))}",
                 where=folder,
                 fix="convert them with transformers: save_pretrained(FOLDER) writes safetensors",
             )
@@ -214,12 +213,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in files:
         try:
-            with safe_open(folder / name, "pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors |= load_file(folder / name)
         except (OSError, SafetensorError) as error:
-            raise ForgeError(
-                f"cannot read weights: {error}", where=folder / name, fix=AGAIN
-            ) from error
+            problem = f"cannot read weights: {error}"
+            raise ForgeError(problem, where=folder / name, fix=AGAIN) from error
     return tensors
 
 
@@ -231,21 +228,22 @@ def our_weights(model: LanguageModel, tensors: dict[str, Tensor], where: Path) -
     prefix = "transformer."  # GPT-2's, which some folders leave out
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     head = named.pop("lm_head.weight", None)
+    parameters, parts, wrong = dict(model.named_parameters()), dict[str, list[Tensor]](), []
+    for piece in pieces(model):
+        name = piece.theirs.removeprefix(prefix)
+        tensor, shape = named.pop(name, None), piece.of(parameters[piece.ours]).shape
+        if tensor is None:
+            wrong.append(f"{name} is missing")
+        elif tensor.shape != shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}")
+        else:
+            part = tensor.T if piece.is_transposed else tensor
+            parts.setdefault(piece.ours, []).append(part)
     # Old files list attention's masks among the weights.
-    named = {n: t for n, t in named.items() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
-    parameters = dict(model.named_parameters())
-    wanted = {p.theirs.removeprefix(prefix): p for p in pieces(model)}
-    wrong = sorted({*named} ^ {*wanted})
-    for name in {*named} & {*wanted}:
-        shape = wanted[name].of(parameters[wanted[name].ours]).shape
-        if named[name].shape != shape:
-            wrong.append(f"{name} {tuple(named[name].shape)}, not {tuple(shape)}")
+    masks = ".attn.bias", ".attn.masked_bias"
+    wrong += [f"{name} is unknown" for name in named if not name.endswith(masks)]
     if wrong:
         raise ForgeError(f"weights that differ: {', '.join(wrong[:5])}", where=where, fix=PUBLISHED)
-    parts: dict[str, list[Tensor]] = {}
-    for name, piece in wanted.items():
-        tensor = named.pop(name)
-        parts.setdefault(piece.ours, []).append(tensor.T if piece.is_transposed else tensor)
     weights = {n: torch.cat(each) if len(each) > 1 else each[0] for n, each in parts.items()}
     embedding = weights["wte.weight"]
     if head is not None and not torch.equal(head.to(embedding), embedding):
@@ -262,55 +260,31 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
             where=where,
             fix=PUBLISHED,
         )
+    rope = config.get("rope_parameters") or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     if family == "gpt2":  # which was published without some of its sizes
         config = {"n_positions": 1024, "vocab_size": shards.VOCAB_SIZE} | config
-    try:
-        sizes = {ours: config[theirs] for theirs, ours in SIZES[family].items()}
-    except KeyError as error:
-        raise ForgeError(f"the config lacks {error}", where=where, fix=PUBLISHED) from error
-    _check_sizes(sizes, where)
-    different = [
+    else:
+        config = config | {"rope_theta": config.get("rope_theta") or rope.get("rope_theta")}
+    values = {ours: config.get(theirs) for theirs, ours in SIZES[family].items()}
+    values |= {"family": family, "bias": family == "gpt2"}
+    model = model_from_dict(values, where, PUBLISHED)
+    problems = [
         f"{key} is {config.get(key, default)!r}"
         for key, (default, known) in FIXED[family].items()
         if config.get(key, default) not in known
     ]
-    if family == "gpt2" and config.get("n_inner") not in (None, 4 * sizes["embedding_size"]):
-        different.append(f"n_inner is {config['n_inner']}")
-    rope = config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        different.append(f"rope_parameters is {rope!r}")
-    if different:
+    if rope.get("rope_type", "default") != "default":
+        problems.append(f"rope_parameters is {rope!r}")
+    if family == "gpt2" and config.get("n_inner") not in (None, model.mlp_dim()):
+        problems.append(f"n_inner is {config['n_inner']!r}")
+    if model.vocab_size < shards.VOCAB_SIZE:
+        tokens = f"GPT-2's tokenizer has {shards.VOCAB_SIZE} tokens"
+        problems.append(f"vocab_size is {model.vocab_size}, and {tokens}")
+    if problems:
         raise ForgeError(
-            f"not the architecture that {family} was published with: {', '.join(different)}",
+            f"not the architecture that {family} was published with: {', '.join(problems)}",
             where=where,
             fix=PUBLISHED,
         )
-    if family == "gpt2":
-        return ModelConfig(**sizes)
-    theta = config.get("rope_theta") or rope.get("rope_theta")
-    if not isinstance(theta, int | float) or not theta > 0:
-        raise ForgeError(f"rope_theta is {theta!r}, not a number", where=where, fix=PUBLISHED)
-    return ModelConfig(family="qwen3", bias=False, rope_theta=float(theta), **sizes)
-
-
-def _check_sizes(sizes: dict[str, Any], where: Path) -> None:
-    """ForgeError if a model of these sizes could not be built or run."""
-    wrong = [
-        f"{name} is {size!r}"
-        for name, size in sizes.items()
-        if not (type(size) is int and size > 0)
-    ]
-    if not wrong:
-        heads, channels = sizes["num_heads"], sizes["embedding_size"]
-        if sizes["vocab_size"] < shards.VOCAB_SIZE:
-            wrong.append(
-                f"{sizes['vocab_size']} tokens, and GPT-2's tokenizer has {shards.VOCAB_SIZE}"
-            )
-        if "head_size" not in sizes and channels % heads:
-            wrong.append(f"{channels} channels for {heads} heads")
-        if heads % sizes.get("num_kv_heads", heads):
-            wrong.append(f"{heads} heads over {sizes['num_kv_heads']} of keys")
-    if wrong:
-        raise ForgeError(
-            f"the config describes no model: {', '.join(wrong)}", where=where, fix=PUBLISHED
-        )
+    return model

@@ -13,22 +13,21 @@ from trainer.ranks import Ranks
 
 # Bytes a parameter: master, gradient and two AdamW moments in float32, the weight in bfloat16.
 STATE_BYTES = 4 + 4 + 4 + 4 + 2
-# Muon keeps one moment. Its update, which never overlaps forward and backward, copies all its
-# matrices once, and those of one shape (about 40 % of them) three times.
+# Muon has one moment. Its update, after forward and backward, copies all its matrices once, and
+# those of one shape (about 40 % of them) three times.
 MUON_BYTES, MUON_UPDATE_BYTES = 4 + 4 + 4 + 2, 8.5
-# Bytes of a compiled bfloat16 step for each token and layer: what forward keeps is 4 of the block's
-# channels, and 2 or 3 of each of the numbers inside it (GPT-2: q, k, v and attention's output, the
-# MLP's before and after its function; Qwen3: q and k before and after their norms as well, the
-# gate, what it lets through, and their product). torch.compile on a CPU keeps just that; what a
-# GPU keeps, and the backward pass, are fitted to measured peaks (tests/benchmarks/memory).
+# Bytes of a compiled bfloat16 step for each token and layer. Forward keeps the block's channels 4
+# times, and each number inside the block 2 or 3 times. GPT-2: q, k, v, attention's output, and the
+# MLP before and after its function. Qwen3: also q and k before their norms, the gate and its
+# product. The factors below are fitted to measured peaks on GPUs (tests/benchmarks/memory).
 CHANNEL_BYTES = 8
 INSIDE_BYTES = {"gpt2": 4, "qwen3": 6}
 KEPT = 0.99
-BACKWARD_LAYERS = 2.43  # what the backward pass of one layer adds, in layers
+BACKWARD_LAYERS = 2.43  # memory of a layer's backward pass, in layers
 LOGIT_BYTES = 2
-HEAD_BYTES = 10  # a number of the head: padded, its gradient, in bfloat16 and in float32
+HEAD_BYTES = 10  # per number of the head: padded, and its gradient in bfloat16 and float32
 USABLE = 0.94  # of the free memory: the rest goes to fragments and libraries
-CPU_TOKENS = 1024  # a CPU is fastest when a micro-batch's logits stay near its caches
+CPU_TOKENS = 1024  # a CPU is fastest while a micro-batch's logits fit its caches
 
 
 @dataclass(frozen=True)
@@ -50,25 +49,19 @@ def estimate_bytes(config: Config, micro_batch_size: int) -> int:
     head = LOGIT_BYTES * min(tokens, HEAD_CHUNK["cuda"]) * model.vocab_size
     head += HEAD_BYTES * model.vocab_size * model.embedding_size
     activations = model.num_layers * layer + max(head, BACKWARD_LAYERS * layer)
-    by_muon = 0
-    if config.optimizer.name == "muon":
-        by_muon = model.num_layers * model.layer_weights()
+    by_muon = model.num_layers * model.layer_weights() if config.optimizer.name == "muon" else 0
     state = STATE_BYTES * (model.num_parameters() - by_muon) + MUON_BYTES * by_muon
     return int(state + max(activations, MUON_UPDATE_BYTES * by_muon))
-
-
-def usable_bytes(device: torch.device) -> int:
-    """What this process may take of a GPU: what is free, within the process's own limit if any."""
-    free, total = torch.cuda.mem_get_info(device)
-    limit = torch.cuda.get_per_process_memory_fraction(device) * total
-    return int(USABLE * min(free, limit - torch.cuda.memory_reserved(device)))
 
 
 def cut_here(config: Config, ranks: Ranks, device: torch.device) -> Cut:
     """Cut tokens_per_step for this machine; the same on every rank. ForgeError as cut_step()."""
     if device.type != "cuda":
         return cut_step(config, ranks.world_size)
-    limit = torch.tensor(usable_bytes(device), device=device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    usable = USABLE * min(free, allowed - torch.cuda.memory_reserved(device))
+    limit = torch.tensor(int(usable), device=device)
     if dist.is_initialized():
         dist.all_reduce(limit, dist.ReduceOp.MIN)
     return cut_step(config, ranks.world_size, limit.item())
@@ -80,37 +73,36 @@ def cut_step(config: Config, world_size: int, limit: float | None = None) -> Cut
     Raises ForgeError when the windows do not divide among the ranks, when a given micro-batch does
     not divide a rank's share, or when not even one window fits.
     """
-    windows = config.windows_per_step()
+    windows, given = config.windows_per_step(), config.batch.micro_batch_size
+    share = windows // world_size
+    sizes = divisors(share)
     if windows % world_size:
-        fits = [n for n in divisors(windows) if n <= 64]
+        counts = ", ".join(str(n) for n in divisors(windows) if n <= 64)
         raise ForgeError(
             f"{windows} windows a step cannot be shared out evenly among {world_size} ranks",
             where="batch.tokens_per_step",
-            fix=f"use one of {', '.join(map(str, fits))} ranks, or --set batch.tokens_per_step=...",
+            fix=f"use one of {counts} ranks, or --set batch.tokens_per_step=...",
         )
-    share = config.windows_per_step() // world_size
-    given = config.batch.micro_batch_size
     if given != "auto":
-        if share % given:
+        if given not in sizes:
             raise ForgeError(
                 f"a micro-batch of {given} does not divide a rank's {share} windows a step",
                 where="batch.micro_batch_size",
-                fix=f"use one of {', '.join(map(str, divisors(share)))}",
+                fix=f"use one of {', '.join(map(str, sizes))}",
             )
-        size = given
+        fits = [given]
     elif limit is None:
-        most = max(1, CPU_TOKENS // config.model.context_length)
-        size = max(n for n in divisors(share) if n <= most)
+        fits = [n for n in sizes if n == 1 or n * config.model.context_length <= CPU_TOKENS]
     else:
-        fits = [n for n in divisors(share) if estimate_bytes(config, n) <= limit]
+        fits = [n for n in sizes if estimate_bytes(config, n) <= limit]
         if not fits:
             raise ForgeError(
                 f"not even a micro-batch of 1 fits: it takes about "
                 f"{estimate_bytes(config, 1) / 2**30:.1f} GiB of {limit / 2**30:.1f} on each GPU",
                 where="batch.micro_batch_size",
-                fix="train a smaller model, or free the GPU of other programs",
+                fix="train a smaller model, or end other programs on the GPU",
             )
-        size = max(fits)
+    size = max(fits)
     return Cut(size, share // size, estimate_bytes(config, size))
 
 

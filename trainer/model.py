@@ -1,30 +1,27 @@
-"""Two families of models: tokens (B, T) -> logits (B, T, V).
-
-Before: windows.py. After: step.py and validation.py (loss), sampler/decode.py (text).
-
-Both look tokens up, L times add to that sum what attention and an MLP make of it, and read the next
-token off it with the same embedding. GPT2 is as published (Radford et al. 2019, "Language Models
-are Unsupervised Multitask Learners"; code openai/gpt-2 src/model.py). Qwen3, below it, is what had
-become of GPT-2 by 2025 (Yang et al., "Qwen3 Technical Report"):
+"""Two families of models, GPT-2 and Qwen3: tokens (B, T) -> logits (B, T, V).
 
     part        GPT2                   Qwen3                 why
-    norms       LayerNorm              RMSNorm               mean and shift were not needed
-    positions   learned, added once    rotary, in attention  what counts is the distance
-    q and k     as they come           normalized            attention bears higher rates
-    k and v     one of each a head     shared by heads       a smaller cache
-    MLP         GELU, two matrices     gated SiLU, three     a lower loss for as many weights
+    norms       LayerNorm              RMSNorm               mean and shift are not needed
+    positions   learned, added once    rotary, in attention  only the distance counts
+    q and k     not normalized         normalized            stable at higher rates
+    k and v     for each head          shared by heads       a smaller cache
+    MLP         GELU, two matrices     gated SiLU, three     a lower loss for equally many weights
     biases      everywhere             none                  not needed, and slower
 
-The trunk carries GPT-2's names in both, attention and MLP those of transformers' GPT2LMHeadModel
-and Qwen3ForCausalLM. Dimensions: B batch, T time, C embedding, H heads, K heads of keys and values,
-D head size, V vocabulary.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and openai/gpt-2
+src/model.py; Yang et al. 2025, "Qwen3 Technical Report". Dimensions: B batch, T time, C embedding,
+H heads, K heads of keys and values, D head size, V vocabulary.
 """
+
+# Modules are called without types.
+# mypy: disable-error-code="no-any-return"
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, Self
+from functools import partial
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,29 +35,29 @@ LAYER_NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens before (sampler/decode.py has one)."""
+    """Keys and values of earlier tokens (sampler/decode.py has one)."""
 
-    positions: Tensor  # of the tokens at hand in their texts: (T,) or (B, T)
+    positions: Tensor  # of the new tokens in their texts: (T,) or (B, T)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Take in k and v (B, K, T, D), and attend from q (B, H, T, D) over all that is there."""
+        """Add k and v (B, K, T, D), and attend from q (B, H, T, D) over all."""
 
 
-# ---------------------------------------------------------------------- what both share
+# ------------------------------------------------------------------------- both families
 
 
 class Linear(nn.Linear):
     def reset_parameters(self) -> None:
-        """Nothing: torch would fill it in its own way, which takes seconds, and ours come after."""
+        """Nothing: torch's own initialization takes seconds, and init_weights() follows."""
 
 
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        """Nothing, likewise."""
+        """Nothing, as in Linear."""
 
 
 class Fused(Linear):
-    """Several matrices of the same input as one product; their outputs stand side by side."""
+    """Several matrices of one input as one product, with their outputs side by side."""
 
     def __init__(self, size: int, sizes: tuple[int, ...], bias: bool) -> None:
         super().__init__(size, sum(sizes), bias=bias)
@@ -76,8 +73,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None, *turn: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C); `turn` is Qwen3's rotary table."""
         x = x + self.attn(self.ln_1(x), cache, *turn)
-        out: Tensor = x + self.mlp(self.ln_2(x))
-        return out
+        return x + self.mlp(self.ln_2(x))
 
 
 def attend(
@@ -85,7 +81,7 @@ def attend(
 ) -> Tensor:
     """Causal attention: q (B, H, T, D), k and v (B, K, T, D) -> (B, T, H * D).
 
-    Only a cache asks for attention.layer: to look at it in training would compile each block anew.
+    Training does not read attention.layer, which would make torch.compile compile every block.
     """
     if cache is None:
         shared = q.shape[1] != k.shape[1]
@@ -96,21 +92,26 @@ def attend(
 
 
 class LanguageModel(nn.Module, ABC):
-    h: nn.ModuleList  # L blocks
-    ln_f: nn.Module
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, norm: Callable[[], nn.Module], attention: Any, mlp: Any
+    ) -> None:
         super().__init__()
         self.config = config
         self.wte = Embedding(config.vocab_size, config.embedding_size)
-        self.trunk = self.hidden  # what training runs; loop.py may put a compiled one here
+        if config.family == "gpt2":
+            self.wpe = Embedding(config.context_length, config.embedding_size)
+        self.h = nn.ModuleList(
+            Block((norm(), norm()), attention(config, layer), mlp(config))
+            for layer in range(config.num_layers)
+        )
+        self.ln_f = norm()
+        self.trunk = self.hidden  # for training; backends.py puts a faster one here
 
     def init_weights(self, seed: int) -> None:
-        """Matrices normal, biases 0, gains 1: the same on every rank. While it is on the CPU."""
+        """Matrices normal, biases 0, gains 1: the same on every rank. The model is on the CPU."""
 
         def fill(name: str, weight: Tensor) -> None:
-            if weight.ndim == 2:
-                # From a stream of its own, so that it is the same whichever thread fills it.
+            if weight.ndim == 2:  # each from its own stream, whatever the order of the threads
                 number = xxh32_intdigest(f"{seed} {name}".encode())
                 generator = torch.Generator().manual_seed(number)
                 nn.init.normal_(weight, 0.0, self.init_std(name, weight), generator)
@@ -122,7 +123,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def init_std(self, name: str, weight: Tensor) -> float:
-        """The standard deviation with which a matrix starts."""
+        """The standard deviation of a matrix's initial weights."""
 
     @abstractmethod
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -135,23 +136,21 @@ class LanguageModel(nn.Module, ABC):
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses in nats, over targets (B, T) that are not -100; x (B, T, C).
 
-        A sum, so that nothing is rounded on the way back: the optimizer divides, in float32.
+        A sum rounds nothing in backward: the optimizer divides, in float32.
         """
         weight = self.wte.weight
         if not torch.is_grad_enabled():  # a Function sees requires_grad, not the grad mode
             weight = weight.detach()
-        loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, 1), weight, targets.flatten()
-        )
-        return loss
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return HeadLoss.apply(x, weight, targets)  # type: ignore[no-untyped-call]
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """What training minimizes: the trunk, and the loss of what comes out of it."""
+        """The loss that training minimizes."""
         return self.loss(self.trunk(tokens), targets)
 
 
 def build_model(config: ModelConfig) -> "GPT2 | Qwen3":
-    """Its matrices are not filled yet: init_weights() or a state to load does that."""
+    """A model whose matrices are not filled: init_weights() or a loaded state does that."""
     return Qwen3(config) if config.family == "qwen3" else GPT2(config)
 
 
@@ -171,8 +170,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         # (B, T, 3C) -> three of (B, H, T, D)
         q, k, v = self.c_attn(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out: Tensor = self.c_proj(attend(self, cache, q, k, v))
-        return out
+        return self.c_proj(attend(self, cache, q, k, v))
 
 
 class MLP(nn.Module):
@@ -183,15 +181,14 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * size, size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_proj(gelu(self.c_fc(x)))
-        return out
+        return self.c_proj(gelu(self.c_fc(x)))
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation (Hendrycks and Gimpel 2016), as GPT-2 has it."""
+    """GPT-2's tanh approximation of GELU (Hendrycks and Gimpel 2016)."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    # The same function: (1 + tanh u) / 2 = sigmoid(2u). A GPU takes far fewer instructions for it.
+    # The same function, as (1 + tanh u) / 2 = sigmoid(2u), in far fewer instructions of a GPU.
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
@@ -199,33 +196,22 @@ class GPT2(LanguageModel):
     ln_f: nn.LayerNorm
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.wpe = Embedding(config.context_length, config.embedding_size)
-
-        def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(config.embedding_size, bias=config.bias)
-
-        self.h = nn.ModuleList(
-            Block((norm(), norm()), Attention(config, layer), MLP(config))
-            for layer in range(config.num_layers)
-        )
-        self.ln_f = norm()
+        norm = partial(nn.LayerNorm, config.embedding_size, bias=config.bias)
+        super().__init__(config, norm, Attention, MLP)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         new = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(new if cache is None else cache.positions)
         for block in self.h:
             x = block(x, cache)
-        out: Tensor = self.ln_f(x)
-        return out
+        return self.ln_f(x)
 
     def init_std(self, name: str, weight: Tensor) -> float:
-        """GPT-2's: 0.02, for positions 0.01 (openai/gpt-2 src/model.py), and what projects into
-        the sum is scaled by 1/sqrt(2L) (the paper, 2.3).
+        """GPT-2's: 0.02, for positions 0.01 (openai/gpt-2 src/model.py), and for projections into
+        the residual stream 0.02/sqrt(2L) (the paper, 2.3).
 
-        One number departs from it: the token embedding is at most 0.3/sqrt(C). It is the head too,
-        and at 0.02 its logits start with a variance of C * 0.0004, which lifts the first loss
-        0.15 (C = 768) to 0.4 (C = 1600) above ln V; this way every size starts at ln V.
+        Except the token embedding: at most 0.3/sqrt(C). It is also the head, and 0.02 would start
+        with logits of variance C * 0.0004 and a loss 0.15 (C = 768) to 0.4 (C = 1600) above ln V.
         """
         small = {"wte.weight": 0.3 / math.sqrt(self.config.embedding_size), "wpe.weight": 0.01}
         adds = name.endswith("c_proj.weight")
@@ -233,13 +219,13 @@ class GPT2(LanguageModel):
         return min(usual, small.get(name, usual))
 
 
-# --------------------------------------------------------------- what changed since: Qwen3
+# -------------------------------------------------------------------------------- Qwen3
 
 
 def rotary_table(config: ModelConfig) -> Tensor:
     """Cosines and sines of the angles of every position: (2, T, 1, D) in float32.
 
-    Number n of a head's first half and number n of its second are a pair, which position t turns by
+    Number n of a head's first half and number n of its second are a pair, rotated at position t by
     t * theta^(-2n/D) (Su et al. 2021, "RoFormer"). The sines have the signs that rotate() needs.
     """
     size = config.head_dim()
@@ -250,11 +236,10 @@ def rotary_table(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the pairs of x (B, T, heads, D) by `turn`, rows of rotary_table()."""
+    """Rotate the pairs of x (B, T, heads, D) by `turn`, rows of rotary_table()."""
     cos, sin = turn
     first, second = x.chunk(2, -1)
-    turned: Tensor = x * cos + torch.cat([second, first], -1) * sin
-    return turned.to(x.dtype)
+    return (x * cos + torch.cat([second, first], -1) * sin).to(x.dtype)
 
 
 class GroupedAttention(nn.Module):
@@ -277,8 +262,7 @@ class GroupedAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)  # (B, T, heads, D)
         q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out: Tensor = self.o_proj(attend(self, cache, q, k, v))
-        return out
+        return self.o_proj(attend(self, cache, q, k, v))
 
 
 class GatedMLP(nn.Module):
@@ -292,28 +276,19 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Qwen3(LanguageModel):
     ln_f: nn.RMSNorm
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(config.embedding_size, eps=RMS_NORM_EPS)
-
-        self.h = nn.ModuleList(
-            Block((norm(), norm()), GroupedAttention(config, layer), GatedMLP(config))
-            for layer in range(config.num_layers)
-        )
-        self.ln_f = norm()
+        norm = partial(nn.RMSNorm, config.embedding_size, eps=RMS_NORM_EPS)
+        super().__init__(config, norm, GroupedAttention, GatedMLP)
         self.turns = rotary_table(config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What to() calls: the table moves along, but stays float32, as a buffer would not."""
+        """For to(): the table moves to the device but stays float32, unlike a buffer."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.turns = self.turns.to(self.wte.weight.device)
         return self
@@ -323,15 +298,14 @@ class Qwen3(LanguageModel):
         turn = self.turns[:, : tokens.shape[1]] if cache is None else self.turns[:, cache.positions]
         for block in self.h:
             x = block(x, cache, turn)
-        out: Tensor = self.ln_f(x)
-        return out
+        return self.ln_f(x)
 
     def init_std(self, name: str, weight: Tensor) -> float:
-        """As is usual for Muon: blocks add nothing at first, what projects into the sum is zero.
+        """As usual with Muon: 0 for projections into the residual stream, so that blocks add
+        nothing at first, and an output deviation of 1/2 for other matrices, whatever C.
 
-        Other matrices make an output of 1/2, whatever C: their updates, too, have one size for all
-        C. x is at first the token embedding alone, normalized, which gives a token's own logit C
-        times the deviation; 0.005 keeps it from counting, and every size starts at ln V.
+        At first the head sees the normalized token embedding alone, so a token's own logit is C
+        times the embedding's deviation: 0.005 keeps the first loss at ln V.
         """
         if name == "wte.weight":
             return 0.005

@@ -1,8 +1,8 @@
-"""What is foretold of a card."""
+"""The speed that `forge-train --check` predicts."""
 
 import pytest
 
-from trainer.card import Card
+from trainer.check import Card
 from trainer.config_file import load
 
 H200 = Card(matmul_flops=680e12, copy_bytes=4.25e12)
