@@ -234,8 +234,9 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
         f"- {exported.num_parameters():,} parameters, in {dtype}: {model.num_layers} layers, "
         f"{model.num_heads} heads, {model.embedding_size} channels, context "
         f"{model.context_length}; {FAMILIES[model.family]}'s architecture, GPT-2's tokenizer",
-        f"- Trained from scratch on {state.tokens:,} tokens of {data['name']}{revision}, "
-        f"in {state.step:,} steps and {duration(state.seconds)} (h:mm:ss)",
+        f"- Trained from {state.weights_from or 'scratch'} on {state.tokens:,} tokens of "
+        f"{data['name']}{revision}, in {state.step:,} steps and {duration(state.seconds)} "
+        "(h:mm:ss)",
         *(f"- Hardware: {row['hardware']}" for row in started),
         *(f"- Training loss {row['loss']:.4f} nats a token at the last step" for row in trained),
         *(

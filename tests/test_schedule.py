@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from trainer import config_file, schedule, train
+from trainer import step as step_module
 from trainer.checkpoint import State
 from trainer.config import Config
 from trainer.ranks import Ranks
 from trainer.schedule import Clock, Plan, first_plan, learning_rate
-from trainer.step import Inbox, StepResult, Votes
+from trainer.step import Inbox, Moment, StepResult, Votes
 
 
 def wsd(**options: object) -> Config:
@@ -62,7 +63,7 @@ class LateInbox(Inbox):
 
     def push(self, step: int, lr: float, figures: Tensor) -> list[StepResult]:
         before = self.flush()
-        self.waiting = [(step, lr, figures, None)]
+        self.waiting = [(step, lr, figures, Moment(self.device))]
         return before
 
 
@@ -71,6 +72,7 @@ def simulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     def run(config: Config, seconds_of: list[float], evaluation: float, save: float) -> Any:
         day, rates, saves = Day(), [], []
         monkeypatch.setattr(schedule, "time", day)
+        monkeypatch.setattr(step_module, "time", day)
         monkeypatch.setattr(train, "Inbox", request.param)
         clock, state = Clock(config, 0.0), State(config.model, "float32", "", first_plan(config))
 
@@ -82,20 +84,18 @@ def simulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         def evaluates(*_: object) -> bool:
             day.now += evaluation
             clock.evaluation = evaluation
-            clock.restart_lap()
             return True
 
         def saved(setup: object, state: State, *_: object) -> None:
             day.now += save
             clock.save = save
             saves.append(state.step)
-            clock.restart_lap()
 
         monkeypatch.setattr(train, "train_step", step)
         monkeypatch.setattr(train, "evaluate", evaluates)
         monkeypatch.setattr(train, "save", saved)
         monkeypatch.setattr(train, "speeds", lambda *_: {})
-        setup = SimpleNamespace(config=config, ranks=Ranks())
+        setup = SimpleNamespace(config=config, ranks=Ranks(), device=torch.device("cpu"))
         signals = SimpleNamespace(stop="", take_save=lambda: False)
         checkpoints = SimpleNamespace(prove=lambda: None)
         train.run_steps(setup, state, clock, signals, lambda *_, **__: None, checkpoints)  # type: ignore[arg-type]
@@ -131,6 +131,19 @@ def test_a_budget_is_kept_and_ends_at_two_percent_of_the_peak_or_less(
     falling = done.rates[done.rates.index(max(done.rates)) :]
     assert all(a >= b for a, b in pairwise(falling))
     assert len(done.saves) < 40
+
+
+@pytest.mark.parametrize(("hours", "each", "save"), [(0.1, 0.763, 5.0), (0.25, 0.763, 5.0)])
+def test_plans_are_not_late_by_their_own_checkpoints(
+    hours: float, each: float, save: float, simulate: Any
+) -> None:
+    """One of 4.3 GB takes several steps of a small budget."""
+    noise = [each * (1 + 0.02 * (step * 7 % 11 - 5)) for step in range(9000)]
+    config = wsd(budget_hours=hours, decay_fraction=0.5)
+    done = simulate(config, noise, evaluation=2.0, save=save)
+    assert done.seconds <= hours * 3600
+    assert done.rates[-1] <= 0.02 * config.optimizer.peak_lr
+    assert len(done.saves) * save < 0.15 * done.seconds
 
 
 def test_the_last_checkpoint_before_the_decay_is_where_the_rate_is_still_high(

@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -106,7 +107,8 @@ class Metrics:
         """Raises OSError."""
         self.path = run / METRICS_FILE
         self.cut = False  # whether the last line may have been written in part
-        kept = [row for row in read_metrics(run) if step is not None and row["step"] <= step]
+        rows = read_metrics(run) if step is not None and self.path.exists() else []
+        kept = [row for row in rows if row["step"] <= (step or 0)]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def __call__(self, row: Row) -> None:
@@ -123,8 +125,6 @@ class Metrics:
 def read_metrics(run: Path) -> list[Row]:
     """The rows of a run's metrics.jsonl, without damaged ones: a kill cuts the last in half."""
     rows: list[Row] = []
-    if not (run / METRICS_FILE).exists():
-        return rows
     for line in (run / METRICS_FILE).read_bytes().splitlines():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
@@ -181,7 +181,7 @@ class Terminal:
     def eta(self, step: int) -> str:
         left = math.inf
         if self.clock.steps:
-            left = (self.state.plan.stop - step) * self.clock.seconds_per_step()
+            left = (self.state.plan.stop - step) * statistics.median(self.clock.steps)
         if (hours := self.config.schedule.budget_hours) is not None:
             left = min(left, hours * 3600 - self.clock.used)
         return "?" if left == math.inf else duration(max(0.0, left))

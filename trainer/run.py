@@ -57,7 +57,8 @@ def open_run(config: Config, index: Index, run: Path, resume: bool) -> int | Non
             fix="add --resume to continue it, or name another --out",
         )
     found = checkpoint.steps(run)
-    if not found and any(row["kind"] == "checkpoint" for row in read_metrics(run)):
+    log = read_metrics(run) if (run / METRICS_FILE).exists() else []
+    if not found and any(row["kind"] == "checkpoint" for row in log):
         raise ForgeError(
             f"the checkpoints are gone: {METRICS_FILE} tells of some",
             where=run / checkpoint.FOLDER,

@@ -82,8 +82,6 @@ class Clock:
         self.steps: deque[float] = deque(maxlen=TIMED_STEPS)  # seconds
         self.evaluation: float | None = None  # seconds that the last one took
         self.save = 0.0  # likewise a checkpoint
-        self.lap_at = began
-        self.is_warm = False  # the first step compiles
         self.has_asked = False  # for a checkpoint with a new plan
 
     @property
@@ -91,59 +89,45 @@ class Clock:
         """Seconds of training, over all starts."""
         return time.perf_counter() - self.began
 
-    def lap(self) -> float:
-        """Seconds since the last lap, which a step took."""
-        now, before = time.perf_counter(), self.lap_at
-        self.lap_at = now
-        if self.is_warm:
-            self.steps.append(now - before)
-        self.is_warm = True
-        return now - before
+    def steps_left(self, step: int, saves: int = 1) -> float:
+        """Steps after `step` that the budget has room for, beside a last evaluation.
 
-    def restart_lap(self) -> None:
-        """What happened since the last lap was not a step."""
-        self.lap_at = time.perf_counter()
-
-    def seconds_per_step(self) -> float:
-        """What a step takes, its share of evaluations and checkpoints included."""
-        each = statistics.median(self.steps)
-        each += self._evaluation() / self.config.evaluate.every_steps
-        return each + self.save / self.config.checkpoint.every_steps
-
-    def steps_left(self) -> float:
-        """Steps that fit into the rest of the budget, with a last evaluation and checkpoint.
-
-        Infinite without a budget, and before a step was timed.
+        `saves` checkpoints will be written besides those of the config: the last one, say. Infinite
+        without a budget, and before a step was timed.
         """
-        hours = self.config.schedule.budget_hours
+        config, hours = self.config, self.config.schedule.budget_hours
         if hours is None or not self.steps:
             return math.inf
+        each, evaluation = statistics.median(self.steps), self.evaluation
+        if evaluation is None:  # forward is a third of a step
+            evaluation = each * config.evaluate.num_tokens / (3 * config.batch.tokens_per_step)
         left = hours * 3600 * (1 - SPARE_FRACTION) - SPARE_SECONDS - self.used
-        return max(0.0, left - self._evaluation() - self.save) / self.seconds_per_step()
-
-    def _evaluation(self) -> float:
-        if self.evaluation is not None:
-            return self.evaluation
-        share = self.config.evaluate.num_tokens / self.config.batch.tokens_per_step
-        return share * statistics.median(self.steps) / 3  # forward is a third of a step
+        left -= evaluation + saves * self.save
+        stop = step + max(0.0, left / each)
+        for every, seconds in (
+            (config.evaluate.every_steps, evaluation),
+            (config.checkpoint.every_steps, self.save),
+        ):
+            left -= seconds * (stop // every - step // every)
+        return max(0.0, left / each)
 
     def is_up(self, step: int, plan: Plan) -> bool:
         """Whether the run must end now, before its plan does; `step` is the last one queued."""
-        left = self.steps_left()
+        left = self.steps_left(step)
         return left < HEARD_STEPS and step + left < plan.stop
 
     def wants_plan(self, step: int, plan: Plan) -> bool:
         """Whether the clock would cut the plan while the rate is high. Asks once for each plan."""
         if len(self.steps) < FIRST_STEPS or self.has_asked:
             return False
-        end = step + self.steps_left()
+        end = step + self.steps_left(step)
         self.has_asked = end < plan.stop and plan.factor(end) > CUT_FACTOR
         return self.has_asked
 
     def revise(self, step: int, plan: Plan) -> Plan:
         """The plan from `step` on, by what a step takes now."""
         self.has_asked = False
-        left = self.steps_left()
+        left = self.steps_left(step, saves=2)  # this plan's own checkpoint, and the last
         if left == math.inf or step >= plan.stop:
             return plan
         stop = step + max(1, math.floor(left - SPARE_STEPS))

@@ -1,6 +1,7 @@
 """One step: forward, backward, clip, update; and its figures, read when the next is queued."""
 
 import math
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,10 +39,11 @@ class Votes(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step came to, the same on every rank."""
+    """What a step came to; all but the seconds are the same on every rank."""
 
     step: int
     lr: float
+    seconds: float
     loss: float  # mean nats per token, over all ranks
     norm: float  # of the gradient, before clipping
     votes: Votes
@@ -73,31 +75,52 @@ def train_step(setup: Setup, lr: float, votes: Votes) -> Tensor:
     return torch.cat([shared, norm.reshape(1)])
 
 
+class Moment:
+    """A point in the device's queue of work, which the host runs ahead of (a CPU: its clock)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.time = time.perf_counter()
+        self.event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self.event.record()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Waits until the device has come this far."""
+        if self.event and earlier.event:
+            self.event.synchronize()
+            return float(earlier.event.elapsed_time(self.event)) / 1000
+        return self.time - earlier.time
+
+
 class Inbox:
     """Figures on their way from the GPU: a step's are read when the next one has been queued."""
 
-    def __init__(self) -> None:
-        self.waiting: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.began = Moment(device)  # of the step that is read next
+        self.waiting: list[tuple[int, float, Tensor, Moment]] = []
 
     def push(self, step: int, lr: float, figures: Tensor) -> list[StepResult]:
         """Send a step's figures on their way; returns those of the one before (CPU: its own)."""
-        arrived = None
         if figures.is_cuda:  # reading it directly would wait for all that is queued behind it, too
-            sent = torch.empty(figures.shape, pin_memory=True)
-            figures = sent.copy_(figures, non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
+            figures = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
+        arrived = Moment(self.device)
         before = self.flush()
         self.waiting = [(step, lr, figures, arrived)]
-        return before if arrived else before + self.flush()
+        return before if arrived.event else before + self.flush()
 
     def flush(self) -> list[StepResult]:
         """All that is still on its way; waits for it."""
         results = []
         for step, lr, figures, arrived in self.waiting:
-            if arrived:
-                arrived.synchronize()
+            seconds, self.began = arrived.seconds_since(self.began), arrived
             loss, *votes, norm = figures.tolist()
-            results.append(StepResult(step, lr, loss, norm, Votes(*(n > 0 for n in votes))))
+            heard = Votes(*(vote > 0 for vote in votes))
+            results.append(StepResult(step, lr, seconds, loss, norm, heard))
         self.waiting = []
         return results
+
+    def restart(self) -> None:
+        """What the device did since the last step was not a step."""
+        self.began = Moment(self.device)

@@ -84,6 +84,7 @@ class Heard:
     time_is_up: bool = False
     skipped: int = 0  # steps in a row whose update was left out
     is_sound: bool = True  # the last step, and its evaluation if there was one
+    is_warm: bool = False  # whether a step was taken
 
     def take(self, result: StepResult) -> None:
         self.stop |= result.votes.stop
@@ -105,8 +106,7 @@ def run_steps(
 
     ForgeError if the last step was not sound, or its checkpoint is not on the disk.
     """
-    config, inbox, heard, unsaved = setup.config, Inbox(), Heard(), None
-    clock.restart_lap()
+    config, inbox, heard, unsaved = setup.config, Inbox(setup.device), Heard(), None
     while state.step < state.plan.stop and not heard.stop:
         votes = vote(setup, state, clock, signals)
         lr = learning_rate(config, state.plan, state.step + 1)
@@ -127,6 +127,8 @@ def run_steps(
             state.plan = from_first(setup.ranks, lambda: clock.revise(state.step, state.plan))
             unsaved = save(setup, state, clock, report, checkpoints)
             heard.save = False
+        if not inbox.waiting:  # all is read, and something else may have been done since
+            inbox.restart()
     if unsaved or not heard.is_sound:
         raise ForgeError(
             f"the last step is not saved: {unsaved or 'its loss or norm is not finite'}",
@@ -159,7 +161,10 @@ def take_up(
         heard.take(result)
         kind = "step" if result.is_sound else "skip"
         row = {"loss": result.loss, "lr": result.lr, "norm": result.norm}
-        report(kind, result.step, **row, **speeds(setup, clock.lap()))
+        report(kind, result.step, **row, **speeds(setup, result.seconds))
+        if heard.is_warm:  # the first step compiles
+            clock.steps.append(result.seconds)
+        heard.is_warm = True
         if result.is_sound and setup.ranks.is_first:
             checkpoints.prove()
         if heard.skipped >= setup.config.guard.max_skipped_steps:
@@ -197,7 +202,6 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
     if text:
         report("sample", state.step, text=text)
     state.validation_loss = loss if math.isfinite(loss) else None
-    clock.restart_lap()
     return math.isfinite(loss)
 
 
@@ -223,5 +227,4 @@ def save(
         report("checkpoint", state.step, save_seconds=clock.save)
     elif ranks.is_first:
         say(f"WARNING: step {state.step}: checkpoint not saved: {problem}")
-    clock.restart_lap()
     return problem

@@ -16,7 +16,7 @@ import click
 import torch
 
 from pipeline.errors import ForgeError
-from trainer import card, config_file
+from trainer import check, config_file
 from trainer import train as trainer
 from trainer.report import read_metrics
 from trainer.start import Command
@@ -48,7 +48,7 @@ def main(
         return
     if not torch.cuda.is_available():
         raise click.ClickException("this benchmark needs a GPU")
-    measured = card.measure(torch.device("cuda"), torch.bfloat16)
+    measured = check.measure(torch.device("cuda"), torch.bfloat16)
     torch.cuda.empty_cache()
     click.echo(f"{torch.cuda.get_device_name()}, at most {gib} GiB; torch {torch.__version__}")
     click.echo(
