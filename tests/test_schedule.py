@@ -133,6 +133,16 @@ def test_a_budget_is_kept_and_ends_at_two_percent_of_the_peak_or_less(
     assert len(done.saves) < 40
 
 
+def test_one_slow_evaluation_does_not_end_a_run(simulate: Any) -> None:
+    """At a checkpoint, and longer than all the steps between two evaluations."""
+    config = wsd(budget_hours=0.1)
+    often = replace(config.evaluate, every_steps=4), replace(config.checkpoint, every_steps=4)
+    config = replace(config, evaluate=often[0], checkpoint=often[1])
+    done = simulate(config, [0.25] * 9000, evaluation=1.6, save=0.05)
+    assert 0.95 * 360 < done.seconds <= 360
+    assert done.rates[-1] <= 0.02 * config.optimizer.peak_lr
+
+
 @pytest.mark.parametrize(("hours", "each", "save"), [(0.1, 0.763, 5.0), (0.25, 0.763, 5.0)])
 def test_plans_are_not_late_by_their_own_checkpoints(
     hours: float, each: float, save: float, simulate: Any

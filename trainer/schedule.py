@@ -103,12 +103,7 @@ class Clock:
             evaluation = each * config.evaluate.num_tokens / (3 * config.batch.tokens_per_step)
         left = hours * 3600 * (1 - SPARE_FRACTION) - SPARE_SECONDS - self.used
         left -= evaluation + saves * self.save
-        stop = step + max(0.0, left / each)
-        for every, seconds in (
-            (config.evaluate.every_steps, evaluation),
-            (config.checkpoint.every_steps, self.save),
-        ):
-            left -= seconds * (stop // every - step // every)
+        each += evaluation / config.evaluate.every_steps + self.save / config.checkpoint.every_steps
         return max(0.0, left / each)
 
     def is_up(self, step: int, plan: Plan) -> bool:
