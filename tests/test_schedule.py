@@ -130,7 +130,7 @@ def test_a_budget_is_kept_and_ends_at_two_percent_of_the_peak_or_less(
     assert done.rates[-1] <= 0.02 * peak
     falling = done.rates[done.rates.index(max(done.rates)) :]
     assert all(a >= b for a, b in pairwise(falling))
-    assert len(done.saves) < 40
+    assert len(done.saves) < 25
 
 
 def test_one_slow_evaluation_does_not_end_a_run(simulate: Any) -> None:
@@ -153,7 +153,7 @@ def test_plans_are_not_late_by_their_own_checkpoints(
     done = simulate(config, noise, evaluation=2.0, save=save)
     assert done.seconds <= hours * 3600
     assert done.rates[-1] <= 0.02 * config.optimizer.peak_lr
-    assert len(done.saves) * save < 0.15 * done.seconds
+    assert len(done.saves) * save < 0.1 * done.seconds
 
 
 def test_the_last_checkpoint_before_the_decay_is_where_the_rate_is_still_high(
@@ -182,7 +182,7 @@ def test_whichever_of_budget_and_steps_ends_first_sets_the_decay(simulate: Any) 
     for done in (by_steps, by_clock):
         assert done.rates[-1] == 0
         falls = sum(b < a for a, b in pairwise(done.rates))
-        assert falls == pytest.approx(0.2 * len(done.rates), abs=3)
+        assert falls == pytest.approx(0.2 * len(done.rates), rel=0.1)
 
 
 def test_a_plan_is_all_that_a_rate_needs() -> None:

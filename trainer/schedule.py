@@ -26,6 +26,7 @@ SPARE_FRACTION = 0.002  # of the budget, for what nothing else accounts for
 SPARE_SECONDS = 2.0  # that a process takes to end
 SPARE_STEPS = 1.5  # that a plan leaves free, so that the clock seldom cuts it short
 HEARD_STEPS = 4  # that may still run after a vote to end: three are queued before it is heard
+NEAR_FRACTION = 0.02  # of the steps: a decay that would begin within them begins at once
 CUT_FACTOR = 0.01  # share of the peak at which the clock may cut a plan without a new one
 
 
@@ -112,20 +113,28 @@ class Clock:
         return left < HEARD_STEPS and step + left < plan.stop
 
     def wants_plan(self, step: int, plan: Plan) -> bool:
-        """Whether the clock would cut the plan while the rate is high. Asks once for each plan."""
+        """Whether the decay is to begin now, or would be cut short. Asks once for each plan."""
         if len(self.steps) < FIRST_STEPS or self.has_asked:
             return False
-        end = step + self.steps_left(step)
-        self.has_asked = end < plan.stop and plan.factor(end) > CUT_FACTOR
+        if plan.height == 1 and step < plan.start:
+            self.has_asked = self.plan_now(step, plan).start == step
+        else:
+            end = step + self.steps_left(step)
+            self.has_asked = end < plan.stop and plan.factor(end) > CUT_FACTOR
         return self.has_asked
 
     def revise(self, step: int, plan: Plan) -> Plan:
-        """The plan from `step` on, by what a step takes now."""
+        """plan_now(), which is to be saved: the next wish for a plan is about that one."""
         self.has_asked = False
+        return self.plan_now(step, plan)
+
+    def plan_now(self, step: int, plan: Plan) -> Plan:
+        """The plan from `step` on, by what a step takes now."""
         left = self.steps_left(step, saves=2)  # this plan's own checkpoint, and the last
         if left == math.inf or step >= plan.stop:
             return plan
         stop = step + max(1, math.floor(left - SPARE_STEPS))
         stop = min(stop, self.config.num_steps() or stop)
-        height = plan.factor(step)
-        return Plan(step if height < 1 else max(step, decay_start(self.config, stop)), stop, height)
+        start, height = decay_start(self.config, stop), plan.factor(step)
+        is_near = start - step < max(HEARD_STEPS, NEAR_FRACTION * step)
+        return Plan(step if height < 1 or is_near else start, stop, height)
