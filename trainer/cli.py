@@ -46,8 +46,8 @@ def main(
 ) -> None:
     """Train a model from scratch on a folder of shards.
 
-    CONFIG is the name of a config (tiny; forge_124m, forge_350m, forge_770m; gpt2, gpt2_medium,
-    gpt2_large, gpt2_xl) or a .toml path.
+    CONFIG is the name of a config (tiny, forge_tiny; forge_124m, forge_350m, forge_770m; gpt2,
+    gpt2_medium, gpt2_large, gpt2_xl) or a .toml path.
 
     \b
     On two GPUs (the dashes before forge-train are torchrun's):
