@@ -1,8 +1,10 @@
 """forge-prep: the offline stage's command line. Decorators, one call each, one error handler."""
 
+import contextlib
 import glob
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -53,6 +55,26 @@ def next_commands(folder: Path, tokens: dict[str, int]) -> str:
     return f"Look:  forge-prep info {quoted}\n{train}"
 
 
+def cores() -> int:
+    """CPUs that this process may use: of the machine, or of its container's quota."""
+    count = float(len(os.sched_getaffinity(0)))
+    root, own = Path("/sys/fs/cgroup"), "/"
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+    group = root / own.lstrip("/")
+    for folder in [group, *group.parents]:
+        with contextlib.suppress(OSError, ValueError):
+            if (folder / "cpu.max").exists():
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = (
+                    (folder / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period")
+                )
+            if float(quota) > 0:
+                count = min(count, float(quota) / float(period))
+    return max(1, math.ceil(count))
+
+
 class ForgeGroup(click.Group):
     command_class = ForgeCommand
 
@@ -95,7 +117,7 @@ def main() -> None:
 @click.option(
     "--shard-tokens",
     type=Count(),
-    default="100M",
+    default="10M",
     show_default=True,
     help="Tokens a shard, at most, about. Small sources get smaller shards; a text file is always "
     "one; compressed files make larger ones.",
@@ -106,6 +128,12 @@ def main() -> None:
     help="Drop documents whose metadata.int_score (or score) is lower, or null.",
 )
 @click.option(
+    "--split-on",
+    metavar="TEXT",
+    help="Start a new document of a .txt file at each line that begins with TEXT: '' for blank "
+    "lines, 'CHAPTER', '<|endoftext|>'.",
+)
+@click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
     default="stop",
@@ -114,11 +142,6 @@ def main() -> None:
     "index.json.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
-@click.option(
-    "--append",
-    is_flag=True,
-    help="Add the files that a finished folder lacks; not with --max-tokens.",
-)
 @click.option("--overwrite", is_flag=True, help="Remove the shards in the folder first.")
 @click.option(
     "--keep-downloads",
@@ -137,9 +160,9 @@ def tokenize(
     val_fraction: float,
     shard_tokens: int,
     min_score: float | None,
+    split_on: str | None,
     on_error: str,
     workers: int | None,
-    append: bool,
     overwrite: bool,
     keep_downloads: bool,
     as_json: bool,
@@ -156,13 +179,10 @@ def tokenize(
       forge-prep tokenize HuggingFaceTB/smollm-corpus --config fineweb-edu-dedup --max-tokens 10B
       forge-prep tokenize 'books/*.jsonl.zst' --out data_cache/books --text-column body
     """
-    from pipeline import sources
     from pipeline.prepare import tokenize
-    from pipeline.slices import Options
+    from pipeline.sources import Options, resolve
 
-    if append and overwrite:
-        raise click.UsageError("--append keeps the shards, --overwrite removes them: choose one")
-    resolved = sources.resolve(source, config, split, revision)
+    resolved = resolve(source, config, split, revision)
     given = click.get_current_context().get_parameter_source
     for name in ("config", "split", "revision"):
         if not resolved.hub and given(name) is not click.core.ParameterSource.DEFAULT:
@@ -171,15 +191,13 @@ def tokenize(
         more = f" and {len(others) - 3} more" * (len(others) > 3)
         click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
     folder = out or Path("data_cache") / default_name(source, config)
-    options = Options(text_column, val_fraction, max_tokens, shard_tokens, min_score)
-    cores = workers or len(os.sched_getaffinity(0))
+    options = Options(text_column, val_fraction, max_tokens, shard_tokens, min_score, split_on)
     with ProgressBar() as bar:
         outcome = tokenize(
             resolved,
             folder,
             options,
-            workers=cores,
-            append=append,
+            workers=workers or cores(),
             overwrite=overwrite,
             keep_downloads=keep_downloads,
             skip_errors=on_error == "skip",
@@ -268,11 +286,12 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     wrong document counts. Exit code 1 when anything is wrong.
     """
     from pipeline import shards
+    from pipeline.verify import verify
 
     index = shards.load_index(folder)
     total = shards.TOKEN_BYTES * index.total("num_tokens")
     with ProgressBar(total) as bar:
-        problems = shards.verify(index, workers or len(os.sched_getaffinity(0)), bar.add)
+        problems = verify(index, workers or cores(), bar.add)
     if as_json:
         click.echo(
             json.dumps(

@@ -1,4 +1,4 @@
-"""THE FORMAT: shard files and index.json. Write them, map them, check them.
+"""THE FORMAT: shard files and index.json. Write them, map them, read the index.
 
 Before: slices.py, which turns text into tokens. After: trainer/windows.py, which reads them.
 
@@ -13,7 +13,8 @@ A shard is an llm.c / modded-nanogpt token file, little-endian throughout:
 
 Every document starts with <|endoftext|> (50256), and text never makes that token. Beside the shards
 lie `r50k_base.tiktoken` (the vocabulary: one `base64(bytes) rank` a line) and index.json, which is
-written last: a folder without it is a folder that is not finished.
+written last: a folder without it is a folder that is not finished. What is still being made lies
+in `.work/`, and publish() moves it to its place.
 
 Sources: llm.c dev/data/data_common.py (write_datafile), modded-nanogpt data/fineweb.py.
 """
@@ -23,9 +24,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -34,8 +34,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline.errors import ForgeError
-from pipeline.files import write_whole
+from pipeline.errors import ForgeError, refusal
+from pipeline.files import sync_folder, write_whole
 
 MAGIC = 20240520
 VERSION = 1
@@ -50,11 +50,12 @@ INDEX_FILE = "index.json"
 INDEX_FORMAT = "llm-forge shards"
 INDEX_VERSION = 1
 VOCABULARY_FILE = "r50k_base.tiktoken"
-WORK_FOLDER = ".work"  # of a run of forge-prep tokenize that is not finished
+WORK_FOLDER = ".work"  # of a run of forge-prep that is not finished
+PLAN_FILE = "plan.json"  # in it: what the run makes
 # The very hash that tiktoken pins for OpenAI's published r50k_base.tiktoken.
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 SPLITS = ("train", "val")
-SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin(\.\d+\.partial)?")  # and halves
+SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin")
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -63,6 +64,7 @@ Tokens = npt.NDArray[np.uint16]
 class Shard:
     """One shard as index.json lists it. `checksum` is xxh3_64 (hex) of the token bytes.
 
+    `slice` is the piece of the source it was made of; a val shard joins pieces, and has 0.
     `head_checksum` is that of the file's first 4 KiB, header and first tokens: quick to look at
     before each training run. Empty in folders that were made without it.
     """
@@ -98,6 +100,12 @@ class DocumentLengths:
             int(lengths.min()), int(lengths.max()), tuple(np.bincount(buckets).tolist())
         )
 
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> "DocumentLengths":
+        lengths = DocumentLengths(raw["min"], raw["max"], tuple(raw["histogram"]))
+        _check_counts(lengths.min, lengths.max, *lengths.histogram)
+        return lengths
+
     def __add__(self, other: "DocumentLengths") -> "DocumentLengths":
         if not other.histogram or not self.histogram:
             return self if self.histogram else other
@@ -122,7 +130,10 @@ class DocumentLengths:
 
 @dataclass(frozen=True)
 class Index:
-    """index.json. `source`, `options` and `skipped` are plain records of how it was made."""
+    """index.json. `source`, `options` and `skipped` are plain records of how it was made.
+
+    `base` is what a longer run keeps (see prepare.py); None if nothing can be added.
+    """
 
     folder: Path
     tokenizer: dict[str, Any]
@@ -131,6 +142,7 @@ class Index:
     skipped: dict[str, Any]
     document_tokens: dict[str, DocumentLengths]
     shards: tuple[Shard, ...]
+    base: dict[str, Any] | None = None
     sha256: str = field(default="", compare=False)  # of index.json itself, once it is on disk
 
     def of(self, split: str) -> tuple[Shard, ...]:
@@ -159,6 +171,7 @@ class Index:
             "source": self.source,
             "options": self.options,
             "skipped": self.skipped,
+            "base": self.base,
             "splits": splits,
         }
         rows = ",\n".join("    " + json.dumps(asdict(shard)) for shard in self.shards)
@@ -166,7 +179,7 @@ class Index:
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:
-    """The file of the shard that slice `number` (from 0) has of a split."""
+    """The file of shard `number` (from 0) of a split; a train shard has its slice's number."""
     return folder / f"{split}_{number:06d}.bin"
 
 
@@ -201,7 +214,7 @@ class ShardWriter:
             raise ForgeError(
                 f"a shard of over {MAX_SHARD_TOKENS:,} tokens does not fit the format",
                 where=self.path,
-                fix="a text file makes one shard: split it (split --line-bytes=1G, for .jsonl)",
+                fix="a text file makes one shard: cut it into files (split --line-bytes=1G)",
             )
         self._file.write(data)
         self._hash.update(data)
@@ -291,27 +304,31 @@ def read_vocabulary(path: Path) -> list[bytes]:
 
 def no_index(folder: Path) -> ForgeError:
     """What a folder without index.json probably is."""
-    names = [path.name for path in folder.iterdir()]
-    if WORK_FOLDER in names or any(map(SHARD_NAME.fullmatch, names)):
-        return ForgeError(
-            f"the folder has no {INDEX_FILE}, so it is not finished",
-            where=folder,
-            fix="run its forge-prep tokenize command again; it goes on where it stopped",
-        )
-    if any(name.endswith(".bin") for name in names):
-        return ForgeError(
-            f"the folder has no {INDEX_FILE}",
-            where=folder,
-            fix="if its .bin files are llm.c's or nanoGPT's tokens: forge-prep index DIR",
-        )
+    names = {path.name for path in folder.iterdir()}
     below = next(iter(sorted(folder.glob(f"*/{INDEX_FILE}"))), None)
-    return ForgeError(
-        f"no folder of shards: it has no {INDEX_FILE}",
-        where=folder,
-        fix=f"give the folder of shards itself, such as {below.parent}"
-        if below
-        else "make one of the text first: forge-prep tokenize SOURCE --out DIR; then give DIR",
-    )
+    what = f"the folder has no {INDEX_FILE}"
+    if WORK_FOLDER in names:
+        what += ", so it is not finished"
+        fix = "run its forge-prep command again; finished slices are kept"
+    elif {f"{split}.bin" for split in SPLITS} <= names:
+        fix = "if train.bin and val.bin are nanoGPT's GPT-2 tokens: forge-prep index DIR --raw"
+    elif any(name.endswith(".bin") for name in names):
+        fix = "if its .bin files are llm.c's or modded-nanogpt's shards: forge-prep index DIR"
+    elif below:
+        what = f"no folder of shards: it has no {INDEX_FILE}"
+        fix = f"give the folder of shards itself, such as {below.parent}"
+    else:
+        what = f"no folder of shards: it has no {INDEX_FILE}"
+        fix = "make one of the text first: forge-prep tokenize SOURCE --out DIR; then give DIR"
+    return ForgeError(what, where=folder, fix=fix)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a JSON file, perhaps damaged, carries our format: nothing else is ever removed."""
+    try:
+        return INDEX_FORMAT.encode() in path.read_bytes()[:1000]
+    except OSError:
+        return False
 
 
 def load_index(folder: Path) -> Index:
@@ -331,25 +348,21 @@ def load_index(folder: Path) -> Index:
             ) from None
         raise no_index(folder) from None
     except OSError as error:
+        raise refusal(error, "read the index", path) from error
+    if not is_ours(path):
         raise ForgeError(
-            f"cannot read the index: {error.strerror}", where=path, fix="give read permission"
-        ) from error
+            "the index is not forge-prep's: another program made it",
+            where=path,
+            fix="give a folder of shards that forge-prep made",
+        )
     try:
         raw = json.loads(data)
         if (raw["format"], raw["version"]) != (INDEX_FORMAT, INDEX_VERSION):
             raise ForgeError(
-                f"the index is of another format: {raw['format']!r} version {raw['version']}",
+                f"the index is of another version: {raw['version']}",
                 where=path,
                 fix="read it with the version of llm-forge that made it, or make it again",
             )
-        lengths = {
-            split: DocumentLengths(
-                figures["document_tokens"]["min"],
-                figures["document_tokens"]["max"],
-                tuple(figures["document_tokens"]["histogram"]),
-            )
-            for split, figures in raw["splits"].items()
-        }
         for section, key in (
             ("tokenizer", "vocab_size"),
             ("tokenizer", "sha256"),
@@ -358,8 +371,6 @@ def load_index(folder: Path) -> Index:
             ("skipped", "empty_documents"),
         ):
             raw[section][key]  # what others rely on
-        for figures in lengths.values():
-            _check_counts(figures.min, figures.max, *figures.histogram)
         for shard in raw["shards"]:
             _check_counts(*(shard[key] for key in ("num_tokens", "num_documents", "text_bytes")))
         return Index(
@@ -368,8 +379,12 @@ def load_index(folder: Path) -> Index:
             source=raw["source"],
             options=raw["options"],
             skipped=raw["skipped"],
-            document_tokens=lengths,
+            document_tokens={
+                split: DocumentLengths.from_json(figures["document_tokens"])
+                for split, figures in raw["splits"].items()
+            },
             shards=tuple(Shard(**shard) for shard in raw["shards"]),
+            base=raw.get("base"),
             sha256=hashlib.sha256(data).hexdigest(),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -386,95 +401,45 @@ def _check_counts(*values: Any) -> None:
             raise ValueError(f"{value!r} is no count")
 
 
-def save_index(index: Index) -> None:
-    """Write index.json, whole or not at all, with the checksums of the shards' heads."""
-    with_heads = tuple(
-        replace(shard, head_checksum=head_checksum(index.folder / shard.file))
-        for shard in index.shards
-    )
-    write_whole(index.folder / INDEX_FILE, replace(index, shards=with_heads).to_json().encode())
+def begin(folder: Path, plan: dict[str, Any]) -> Path:
+    """Make `.work/` in a folder, with the plan of what is made there, and return it."""
+    work = folder / WORK_FOLDER
+    work.mkdir(exist_ok=True)
+    marked = {"format": INDEX_FORMAT, "version": INDEX_VERSION} | plan
+    write_whole(work / PLAN_FILE, (json.dumps(marked) + "\n").encode())
+    return work
+
+
+def publish(index: Index) -> Index:
+    """Finish a folder: write the index of what `.work/` holds, and move all of it to its place."""
+    work = index.folder / WORK_FOLDER
+    sync_folder(work)
+    write_whole(work / INDEX_FILE, index.to_json().encode())
+    return finish_publishing(index.folder) or load_index(index.folder)
+
+
+def finish_publishing(folder: Path) -> Index | None:
+    """Move what `.work/` has ready to its place, the index last; None if nothing is ready.
+
+    The index in `.work/` says that all else is there. So a kill at any moment leaves a folder that
+    the next call finishes.
+    """
+    work = folder / WORK_FOLDER
+    if not (work / INDEX_FILE).exists():
+        return None
+    made = load_index(work)
+    (folder / INDEX_FILE).unlink(missing_ok=True)
+    for name in [VOCABULARY_FILE, *(shard.file for shard in made.shards)]:
+        if (work / name).exists():
+            (work / name).replace(folder / name)
+    sync_folder(folder)
+    (work / INDEX_FILE).replace(folder / INDEX_FILE)
+    sync_folder(folder)
+    shutil.rmtree(work, ignore_errors=True)
+    return load_index(folder)
 
 
 def head_checksum(path: Path) -> str:
     """xxh3_64 (hex) of a shard's first 4 KiB."""
     with path.open("rb") as file:
         return xxhash.xxh3_64(file.read(HEAD_BYTES)).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------
-# Checking
-
-
-def check_shard(
-    folder: Path, shard: Shard, whole_documents: bool, on_bytes: Callable[[int], None]
-) -> list[str]:
-    """Read one shard whole and list what is wrong with it (nothing, when all is well)."""
-    path = folder / shard.file
-    try:
-        num_tokens = check_header(path)
-        if num_tokens != shard.num_tokens:
-            return [f"{shard.file}: {num_tokens:,} tokens, the index says {shard.num_tokens:,}"]
-        digest, num_documents, largest = xxhash.xxh3_64(), 0, 0
-        first: int | None = None
-        with path.open("rb") as file:
-            file.seek(HEADER.size)
-            while chunk := file.read(1 << 22):
-                tokens = np.frombuffer(chunk, "<u2")
-                first = int(tokens[0]) if first is None else first
-                digest.update(chunk)
-                num_documents += int(np.count_nonzero(tokens == EOT_TOKEN))
-                largest = max(largest, int(tokens.max()))
-                on_bytes(len(chunk))
-    except ForgeError as error:
-        return [f"{shard.file}: {error.what}"]
-    except OSError as error:
-        return [f"{shard.file}: cannot be read: {error.strerror}"]
-    problems = []
-    if digest.hexdigest() != shard.checksum:
-        problems.append(
-            f"{shard.file}: checksum {digest.hexdigest()}, the index says {shard.checksum}"
-        )
-    if largest >= VOCAB_SIZE:
-        problems.append(f"{shard.file}: token {largest} is outside the vocabulary of {VOCAB_SIZE}")
-    if num_documents != shard.num_documents:
-        problems.append(
-            f"{shard.file}: {num_documents:,} documents, the index says {shard.num_documents:,}"
-        )
-    if first not in (EOT_TOKEN, None) and whole_documents:
-        problems.append(f"{shard.file}: does not start with <|endoftext|>")
-    if not problems and shard.head_checksum not in ("", head_checksum(path)):
-        problems.append(f"{shard.file}: the index has another checksum of its head")
-    return problems
-
-
-def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[str]:
-    """Check every byte of a folder against its index; the list of problems, empty when sound.
-
-    Hashing and counting release the interpreter's lock, so threads use all cores.
-    """
-    problems = []
-    listed = json.loads((index.folder / INDEX_FILE).read_bytes())["splits"]
-    summed = json.loads(index.to_json())["splits"]
-    for split in SPLITS:
-        if listed.get(split) != summed[split]:
-            problems.append(f"{INDEX_FILE}: the totals of {split} are not the sums over its shards")
-    known = {shard.file for shard in index.shards}
-    known |= {file["name"] for file in index.source.get("files", [])}
-    goes_on = (index.folder / WORK_FOLDER).exists()  # a run that is not finished
-    for path in sorted(index.folder.glob("*.bin")):
-        if path.name not in known and not (goes_on and SHARD_NAME.fullmatch(path.name)):
-            problems.append(f"{path.name}: a stranger, not in the index: move it elsewhere")
-    try:
-        vocabulary = (index.folder / VOCABULARY_FILE).read_bytes()
-        if hashlib.sha256(vocabulary).hexdigest() != index.tokenizer["sha256"]:
-            problems.append(f"{VOCABULARY_FILE}: changed")
-    except OSError as error:
-        problems.append(f"{VOCABULARY_FILE}: cannot be read: {error.strerror}")
-    whole = index.source.get("kind") != "token files"  # other people's may cut documents
-    with ThreadPoolExecutor(workers) as pool:
-        found: Iterable[list[str]] = pool.map(
-            lambda shard: check_shard(index.folder, shard, whole, on_bytes), index.shards
-        )
-        for more in found:
-            problems += more
-    return problems

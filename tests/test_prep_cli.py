@@ -89,7 +89,6 @@ def test_what_is_not_there_is_exit_code_1(
         ["tokenize", "x", "--max-tokens", "many"],
         ["tokenize", "x", "--max-tokens", "0"],
         ["tokenize", "x", "--max-tokens", "1e400"],
-        ["tokenize", "x", "--append", "--overwrite"],
         ["tokenize", "x", "--val-fraction", "1"],
         ["tokenize", "x", "--workers", "0"],
         ["show", "x", "-1"],
@@ -237,24 +236,14 @@ def test_what_is_of_the_hub_alone_is_refused_elsewhere(forge, source: Path, opti
     assert f"{option} is for a hub dataset" in result.stderr
 
 
-def test_verify_of_an_append_that_was_killed_says_that_more_is_on_its_way(
+def test_verify_of_a_folder_whose_extension_was_killed_says_that_more_is_on_its_way(
     forge, small_shards: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(small_shards, tmp_path / "copy"))
     (copy / shards.WORK_FOLDER).mkdir()
-    shutil.copy(copy / "train_000000.bin", copy / "train_000001.bin")
     sound = forge("prep", "verify", copy)
     assert sound.exit_code == 0
     assert "An unfinished run lies here" in sound.stdout
-
-
-def test_append_and_max_tokens_exclude_each_other_in_a_new_folder_too(
-    forge, source: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    result = forge("prep", "tokenize", source, "--out", out, "--append", "--max-tokens", 100)
-    assert_error(result, "--append and --max-tokens")
-    assert not out.exists()
 
 
 def test_index_takes_other_peoples_shards_as_they_are(
@@ -307,7 +296,7 @@ def test_index_leaves_an_unfinished_run_alone(forge, tmp_path: Path, make_parque
     out = tmp_path / "out"
     assert forge("prep", "tokenize", tmp_path / "a.parquet", "--out", out).exit_code == 0
     (out / "index.json").unlink()
-    (out / ".work").mkdir()
+    shards.begin(out, {"source": {"kind": "txt"}, "tokenizer": tokenizer.describe()})
     result = forge("prep", "index", out)
     assert result.exit_code == 1
     assert "unfinished run of forge-prep tokenize" in result.output
@@ -338,7 +327,7 @@ def test_ctrl_c_is_one_clear_message_and_the_next_run_goes_on(
         start_new_session=True,
     )
     deadline = time.monotonic() + 30
-    while not list((tmp_path / "out").glob("train_*")):  # a slice is being written
+    while not list((tmp_path / "out").glob(".work/train_*")):  # a slice is being written
         assert time.monotonic() < deadline
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the workers as well
