@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import ForgeError, refusal
+from pipeline.errors import KEPT, ForgeError, refusal
 from pipeline.sources import SUFFIXES, Slice, Source, SourceFile, kind_of
 
 DOWNLOADS_FOLDER = "downloads"
@@ -37,26 +37,18 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         by_split = {str(key): files for key, files in (builder.config.data_files or {}).items()}
     except Exception as error:  # the library raises a dozen unrelated types, network's included
-        raise ForgeError(
-            f"cannot resolve the hub dataset: {type(error).__name__}: {error}",
-            where=name + (f", config {config}" if config else ""),
-            fix="check the id, --config and the network, and run it again; a local path must "
-            "exist. Without a network: copy its parquet files here, and give their folder",
-        ) from error
+        what = f"cannot resolve the hub dataset: {type(error).__name__}: {error}"
+        fix = "check the id (or path), --config and the network; or give a folder of its files"
+        where = name + (f", config {config}" if config else "")
+        raise ForgeError(what, where=where, fix=fix) from error
     if split not in by_split:
-        raise ForgeError(
-            f"the dataset has no split {split!r} (it has {', '.join(by_split) or 'none'})",
-            where=name,
-            fix="name one of them with --split",
-        )
+        what = f"the dataset has no split {split!r} (it has {', '.join(by_split) or 'none'})"
+        raise ForgeError(what, where=name, fix="name one of them with --split")
     hub = HfFileSystem()
     paths = [str(path) for path in by_split[split]]
     if any(not path.startswith("hf://") for path in paths):
-        raise ForgeError(
-            "the dataset's files do not lie on the hub",
-            where=name,
-            fix="download them and give their folder",
-        )
+        what, fix = "the dataset's files do not lie on the hub", "download them; give their folder"
+        raise ForgeError(what, where=name, fix=fix)
     with on_the_hub(name):
         infos = {path: hub.info(path) for path in paths}
         parsed: list[Any] = [hub.resolve_path(path) for path in paths]
@@ -67,11 +59,9 @@ def resolve_hub(name: str, config: str | None, split: str, revision: str | None)
     kind = kind_of(files[0].name)
     if kind is None or any(kind_of(file.name) != kind for file in files):
         endings = sorted({"".join(Path(file.name).suffixes[-2:]) for file in files})
-        raise ForgeError(
-            f"the split's files are not all of one known kind: {', '.join(endings)}",
-            where=name,
-            fix=f"download them and give a glob of one kind; known endings: {SUFFIXES}",
-        )
+        what = f"the split's files are not all of one known kind: {', '.join(endings)}"
+        fix = f"download them and give a glob of one kind; known endings: {SUFFIXES}"
+        raise ForgeError(what, where=name, fix=fix)
     commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
     commit |= {"config": config} if config else {}
     return Source(name, kind, "", files, commit)
@@ -87,11 +77,9 @@ def on_the_hub(where: str) -> Iterator[None]:
     except Exception as error:  # a dozen unrelated types
         if type(error) is OSError:  # Arrow's as well; the network's are subclasses, or none
             raise
-        raise ForgeError(
-            f"cannot read from the hub: {type(error).__name__}: {error}",
-            where=where,
-            fix="check the network and HF_TOKEN and run the same command again",
-        ) from error
+        what = f"cannot read from the hub: {type(error).__name__}: {error}"
+        fix = "check the network and HF_TOKEN and run the same command again"
+        raise ForgeError(what, where=where, fix=fix) from error
 
 
 @contextmanager
@@ -151,28 +139,25 @@ class Downloads:
         wanted = self.source.files[file]
         for attempt in range(DOWNLOAD_TRIES):
             try:
-                path = hf_hub_download(
-                    self.hub["dataset"],
-                    wanted.name,
-                    repo_type="dataset",
-                    revision=self.hub["revision"],
-                    local_dir=self.folder,
-                )
-                if is_whole(Path(path), wanted):
-                    return Path(path)
+                at: Any = {"revision": self.hub["revision"], "local_dir": self.folder}
+                name = self.hub["dataset"]
+                path = Path(hf_hub_download(name, wanted.name, repo_type="dataset", **at))
+                if is_whole(path, wanted):
+                    return path
                 problem = "the bytes that came do not have the hash that the hub lists"
-                Path(path).unlink()
+                path.unlink()
             except Exception as error:  # network trouble has a dozen unrelated types
                 if isinstance(error, OSError) and error.errno in OF_THE_DISK:
                     raise refusal(error, "write a download", self.folder) from error
                 problem = f"{type(error).__name__}: {error}"
             if attempt + 1 < DOWNLOAD_TRIES:
                 time.sleep(min(60.0, FIRST_PAUSE_SECONDS * 2.0**attempt))
-        raise ForgeError(
+        where = f"{self.hub['dataset']} {wanted.name}"
+        what, fix = (
             f"cannot download a file of the dataset: {problem}",
-            where=f"{self.hub['dataset']} {wanted.name}",
-            fix="check the network and run the same command again; finished slices are kept",
+            f"check the network; {KEPT}",
         )
+        raise ForgeError(what, where=where, fix=fix)
 
     def release_before(self, file: int) -> None:
         """Remove the files in front of `file`: nobody needs them any more."""
@@ -182,15 +167,10 @@ class Downloads:
 
 def is_whole(path: Path, wanted: SourceFile) -> bool:
     """Whether a file has the size and the hash (sha256, or git's sha1) that the hub lists."""
-    if path.stat().st_size != wanted.bytes:
-        return False
-    if not wanted.checksum:
-        return True
-    if len(wanted.checksum) == 64:
-        digest = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(b"blob %d\0" % wanted.bytes)
+    is_git = len(wanted.checksum) != 64
+    digest = hashlib.sha1(b"blob %d\0" % wanted.bytes) if is_git else hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**22):
             digest.update(chunk)
-    return digest.hexdigest() == wanted.checksum
+        same = digest.hexdigest() == wanted.checksum or not wanted.checksum
+        return same and file.tell() == wanted.bytes

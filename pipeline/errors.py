@@ -10,15 +10,10 @@ from contextlib import contextmanager
 
 
 class ForgeError(Exception):
-    """A failure with a cure.
-
-    `what` is one sentence; `where` names the file, row, key or rank; `fix` says what to do next.
-    """
+    """`what` is one sentence; `where` names the file, row, key or rank; `fix` says what to do."""
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
-        self.what = what
-        self.where = where
-        self.fix = fix
+        self.what, self.where, self.fix = what, where, fix
         lines = [what]
         if where is not None:
             lines.append(f"  where:      {where}")
@@ -35,6 +30,7 @@ class DamageError(ForgeError):
 
 
 AGAIN = "run the same command again"
+KEPT = "run the same command again; finished slices are kept"
 _MEMORY = "use fewer --workers, or a machine with more memory"
 _ADVICE = (
     ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
@@ -53,15 +49,12 @@ def refusal(
 
     `doing` completes "cannot"; `then` is what to do afterwards.
     """
-    if not isinstance(error, OSError):
+    if isinstance(error, MemoryError):
         what = f"not enough memory to {doing}"
         return ForgeError(what, where=where, fix=f"{_MEMORY}; {then}")
-    advice = [text for numbers, text in _ADVICE if error.errno in numbers]
-    return ForgeError(
-        f"cannot {doing}: {error.strerror or error}",
-        where=error.filename or where,
-        fix="; ".join([*advice, then]),
-    )
+    fix = "; ".join([*(text for numbers, text in _ADVICE if error.errno in numbers), then])
+    what = f"cannot {doing}: {error.strerror or error}"
+    return ForgeError(what, where=error.filename or where, fix=fix)
 
 
 @contextmanager

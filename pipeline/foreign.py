@@ -37,7 +37,7 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
         raise ForgeError("no such folder", where=folder, fix="check the path")
     with files.hold(folder, "forge-prep"), refusals("write", folder):
         kind = verify.read_plan(folder).get("source", {}).get("kind")
-        shards.finish_publishing(folder)
+        verify.finish_publishing(folder)
         if (folder / shards.INDEX_FILE).exists():
             what = "the folder has an index already"
             raise ForgeError(what, where=folder, fix="forge-prep info DIR")
@@ -54,13 +54,13 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
             "hub": None,
             "files": [{"name": path.name, "bytes": path.stat().st_size} for path in found],
         }
-        work = shards.begin(folder, {"source": source, "tokenizer": tokenizer.describe()})
+        work = verify.begin(folder, {"source": source, "tokenizer": tokenizer.describe()})
         try:
             made = list(convert(folder, work, is_text) if raw else describe(found, is_text))
             files.write_whole(work / shards.VOCABULARY_FILE, tokenizer.vocabulary())
             lengths = {split: DocumentLengths() for split in shards.SPLITS}
-            for shard, figures in made:
-                lengths[shard.split] += figures.lengths
+            for shard, documents in made:
+                lengths[shard.split] += documents
             index = Index(
                 folder=folder,
                 tokenizer=tokenizer.describe(),
@@ -70,12 +70,12 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
                 document_tokens=lengths,
                 shards=tuple(shard for shard, _ in made),
             )
-            return shards.publish(index)
+            return verify.publish(index)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, verify.Figures]]:
+def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, DocumentLengths]]:
     """Shards with a header, as the index lists them."""
     used = [path for path in paths if not re.search(NOT_TRAINING, path.stem.lower())]
     if not used:
@@ -90,22 +90,18 @@ def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, v
         except ForgeError as error:
             fix = "restore the file; nanoGPT's train.bin and val.bin, without header, need --raw"
             raise ForgeError(error.what, where=path, fix=fix) from error
-        check_tokens(shards.map_shard(path, num_tokens), path, is_text)
+        tokens = shards.map_shard(path, num_tokens)
+        check_tokens(tokens, path, is_text)
+        if end_of_document(tokens, 0) == len(tokens) and tokens[-1] != shards.EOT_TOKEN:
+            what = "no <|endoftext|> in the whole file: it has no documents"
+            raise ForgeError(what, where=path, fix=THEIRS)
         split = "val" if re.search(VALIDATION, path.stem.lower()) else "train"
-        yield described(path, split)
-
-
-def described(path: Path, split: str) -> tuple[shards.Shard, verify.Figures]:
-    figures = verify.measure(path, verify.token_lengths())
-    if figures.num_documents == 0:
-        what = "no <|endoftext|> in the whole file: it has no documents"
-        raise ForgeError(what, where=path, fix=THEIRS)
-    return verify.describe(path, split, figures), figures
+        yield verify.describe(path, split)
 
 
 def convert(
     folder: Path, work: Path, is_text: bool
-) -> Iterator[tuple[shards.Shard, verify.Figures]]:
+) -> Iterator[tuple[shards.Shard, DocumentLengths]]:
     """Copy nanoGPT's train.bin and val.bin into shards of whole documents."""
     raw = {split: read_raw(folder / f"{split}.bin", is_text) for split in shards.SPLITS}
     if there := next((p for p in folder.iterdir() if shards.SHARD_NAME.fullmatch(p.name)), None):
@@ -125,7 +121,7 @@ def convert(
                 writer.commit()
             finally:
                 writer.discard()
-            yield described(writer.path, split)
+            yield verify.describe(writer.path, split)
             start, number = stop, number + 1
 
 
@@ -147,15 +143,17 @@ def read_raw(path: Path, is_text: bool) -> Tokens:
 
 def check_tokens(tokens: Tokens, path: Path, is_text: bool) -> None:
     """ForgeError unless all tokens are in GPT-2's vocabulary, and some samples are its text."""
+    ends = (0, len(tokens) // 2, max(0, len(tokens) - SAMPLE_TOKENS))
+    samples = [np.array(tokens[n : n + SAMPLE_TOKENS]) for n in ends if is_text]
+    for sample in samples:
+        if len(sample) > 8 and max((sample[n::2] == 0).mean() for n in (0, 1)) > 0.9:
+            what = "every second token is 0: tokens of four or eight bytes, not of two"
+            raise ForgeError(what, where=path, fix="write them as uint16, little-endian")
     for start in range(0, len(tokens), CHUNK_TOKENS):
         if (largest := tokens[start : start + CHUNK_TOKENS].max()) >= shards.VOCAB_SIZE:
             what = f"token {largest} is outside GPT-2's vocabulary of {shards.VOCAB_SIZE}"
             raise ForgeError(what, where=path, fix=THEIRS)
-    for start in {0, len(tokens) // 2, max(0, len(tokens) - SAMPLE_TOKENS)} if is_text else ():
-        sample = np.array(tokens[start : start + SAMPLE_TOKENS])
-        if len(sample) > 8 and max((sample[n::2] == 0).mean() for n in (0, 1)) > 0.9:
-            what = "every second token is 0: tokens of four or eight bytes, not of two"
-            raise ForgeError(what, where=path, fix="write them as uint16, little-endian")
+    for sample in samples:
         if (alike := share_alike(sample)) < MIN_ALIKE:
             what = f"not GPT-2's tokens: only {alike:.0%} come back when their text is encoded"
             raise ForgeError(what, where=path, fix=THEIRS)

@@ -1,4 +1,4 @@
-"""The text of a source file: parquet, JSON Lines (.gz, .zst) or .txt, as batches of Arrow strings.
+"""The text of a source file: parquet, JSON Lines (.gz, .zst) or .txt, as batches of documents.
 
 Before: sources.py, which says what to read. After: slices.py, in a worker process.
 
@@ -8,6 +8,7 @@ Damage (a bad line, text, row group or file) goes to `on_damage`, which raises i
 import gzip
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -19,15 +20,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline.errors import DamageError, refusals
-from pipeline.sources import SCORE_COLUMNS, Options, Part, check_score, damage, score_column
+from pipeline import sources
+from pipeline.errors import KEPT, DamageError, refusals
+from pipeline.sources import Options, Part, Source, check_score, damage, score_column
 from pipeline.tokenizer import EOT_TEXT
 
 BATCH_BYTES = 8 * 2**20
 BATCH_ROWS = 1024
 ARCHIVE_BYTES = 2**14  # read at a time
-KEPT = "run the same command again; finished slices are kept"
-RESTORE = "restore the file and run the same command again, or leave it out with --on-error skip"
+BOM = "\ufeff".encode()
+SKIP = "or leave it out with --on-error skip"
 OnDamage = Callable[[DamageError], None]
 
 
@@ -49,17 +51,11 @@ class Place:
 
 
 class Batch(NamedTuple):
-    """Some documents: texts (n,) as they stand, nulls too, and the source bytes read for them."""
+    """Some texts in UTF-8, null (None) and empty ones too, and the source bytes read for them."""
 
-    texts: pa.LargeStringArray
+    texts: list[bytes | None]
     source_bytes: int
     num_low_scores: int = 0  # documents below min_score, or without a score: not among the texts
-
-
-class _Rows(NamedTuple):
-    texts: pa.LargeStringArray
-    scores: pa.Array | None  # where min_score asks for them
-    source_bytes: int
 
 
 def read_texts(
@@ -69,63 +65,55 @@ def read_texts(
     readers = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}
     try:
         with refusals("read a source file", place, KEPT):
-            for texts, scores, size in readers[kind](place, part, options, on_damage):
-                if scores is not None:
-                    kept = texts.filter(pc.greater_equal(scores, options.min_score))
-                    yield Batch(kept, size, len(texts) - len(kept))
-                else:
-                    yield Batch(texts, size)
+            yield from readers[kind](place, part, options, on_damage)
     except DamageError as found:
         on_damage(found)
 
 
-# ---------------------------------------------------------------------------------------------
-# Parquet
-
-
 def read_parquet(
     place: Place, part: Part, options: Options, on_damage: OnDamage
-) -> Iterator[_Rows]:
+) -> Iterator[Batch]:
     with damage("not a whole parquet file", place):
         file = pq.ParquetFile(place.path, memory_map=True, page_checksum_verification=True)
-    columns = [options.text_column]
+    columns, kept = [options.text_column], None
     if options.min_score is not None:
         names = [file.metadata.schema.column(c).path for c in range(file.metadata.num_columns)]
-        columns.append(score_column(names, place))
+        column = score_column(names, place)
+        columns.append(column)
+        is_flat = column in file.schema_arrow.names
+        kept = pc.field(column if is_flat else tuple(column.split("."))) >= options.min_score
     place.unit = "row group"
     with file:
         for place.number in range(part.start, part.stop):
             try:
                 with damage("damaged row group", place):
-                    yield from read_row_group(file, place, columns, on_damage)
+                    yield from read_row_group(file, place, columns, kept, on_damage)
             except DamageError as found:
                 on_damage(found)
 
 
 def read_row_group(
-    file: pq.ParquetFile, place: Place, columns: list[str], on_damage: OnDamage
-) -> Iterator[_Rows]:
+    file: pq.ParquetFile, place: Place, columns: list[str], kept: Any, on_damage: OnDamage
+) -> Iterator[Batch]:
     num_rows = batch_rows(file.metadata.row_group(place.number), columns[0])
     groups, first = [place.number], 0
     for batch in file.iter_batches(num_rows, row_groups=groups, columns=columns, use_threads=False):
-        texts, scores = batch.column(columns[0]).cast(pa.large_string()), None
-        if len(columns) > 1:
-            is_flat = columns[1] in batch.schema.names
-            outer, *inside = [columns[1]] if is_flat else columns[1].split(".")
-            scores = batch.column(outer)
-            scores = pc.struct_field(scores, inside) if inside else scores
-        size = texts.nbytes
-        if bad := invalid_texts(texts, f"{place}, text ", first, on_damage):
-            sound = pa.array([n not in bad for n in range(len(texts))])
-            texts, scores = texts.filter(sound), scores.filter(sound) if scores else None
-        first += batch.num_rows
-        yield _Rows(texts, scores, size)
+        texts = batch.column(columns[0]).cast(pa.large_string())
+        bad = invalid_texts(texts, f"{place}, text ", first, on_damage)
+        size, num_read, first = texts.nbytes, len(texts) - len(bad), first + len(texts)
+        if bad:
+            batch = batch.filter(pa.array([n not in bad for n in range(len(texts))]))
+        if kept is not None:
+            batch = batch.filter(kept)
+        if len(batch) < len(texts):
+            texts = batch.column(columns[0]).cast(pa.large_string())
+        yield Batch(texts.cast(pa.large_binary()).to_pylist(), size, num_read - len(batch))
 
 
 def invalid_texts(
     texts: pa.LargeStringArray, where: str, first: int, on_damage: OnDamage
 ) -> set[int]:
-    """Which texts are not UTF-8, as parquet's are only by promise. `first` is the first's number."""
+    """Which texts are not UTF-8, as parquet's are only by promise; the first is number `first`."""
     try:
         texts.validate(full=True)
         return set()
@@ -138,39 +126,23 @@ def invalid_texts(
             (text or b"").decode()
         except UnicodeDecodeError as error:
             bad.add(number)
-            fix = "write the file again, from texts in UTF-8, or leave it out with --on-error skip"
-            what = f"invalid UTF-8: {error.reason}"
+            what, fix = f"invalid UTF-8: {error.reason}", f"write it again in UTF-8, {SKIP}"
             on_damage(DamageError(what, where=f"{where}{first + number + 1}", fix=fix))
     return bad
 
 
 def batch_rows(group: Any, text_column: str) -> int:
     """Rows of a row group that hold some BATCH_BYTES of text: books are long."""
-    columns = (group.column(c) for c in range(group.num_columns))
-    size = sum(
-        each.total_uncompressed_size for each in columns if each.path_in_schema == text_column
-    )
+    columns = [group.column(c) for c in range(group.num_columns)]
+    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_column)
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / max(1, size))))
 
 
-# ---------------------------------------------------------------------------------------------
-# JSON Lines
-
-
-def read_jsonl(place: Place, part: Part, options: Options, on_damage: OnDamage) -> Iterator[_Rows]:
-    place.unit = "line"
-    texts: dict[int, str | None] = {}  # by line number
-    scores: dict[int, float | None] = {}
-    keys: list[str] = []  # of the documents without a score, if all are
-    size = read_before = 0
+def read_jsonl(place: Place, part: Part, options: Options, on_damage: OnDamage) -> Iterator[Batch]:
+    place.unit, column = "line", options.text_column
+    texts: list[bytes | None] = []
+    size = read_before = num_low_scores = 0
     cut: DamageError | None = None
-    has_scores = False
-
-    def rows(read: int) -> _Rows:
-        strings = large_strings(texts, scores, place, on_damage)
-        values = None if options.min_score is None else pa.array(scores.values(), pa.float64())
-        return _Rows(strings, values, read - read_before)
-
     with place.path.open("rb") as raw:
         lines = decompressed_lines(raw, place)
         while True:
@@ -179,41 +151,38 @@ def read_jsonl(place: Place, part: Part, options: Options, on_damage: OnDamage) 
             except DamageError as found:  # what came before is sound
                 line, cut = b"", found
             place.number += 1
-            if not line.isspace() and line:
+            if line and not line.isspace():
                 size += len(line)
                 try:
-                    document = parse_line(line, options.text_column, place)
-                    if options.min_score is not None:
-                        column, score = score_of(document, place)
-                        scores[place.number] = score
-                        has_scores, keys = has_scores or column is not None, list(document)
-                    texts[place.number] = document[options.text_column]
+                    document, text = parse_line(line, column, place)
+                    if options.min_score is None or score_of(document, place) >= options.min_score:
+                        texts.append(text)
+                    else:
+                        num_low_scores += 1
                 except DamageError as found:
                     on_damage(found)
             if size and (size >= BATCH_BYTES or not line):
-                yield rows(raw.tell())
-                read_before = raw.tell()
-                texts, scores, size = {}, {}, 0
+                yield Batch(texts, raw.tell() - read_before, num_low_scores)
+                texts, size, read_before, num_low_scores = [], 0, raw.tell(), 0
             if not line:
                 break
     if cut:
         raise cut
-    if keys and not has_scores:
-        score_column(keys, place.path)
 
 
 def decompressed_lines(raw: io.BufferedReader, place: Place) -> Iterator[bytes]:
     """Lines of a plain, .gz or .zst file; DamageError for one that is cut off."""
     name, number = place.path.name.lower(), 0
     try:
-        with damage("cannot decompress a source file", place.path, RESTORE):
-            stream = raw
+        with damage("cannot decompress a source file", place.path):
+            stream: Any = raw
             if name.endswith((".gz", ".zst")):
                 if not raw.peek(1):  # even an archive of nothing has a header
                     raise EOFError("the archive is empty: it was cut off")
                 is_gzip = name.endswith(".gz")
-                frames: Any = gzip.GzipFile(fileobj=raw) if is_gzip else ZstdFrames(raw)
-                stream = io.BufferedReader(frames, ARCHIVE_BYTES)
+                stream = (
+                    gzip.GzipFile(fileobj=raw) if is_gzip else io.BufferedReader(ZstdFrames(raw))
+                )
             for number, line in enumerate(stream, 1):  # noqa: B007
                 yield line
     except DamageError as found:
@@ -228,9 +197,8 @@ class ZstdFrames(io.RawIOBase):
     """
 
     def __init__(self, raw: io.BufferedReader) -> None:
-        self.raw = raw
+        self.raw, self.left = raw, memoryview(b"")
         self.frame: Any = None
-        self.left = memoryview(b"")
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**zstandard.WINDOWLOG_MAX)
 
     def readable(self) -> bool:
@@ -239,12 +207,11 @@ class ZstdFrames(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self.left:
             ended = self.frame is None or self.frame.eof
-            data = (self.frame.unused_data if self.frame and ended else b"") or self.raw.read(
-                ARCHIVE_BYTES
-            )
+            unused = self.frame.unused_data if self.frame and ended else b""
+            data = unused or self.raw.read(ARCHIVE_BYTES)
+            if not data and ended:
+                return 0
             if not data:
-                if ended:
-                    return 0
                 raise EOFError("the archive was cut off")
             if ended:
                 self.frame = self.decompressor.decompressobj()
@@ -257,91 +224,66 @@ class ZstdFrames(io.RawIOBase):
         return count
 
 
-def parse_line(line: bytes, text_column: str, place: Place) -> dict[str, Any]:
-    fix = f'each line must be a JSON object in UTF-8 with a string under "{text_column}"'
+def parse_line(line: bytes, column: str, place: Place) -> tuple[dict[str, Any], bytes | None]:
+    """A line's document and its text."""
+    fix = f'each line must be a JSON object in UTF-8 with a string under "{column}"'
     document: Any = None
     try:
-        document, what = json.loads(line), ""
-    except UnicodeDecodeError as error:
+        document = json.loads(line)
+        text = document[column]
+        return document, None if text is None else text.encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         what = f"invalid UTF-8: {error.reason}"
     except (ValueError, RecursionError) as error:
         what = f"invalid JSON: {error}"
         fix += " (of a list, jq -c '.[]' makes such lines)"
-    if not what and (not isinstance(document, dict) or text_column not in document):
+    except (KeyError, TypeError, IndexError):
         keys = ", ".join(document) if isinstance(document, dict) else type(document).__name__
-        what = f"no column {text_column!r}; there are: {keys}"
+        what = f"no column {column!r}; there are: {keys}"
         fix = "name the column of the text with --text-column"
-    if not what and not isinstance(document[text_column], str | None):
-        kind = type(document[text_column]).__name__
-        what = f"column {text_column!r} holds {kind}, not a string"
-    if what:
-        raise DamageError(
-            what, where=str(place), fix=f"{fix}; --on-error skip leaves such lines out"
-        )
-    parsed: dict[str, Any] = document
-    return parsed
+    except AttributeError:
+        what = f"column {column!r} holds {type(document[column]).__name__}, not a string"
+    raise DamageError(what, where=str(place), fix=f"{fix}; --on-error skip leaves such lines out")
 
 
-def score_of(document: dict[str, Any], place: Place) -> tuple[str | None, float | None]:
-    """A document's column of the score and the score, None where it has none."""
-    flat = {k: v for k, v in document.items() if not isinstance(v, dict)}
+def score_of(document: dict[str, Any], place: Place) -> float:
+    """A document's score, below all others where it has none."""
     inner = document.get("metadata")
-    if isinstance(inner, dict):
-        flat |= {f"metadata.{key}": value for key, value in inner.items()}
-    column = next((column for column in SCORE_COLUMNS if column in flat), None)
-    score = flat[column] if column else None
-    is_number = score is None or isinstance(score, int | float)
-    check_score(is_number, str(column), type(score).__name__, str(place))
-    return column, score
+    inner = inner if isinstance(inner, dict) else {}
+    flat = document | {f"metadata.{key}": value for key, value in inner.items()}
+    column = next((column for column in sources.SCORE_COLUMNS if column in flat), "")
+    score = flat.get(column)
+    if score is None:
+        return -math.inf
+    check_score(isinstance(score, int | float), column, type(score).__name__, str(place))
+    return float(score)
 
 
-def large_strings(
-    texts: dict[int, str | None],
-    scores: dict[int, float | None],
-    place: Place,
-    on_damage: OnDamage,
-) -> pa.LargeStringArray:
-    """The texts as Arrow has them; those that are no Unicode text are taken out of both."""
-    while True:
-        try:
-            return pa.array(texts.values(), pa.large_string())
-        except UnicodeEncodeError as error:
-            line = next(number for number, text in texts.items() if text == error.object)
-            what = f"a lone surrogate ({error.object[error.start]!r}) is no text"
-            fix = "repair the \\u escapes of this file, or leave the line out with --on-error skip"
-            on_damage(DamageError(what, where=f"{place.path}, line {line}", fix=fix))
-            del texts[line]
-            scores.pop(line, None)
-
-
-# ---------------------------------------------------------------------------------------------
-# Text files
-
-
-def read_txt(place: Place, part: Part, options: Options, on_damage: OnDamage) -> Iterator[_Rows]:
+def read_txt(place: Place, part: Part, options: Options, on_damage: OnDamage) -> Iterator[Batch]:
     """A .txt file is one document, or with split_on as many as cut_lines() makes."""
     if options.min_score is not None:
         score_column([], place)
     with place.path.open("rb") as raw:
+        if raw.peek(len(BOM)).startswith(BOM):  # a byte order mark is no text
+            raw.read(len(BOM))
         pieces: Iterable[bytes] = (raw.read() for _ in range(1))
         if options.split_on is not None:
-            pieces = cut_lines(raw, options.split_on.encode())
-            place.unit = "document"
-        texts: list[str] = []
+            pieces, place.unit = cut_lines(raw, options.split_on.encode()), "document"
+        texts: list[bytes | None] = []
         size = 0
         for piece in chain(pieces, [None]):
             if texts and (piece is None or size >= BATCH_BYTES):
-                yield _Rows(pa.array(texts, pa.large_string()), None, size)
+                yield Batch(texts, size)
                 texts, size = [], 0
             if piece is None:
                 break
-            place.number += 1
-            size += len(piece)
+            place.number, size = place.number + 1, size + len(piece)
             try:
-                texts.append(piece.decode("utf-8-sig" if place.number == 1 else "utf-8"))
+                piece.decode()
+                texts.append(piece)
             except UnicodeDecodeError as error:
                 what = f"invalid UTF-8: {error.reason} at byte {error.start:,}"
-                fix = "convert the file to UTF-8, for example with iconv"
+                fix = f"convert the file to UTF-8, for example with iconv, {SKIP}"
                 on_damage(DamageError(what, where=str(place), fix=fix))
 
 
@@ -353,20 +295,25 @@ def cut_lines(lines: Iterable[bytes], mark: bytes) -> Iterator[bytes]:
     """
     document: list[bytes] = []
     for line in lines:
+        ends: list[bytes] = []
         if mark == EOT_TEXT.encode():
             *ends, line = line.split(mark)
-            for end in ends:
-                yield from filter(None, [b"".join([*document, end]).strip(b"\r\n")])
-                document = []
         elif line.startswith(mark) if mark else line.isspace():
-            yield from filter(None, [b"".join(document).strip(b"\r\n")])
-            document = [line] if line[len(mark) :].strip() else []
-            continue
+            ends, line = [b""], line if line[len(mark) :].strip() else b""
+        for end in ends:
+            if text := b"".join([*document, end]).strip(b"\r\n"):
+                yield text
+            document = []
         document.append(line)
-    yield from filter(None, [b"".join(document).strip(b"\r\n")])
+    if text := b"".join(document).strip(b"\r\n"):
+        yield text
 
 
-def documents(texts: pa.LargeStringArray) -> tuple[list[bytes], int, int]:
-    """Texts in UTF-8 without nulls and empty ones: (texts, number of nulls, number of empties)."""
-    filled = [text for text in texts.cast(pa.large_binary()).to_pylist() if text]
-    return filled, texts.null_count, len(texts) - texts.null_count - len(filled)
+def with_marker(source: Source) -> str:
+    """The name of the first text file that has <|endoftext|> near its beginning, or ""."""
+    for number, file in enumerate(source.files):
+        path = source.local_path(number)
+        with refusals("read a source file", path), path.open("rb") as raw:
+            if EOT_TEXT.encode() in raw.read(sources.TAIL_BYTES):
+                return file.name
+    return ""

@@ -24,8 +24,9 @@ import hashlib
 import json
 import os
 import re
-import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -34,8 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline.errors import ForgeError, refusal
-from pipeline.files import sync_folder, write_whole
+from pipeline.errors import ForgeError, refusal, refusals
 
 MAGIC = 20240520
 VERSION = 1
@@ -55,6 +55,13 @@ PLAN_FILE = "plan.json"  # in it: what the run makes
 # The very hash that tiktoken pins for OpenAI's published r50k_base.tiktoken.
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 SPLITS = ("train", "val")
+SECTIONS = ("tokenizer", "source", "options", "skipped")  # plain records of index.json
+RELIED_ON = {
+    "tokenizer": ("vocab_size", "sha256"),
+    "source": ("name",),
+    "skipped": ("null_documents", "empty_documents"),
+}
+COUNTS = ("num_tokens", "num_documents", "text_bytes")  # of a shard
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin")
 
 Tokens = npt.NDArray[np.uint16]
@@ -96,9 +103,8 @@ class DocumentLengths:
         if lengths.size == 0:
             return DocumentLengths()
         buckets = np.floor(4 * np.log2(np.maximum(lengths, 1))).astype(np.int64)
-        return DocumentLengths(
-            int(lengths.min()), int(lengths.max()), tuple(np.bincount(buckets).tolist())
-        )
+        counts = tuple(np.bincount(buckets).tolist())
+        return DocumentLengths(int(lengths.min()), int(lengths.max()), counts)
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> "DocumentLengths":
@@ -109,21 +115,17 @@ class DocumentLengths:
     def __add__(self, other: "DocumentLengths") -> "DocumentLengths":
         if not other.histogram or not self.histogram:
             return self if self.histogram else other
-        counts = np.zeros(max(len(self.histogram), len(other.histogram)), np.int64)
-        counts[: len(self.histogram)] += self.histogram
-        counts[: len(other.histogram)] += other.histogram
-        return DocumentLengths(
-            min(self.min, other.min), max(self.max, other.max), tuple(counts.tolist())
-        )
+        pairs = zip_longest(self.histogram, other.histogram, fillvalue=0)
+        counts = tuple(a + b for a, b in pairs)
+        return DocumentLengths(min(self.min, other.min), max(self.max, other.max), counts)
 
     def percentile(self, fraction: float) -> int:
         """Length that `fraction` of the documents do not exceed, good to a quarter octave."""
-        wanted = fraction * sum(self.histogram)
-        seen = 0
+        wanted, seen = fraction * sum(self.histogram), 0
         for k, count in enumerate(self.histogram):
             if count and seen + count >= wanted:
-                inside = (wanted - seen) / count
-                return round(min(self.max, max(self.min, 2 ** ((k + inside) / 4))))
+                length = 2 ** ((k + (wanted - seen) / count) / 4)
+                return round(min(self.max, max(self.min, length)))
             seen += count
         return self.max
 
@@ -150,29 +152,18 @@ class Index:
 
     def total(self, name: str, split: str | None = None) -> int:
         """Sum of a count of the shards: num_tokens, num_documents or text_bytes."""
-        chosen = self.shards if split is None else self.of(split)
-        return sum(getattr(shard, name) for shard in chosen)
+        return sum(getattr(shard, name) for shard in self.shards if split in (None, shard.split))
 
     def to_json(self) -> str:
-        splits = {
+        head = {"format": INDEX_FORMAT, "version": INDEX_VERSION}
+        head |= {key: getattr(self, key) for key in (*SECTIONS, "base")}
+        head["splits"] = {
             split: {
                 "num_shards": len(self.of(split)),
-                "num_tokens": self.total("num_tokens", split),
-                "num_documents": self.total("num_documents", split),
-                "text_bytes": self.total("text_bytes", split),
+                **{name: self.total(name, split) for name in COUNTS},
                 "document_tokens": asdict(self.document_tokens.get(split, DocumentLengths())),
             }
             for split in SPLITS
-        }
-        head = {
-            "format": INDEX_FORMAT,
-            "version": INDEX_VERSION,
-            "tokenizer": self.tokenizer,
-            "source": self.source,
-            "options": self.options,
-            "skipped": self.skipped,
-            "base": self.base,
-            "splits": splits,
         }
         rows = ",\n".join("    " + json.dumps(asdict(shard)) for shard in self.shards)
         return json.dumps(head, indent=2)[:-2] + f',\n  "shards": [\n{rows}\n  ]\n}}\n'
@@ -211,11 +202,9 @@ class ShardWriter:
     def write(self, tokens: Tokens) -> None:
         data = np.ascontiguousarray(tokens, dtype="<u2").view(np.uint8).data
         if self.num_tokens + len(tokens) > MAX_SHARD_TOKENS:
-            raise ForgeError(
-                f"a shard of over {MAX_SHARD_TOKENS:,} tokens does not fit the format",
-                where=self.path,
-                fix="a text file makes one shard: cut it into files (split --line-bytes=1G)",
-            )
+            what = f"a shard of over {MAX_SHARD_TOKENS:,} tokens does not fit the format"
+            fix = "a text file makes one shard: cut it into files (split --line-bytes=1G)"
+            raise ForgeError(what, where=self.path, fix=fix)
         self._file.write(data)
         self._hash.update(data)
         before, self.num_tokens = self.num_tokens, self.num_tokens + len(tokens)
@@ -241,33 +230,22 @@ class ShardWriter:
 def check_header(path: Path) -> int:
     """Number of tokens of the shard at `path`; ForgeError unless header and size agree."""
     fix = "restore the file, or make the folder again: forge-prep tokenize --overwrite"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(HEADER.size)
-    except OSError as error:
-        raise ForgeError(f"cannot read a shard: {error.strerror}", where=path, fix=fix) from error
-    if len(head) < HEADER.size:
-        raise ForgeError(f"not a shard: {size} bytes are no header", where=path, fix=fix)
-    magic, version, num_tokens = HEADER.unpack(head)
-    if magic != MAGIC or version != VERSION:
-        raise ForgeError(
-            f"not a shard: magic {magic}, version {version} (expected {MAGIC}, {VERSION})",
-            where=path,
-            fix=fix,
-        )
-    if head != encode_header(num_tokens):
-        raise ForgeError("damaged shard: bytes in its header are not zero", where=path, fix=fix)
+    with refusals("read a shard", path, fix), path.open("rb") as file:
+        size, head = os.fstat(file.fileno()).st_size, file.read(HEADER.size)
+    magic, version, num_tokens = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
     wanted = shard_bytes(num_tokens)
-    if size != wanted:
-        longer = "shorter" if size < wanted else "longer"
-        raise ForgeError(
-            f"the shard is {longer} than its header says: {size:,} bytes, not {wanted:,} "
-            f"({num_tokens:,} tokens)",
-            where=path,
-            fix=fix,
-        )
-    return int(num_tokens)
+    if len(head) < HEADER.size:
+        what = f"not a shard: too short for a header ({size} bytes)"
+    elif (magic, version) != (MAGIC, VERSION):
+        what = f"not a shard: magic {magic}, version {version} (expected {MAGIC}, {VERSION})"
+    elif head != encode_header(num_tokens):
+        what = "damaged shard: bytes in its header are not zero"
+    elif size != wanted:
+        what = f"the shard is {'shorter' if size < wanted else 'longer'} than its header says: "
+        what += f"{size:,} bytes, not {wanted:,} ({num_tokens:,} tokens)"
+    else:
+        return int(num_tokens)
+    raise ForgeError(what, where=path, fix=fix)
 
 
 def map_shard(path: Path, num_tokens: int) -> Tokens:
@@ -275,9 +253,8 @@ def map_shard(path: Path, num_tokens: int) -> Tokens:
     try:
         return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.size, shape=(num_tokens,))
     except (OSError, ValueError) as error:
-        raise ForgeError(
-            f"cannot map a shard: {error}", where=path, fix="run forge-prep verify on its folder"
-        ) from error
+        fix = "run forge-prep verify on its folder"
+        raise ForgeError(f"cannot map a shard: {error}", where=path, fix=fix) from error
 
 
 def parse_vocabulary(data: bytes) -> list[bytes]:
@@ -296,15 +273,15 @@ def read_vocabulary(path: Path) -> list[bytes]:
     except (OSError, ValueError, IndexError) as error:
         raise ForgeError(f"cannot read the vocabulary: {error}", where=path, fix=fix) from error
     if len(tokens) != VOCAB_SIZE - 1:
-        raise ForgeError(
-            f"the vocabulary has {len(tokens)} tokens, not {VOCAB_SIZE - 1}", where=path, fix=fix
-        )
+        what = f"the vocabulary has {len(tokens)} tokens, not {VOCAB_SIZE - 1}"
+        raise ForgeError(what, where=path, fix=fix)
     return [*tokens, b""]
 
 
 def no_index(folder: Path) -> ForgeError:
     """What a folder without index.json probably is."""
-    names = {path.name for path in folder.iterdir()}
+    is_there = folder.is_dir()
+    names = {path.name for path in folder.iterdir()} if is_there else set()
     below = next(iter(sorted(folder.glob(f"*/{INDEX_FILE}"))), None)
     what = f"the folder has no {INDEX_FILE}"
     if WORK_FOLDER in names:
@@ -314,21 +291,22 @@ def no_index(folder: Path) -> ForgeError:
         fix = "if train.bin and val.bin are nanoGPT's GPT-2 tokens: forge-prep index DIR --raw"
     elif any(name.endswith(".bin") for name in names):
         fix = "if its .bin files are llm.c's or modded-nanogpt's shards: forge-prep index DIR"
-    elif below:
-        what = f"no folder of shards: it has no {INDEX_FILE}"
-        fix = f"give the folder of shards itself, such as {below.parent}"
     else:
-        what = f"no folder of shards: it has no {INDEX_FILE}"
-        fix = "make one of the text first: forge-prep tokenize SOURCE --out DIR; then give DIR"
+        what = (
+            f"no folder of shards: it has no {INDEX_FILE}"
+            if is_there
+            else "no such folder of shards"
+        )
+        fix = "make one of the text: forge-prep tokenize SOURCE --out DIR; then give DIR"
+        fix = f"give the folder of shards itself, such as {below.parent}" if below else fix
     return ForgeError(what, where=folder, fix=fix)
 
 
 def is_ours(path: Path) -> bool:
     """Whether a JSON file, perhaps damaged, carries our format: nothing else is ever removed."""
-    try:
+    with suppress(OSError):
         return INDEX_FORMAT.encode() in path.read_bytes()[:1000]
-    except OSError:
-        return False
+    return False
 
 
 def load_index(folder: Path) -> Index:
@@ -340,103 +318,41 @@ def load_index(folder: Path) -> Index:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        if not folder.is_dir():
-            raise ForgeError(
-                "no such folder of shards",
-                where=folder,
-                fix="make one: forge-prep tokenize SOURCE --out DIR",
-            ) from None
         raise no_index(folder) from None
     except OSError as error:
         raise refusal(error, "read the index", path) from error
     if not is_ours(path):
-        raise ForgeError(
-            "the index is not forge-prep's: another program made it",
-            where=path,
-            fix="give a folder of shards that forge-prep made",
-        )
+        what, fix = "another program made this index.json", "give a folder of forge-prep's shards"
+        raise ForgeError(what, where=path, fix=fix)
     try:
         raw = json.loads(data)
         if (raw["format"], raw["version"]) != (INDEX_FORMAT, INDEX_VERSION):
-            raise ForgeError(
-                f"the index is of another version: {raw['version']}",
-                where=path,
-                fix="read it with the version of llm-forge that made it, or make it again",
-            )
-        for section, key in (
-            ("tokenizer", "vocab_size"),
-            ("tokenizer", "sha256"),
-            ("source", "name"),
-            ("skipped", "null_documents"),
-            ("skipped", "empty_documents"),
-        ):
-            raw[section][key]  # what others rely on
+            what = f"the index is of another version: {raw['version']}"
+            fix = "read it with the version of llm-forge that made it, or make it again"
+            raise ForgeError(what, where=path, fix=fix)
+        for section, keys in RELIED_ON.items():
+            for key in keys:
+                raw[section][key]
         for shard in raw["shards"]:
-            _check_counts(*(shard[key] for key in ("num_tokens", "num_documents", "text_bytes")))
+            _check_counts(*(shard[key] for key in COUNTS))
+        figures = {split: each["document_tokens"] for split, each in raw["splits"].items()}
         return Index(
             folder=folder,
-            tokenizer=raw["tokenizer"],
-            source=raw["source"],
-            options=raw["options"],
-            skipped=raw["skipped"],
-            document_tokens={
-                split: DocumentLengths.from_json(figures["document_tokens"])
-                for split, figures in raw["splits"].items()
-            },
+            **{section: raw[section] for section in SECTIONS},
+            document_tokens={k: DocumentLengths.from_json(v) for k, v in figures.items()},
             shards=tuple(Shard(**shard) for shard in raw["shards"]),
             base=raw.get("base"),
             sha256=hashlib.sha256(data).hexdigest(),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ForgeError(
-            f"the index is damaged: {error!r}",
-            where=path,
-            fix="make the folder again with forge-prep tokenize --overwrite",
-        ) from error
+        fix = "make the folder again with forge-prep tokenize --overwrite"
+        raise ForgeError(f"the index is damaged: {error!r}", where=path, fix=fix) from error
 
 
 def _check_counts(*values: Any) -> None:
     for value in values:
         if type(value) is not int or value < 0:
             raise ValueError(f"{value!r} is no count")
-
-
-def begin(folder: Path, plan: dict[str, Any]) -> Path:
-    """Make `.work/` in a folder, with the plan of what is made there, and return it."""
-    work = folder / WORK_FOLDER
-    work.mkdir(exist_ok=True)
-    marked = {"format": INDEX_FORMAT, "version": INDEX_VERSION} | plan
-    write_whole(work / PLAN_FILE, (json.dumps(marked) + "\n").encode())
-    return work
-
-
-def publish(index: Index) -> Index:
-    """Finish a folder: write the index of what `.work/` holds, and move all of it to its place."""
-    work = index.folder / WORK_FOLDER
-    sync_folder(work)
-    write_whole(work / INDEX_FILE, index.to_json().encode())
-    return finish_publishing(index.folder) or load_index(index.folder)
-
-
-def finish_publishing(folder: Path) -> Index | None:
-    """Move what `.work/` has ready to its place, the index last; None if nothing is ready.
-
-    The index in `.work/` says that all else is there. So a kill at any moment leaves a folder that
-    the next call finishes.
-    """
-    work = folder / WORK_FOLDER
-    if not (work / INDEX_FILE).exists():
-        return None
-    made = load_index(work)
-    (folder / INDEX_FILE).unlink(missing_ok=True)
-    for name in [VOCABULARY_FILE, *(shard.file for shard in made.shards)]:
-        if (work / name).exists():
-            (work / name).replace(folder / name)
-    sync_folder(folder)
-    (work / INDEX_FILE).replace(folder / INDEX_FILE)
-    sync_folder(folder)
-    shutil.rmtree(work, ignore_errors=True)
-    return load_index(folder)
 
 
 def head_checksum(path: Path) -> str:

@@ -8,12 +8,15 @@ any number of kills gives the same bytes.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import threading
 from array import array
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline import files, readers, shards, tokenizer
-from pipeline.errors import DamageError, ForgeError, refusal
-from pipeline.readers import KEPT, Place
+from pipeline import files, readers, shards, tokenizer, verify
+from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
+from pipeline.readers import Place
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Options, Slice, SourceFile
 
+REASONS = ("null", "empty", "low_score", "damaged")  # for which something is skipped
+VAL_SHARD_TOKENS = 100_000_000  # at most, about
 BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
 
 
@@ -54,6 +59,30 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What slices say of their documents, beside their shards; they add up."""
+
+    num_val_tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # counts, by REASONS
+    damaged: tuple[str, ...] = ()  # a line for each kind and file
+    document_tokens: dict[str, DocumentLengths] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> "Figures":
+        lengths = {k: DocumentLengths.from_json(v) for k, v in raw["document_tokens"].items()}
+        return Figures(**raw | {"damaged": tuple(raw["damaged"]), "document_tokens": lengths})
+
+    def __add__(self, other: "Figures") -> "Figures":
+        none, mine, theirs = DocumentLengths(), self.document_tokens, other.document_tokens
+        return Figures(
+            self.num_val_tokens + other.num_val_tokens,
+            {why: self.skipped.get(why, 0) + other.skipped.get(why, 0) for why in REASONS},
+            self.damaged + other.damaged,
+            {k: mine.get(k, none) + theirs.get(k, none) for k in shards.SPLITS},
+        )
+
+
+@dataclass(frozen=True)
 class Record:
     """What one finished slice says of itself, in `.work/000000.json`."""
 
@@ -61,24 +90,18 @@ class Record:
     pieces: tuple[str, ...]  # Job.pieces
     limit: int | None
     shards: tuple[Shard, ...]
-    document_tokens: dict[str, DocumentLengths]
-    skipped: dict[str, int]  # null, empty and low_score documents, damaged places
-    damaged: tuple[str, ...]  # what was left out, a line for each kind and file
+    figures: Figures
 
-    def num_tokens(self, split: str) -> int:
-        return sum(shard.num_tokens for shard in self.shards if shard.split == split)
-
-    def to_json(self) -> bytes:
-        return (json.dumps(asdict(self)) + "\n").encode()
+    @property
+    def train_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards if shard.split == "train")
 
     @staticmethod
     def from_json(data: bytes) -> "Record":
         raw = json.loads(data)
-        raw["pieces"], raw["damaged"] = tuple(raw["pieces"]), tuple(raw["damaged"])
-        raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
-        lengths = raw["document_tokens"].items()
-        raw["document_tokens"] = {k: DocumentLengths.from_json(each) for k, each in lengths}
-        return Record(**raw)
+        made = tuple(Shard(**shard) for shard in raw["shards"])
+        figures = Figures.from_json(raw["figures"])
+        return Record(raw["slice"], tuple(raw["pieces"]), raw["limit"], made, figures)
 
 
 class LeftOut:
@@ -178,7 +201,7 @@ class _Side:
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its files, then its record. Runs in a worker process."""
     sides = {split: _Side(job.work, split, job.slice.number) for split in shards.SPLITS}
-    skipped, left_out = Counter(null=0, empty=0, low_score=0), LeftOut()
+    skipped, left_out = Counter(dict.fromkeys(REASONS, 0)), LeftOut()
     place = Place(job.work.parent)
     try:
         for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
@@ -189,8 +212,11 @@ def tokenize_slice(job: Job) -> Record:
             file.check_unchanged(path)
             on_damage = left_out if job.skip_errors else readers.stop
             for batch in readers.read_texts(job.kind, place, part, job.options, on_damage):
-                documents, nulls, empty = readers.documents(batch.texts)
-                skipped.update(null=nulls, empty=empty, low_score=batch.num_low_scores)
+                documents = [text for text in batch.texts if text]
+                nulls = batch.texts.count(None)
+                skipped["null"] += nulls
+                skipped["empty"] += len(batch.texts) - nulls - len(documents)
+                skipped["low_score"] += batch.num_low_scores
                 before = sides["train"].num_tokens + sides["val"].num_tokens
                 full = _write_documents(documents, sides, job)
                 now = sides["train"].num_tokens + sides["val"].num_tokens
@@ -212,14 +238,15 @@ def tokenize_slice(job: Job) -> Record:
 
 
 def _commit(job: Job, sides: dict[str, _Side], skipped: Counter[str], left_out: LeftOut) -> Record:
-    made = [shard for side in sides.values() for shard in side.commit()]
+    made = tuple(shard for side in sides.values() for shard in side.commit())
     files.sync_folder(job.work)
     lengths = {split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()}
     skipped["damaged"] = left_out.counts.total()
-    number, pieces, damaged = job.slice.number, job.pieces, left_out.lines()
-    record = Record(number, pieces, job.limit, tuple(made), lengths, dict(skipped), damaged)
+    figures = Figures(sides["val"].num_tokens, dict(skipped), left_out.lines(), lengths)
+    record = Record(job.slice.number, job.pieces, job.limit, made, figures)
     # Not waited for: should a power cut take it, its slice is made again.
-    files.write_whole(record_path(job.work, number), record.to_json(), wait_for_disk=False)
+    data = (json.dumps(asdict(record)) + "\n").encode()
+    files.write_whole(record_path(job.work, job.slice.number), data, wait_for_disk=False)
     return record
 
 
@@ -250,8 +277,66 @@ def finished(job: Job) -> Record | None:
         )
     except (OSError, ValueError, KeyError, TypeError, ForgeError):
         return None
-    return record if sound and record.pieces == job.pieces and not record.damaged else None
+    is_same = sound and record.pieces == job.pieces
+    return record if is_same and not record.figures.damaged else None
 
 
 def record_path(work: Path, number: int) -> Path:
     return work / f"{number:06d}.json"
+
+
+# ---------------------------------------------------------------------------------------------
+# Once all are finished
+
+
+def join_val(
+    folder: Path, kept: tuple[Shard, ...], kept_tokens: int, made: list[Shard]
+) -> tuple[Shard, ...]:
+    """Join val into few large shards in `.work/`: `kept_tokens` of the old ones, then the pieces.
+
+    Others' trainers want procs * B * T + 1 tokens in each shard, so all are about as large.
+    """
+    work, pieces, left = folder / shards.WORK_FOLDER, [], kept_tokens
+    for shard in kept:
+        pieces.append((folder / shard.file, shard, min(left, shard.num_tokens)))
+        left -= pieces[-1][2]
+    pieces += [(work / each.file, each, each.num_tokens) for each in made if each.split == "val"]
+    total = sum(num_tokens for _, _, num_tokens in pieces)
+    count = math.ceil(total / VAL_SHARD_TOKENS)
+    paths = [shards.shard_path(work, "val", number) for number in range(count)]
+    position, rest, chunks = 0, np.empty(0, np.uint16), _first_tokens(pieces)
+    ends: Any
+    for number, path in enumerate(paths):
+        writer, wanted = ShardWriter(path), total * (number + 1) // count
+        try:
+            for chunk in chain([rest], chunks):
+                near = max(0, wanted - position)  # the next document from there on ends the shard
+                ends = np.flatnonzero(chunk[near:] == shards.EOT_TOKEN) if wanted < total else []
+                stop = near + int(ends[0]) if len(ends) else len(chunk)
+                writer.write(chunk[:stop])
+                position, rest = position + stop, chunk[stop:]
+                if len(ends):
+                    break
+            writer.commit()
+        finally:
+            writer.discard()
+    return tuple(verify.describe(path, "val")[0] for path in paths)
+
+
+def _first_tokens(pieces: list[tuple[Path, Shard, int]]) -> Iterator[shards.Tokens]:
+    """The first tokens of each shard, as many as the piece says; every byte is checked."""
+    for path, shard, tokens_left in pieces:
+        digest = xxhash.xxh3_64()
+        with refusals("read a shard", path), path.open("rb") as file:
+            file.seek(shards.HEADER.size)
+            while data := file.read(verify.CHUNK_BYTES):
+                digest.update(data)
+                tokens = np.frombuffer(data, "<u2")[:tokens_left]
+                tokens_left -= len(tokens)
+                yield tokens
+        if digest.hexdigest() != shard.checksum:
+            raise ForgeError(
+                "the shard is damaged: its bytes are not those that were written",
+                where=path,
+                fix="run forge-prep verify on its folder",
+            )

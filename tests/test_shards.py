@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_a_shard_that_is_not_committed_is_not_there(tmp_path: Path) -> None:
         (lambda data: data[:-2], "shorter than its header says"),
         (lambda data: data + b"\0\0", "longer than its header says"),
         (lambda data: b"\0" + data[1:], "not a shard: magic"),
-        (lambda data: data[:500], "no header"),
+        (lambda data: data[:500], "too short for a header"),
         (lambda data: data[:100] + b"\1" + data[101:], "header are not zero"),
     ],
 )
@@ -172,3 +173,50 @@ def test_an_index_of_another_program_is_not_called_damaged(copy: Path, text: str
     with pytest.raises(ForgeError, match="another program") as caught:
         shards.load_index(copy)
     assert "--overwrite" not in str(caught.value)
+
+
+class LlmC:
+    """What llm.c's dataloader.h asks of the shards of one split, written anew."""
+
+    def __init__(self, paths: list[Path], batch: int, length: int, processes: int) -> None:
+        self.shards = []
+        for path in sorted(paths):
+            header = np.fromfile(path, "<i4", 256)
+            assert (header[0], header[1]) == (20240520, 1), "bad magic or version"
+            assert path.stat().st_size == 1024 + 2 * int(header[2]), "file size is not as expected"
+            assert header[2] >= processes * batch * length + 1, "shard is too small"
+            self.shards.append(np.fromfile(path, "<u2", offset=1024))
+        self.step, self.length = processes * batch * length, length
+
+    def batches(self) -> Iterator[np.ndarray]:
+        for tokens in self.shards:
+            for start in range(0, len(tokens) - self.step, self.step):
+                yield tokens[start : start + self.step + 1]
+
+
+def modded_nanogpt(paths: list[Path], batch_size: int) -> Iterator[np.ndarray]:
+    """modded-nanogpt's distributed_data_generator, written anew: whole batches of each shard."""
+    for path in sorted(paths):
+        header = np.fromfile(path, "<i4", 256)
+        assert (header[0], header[1]) == (20240520, 1)
+        tokens = np.fromfile(path, "<u2", offset=1024)
+        assert len(tokens) == header[2]
+        assert len(tokens) > batch_size, "one batch of validation comes from one shard"
+        for start in range(0, len(tokens) - batch_size, batch_size):
+            yield tokens[start : start + batch_size + 1]
+
+
+def test_the_loaders_of_llm_c_and_modded_nanogpt_take_both_splits(
+    small_shards: Path, tmp_path: Path, make_shards
+) -> None:
+    made = make_shards(
+        small_shards.parent / "source", tmp_path, val_fraction=0.1, shard_tokens=90_000
+    )
+    assert len(made.of("train")) > 2
+    for split in shards.SPLITS:
+        paths = list(tmp_path.glob(f"{split}_*.bin"))
+        batches = list(LlmC(paths, batch=2, length=1024, processes=2).batches())
+        again = list(modded_nanogpt(paths, batch_size=4096))
+        assert len(batches) >= len(paths)
+        assert all(batch.max() < 50257 for batch in batches)
+        assert [batch.tolist() for batch in again] == [batch.tolist() for batch in batches]

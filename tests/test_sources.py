@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import zstandard
 
 from pipeline import readers, sources
-from pipeline.errors import ForgeError
+from pipeline.errors import DamageError, ForgeError
 from pipeline.readers import Place
 from pipeline.sources import Options, Part, Plan, Slice
 
@@ -35,7 +36,7 @@ def read(path: Path, column: str = "text", split_on: str | None = None) -> list[
         for part in each.parts:
             place = Place(source.local_path(part.file))
             for batch in readers.read_texts(source.kind, place, part, options):
-                texts += batch.texts.to_pylist()
+                texts += [None if text is None else text.decode() for text in batch.texts]
     return texts
 
 
@@ -58,6 +59,9 @@ def failure(action: Callable[..., object], *arguments: object) -> ForgeError:
         (".jsonl.gz", gzip.compress),
         (".jsonl.zst", zstandard.ZstdCompressor().compress),
         (".JSONL", bytes),
+        (".json", bytes),
+        (".json.gz", gzip.compress),
+        (".json.zst", zstandard.ZstdCompressor().compress),
     ],
 )
 def test_every_form_of_json_lines_gives_the_same_documents(
@@ -73,6 +77,110 @@ def test_members_of_a_joined_archive_are_all_read(tmp_path: Path) -> None:
         path = tmp_path / f"a.jsonl{suffix}"
         path.write_bytes(pack(lines_of(["one", "two"])) + pack(lines_of(["three"])))
         assert read(path) == ["one", "two", "three"], suffix
+
+
+def test_a_gzip_archive_may_be_padded_with_zeros(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    member = gzip.compress(lines_of(["one", "two"]))
+    path.write_bytes(member + bytes(512) + member + bytes(3))
+    assert read(path) == ["one", "two"] * 2
+    path.write_bytes(member + b"garbage")
+    assert "line 2 is the last that could be read" in failure(read, path).what
+
+
+def test_zst_archives_with_long_windows_and_frames_to_skip_are_read(tmp_path: Path) -> None:
+    longest = zstandard.ZstdCompressionParameters(window_log=zstandard.WINDOWLOG_MAX)
+    compressor = zstandard.ZstdCompressor(compression_params=longest).compressobj()
+    frame = compressor.compress(lines_of(["one"])) + compressor.flush()
+    assert zstandard.get_frame_parameters(frame).window_size > 2**27
+    skipped = struct.pack("<II", 0x184D2A50, 5) + b"12345"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skipped + frame + skipped + zstandard.compress(lines_of(["two"])) + skipped)
+    assert read(path) == ["one", "two"]
+
+
+def test_json_files_are_read_where_nothing_else_is_there(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["a"]))
+    assert read(tmp_path) == ["a"]
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "dataset_info.json").write_text('[{"text": "a list"}]')
+    error = failure(read, tmp_path)
+    assert error.what == "no column 'text'; there are: list"
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "advice"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "cannot read a source file", "check the disk"),
+        (OSError(errno.ESTALE, "Stale file handle"), "cannot read a source file", "check the disk"),
+        (OSError(errno.EMFILE, "Too many open files"), "cannot read a source file", "ulimit -n"),
+        (MemoryError(), "not enough memory", "fewer --workers"),
+        (pa.ArrowMemoryError("malloc of size 9 failed"), "not enough memory", "fewer --workers"),
+        (OSError("ZSTD: Allocation error : not enough memory"), "not enough memory", "--workers"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+def test_what_the_machine_refuses_is_never_damage(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
+    error: Exception,
+    says: str,
+    advice: str,
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    kind = str(sources.kind_of(path.name))
+    is_plain = suffix in (".jsonl", ".txt")
+    if is_plain and not getattr(error, "errno", 1):
+        pytest.skip("a parser's words, and there is no parser")
+
+    def fail(*arguments: object, **named: object) -> object:
+        raise error
+
+    def fail_in_a_stream(*arguments: object, **named: object) -> object:
+        with sources.damage("cannot decompress a source file", path):
+            raise error
+
+    path.write_bytes(b"not empty")
+    if suffix == ".parquet":
+        monkeypatch.setattr(pq, "ParquetFile", fail)
+    elif is_plain:
+        monkeypatch.setattr(Path, "open", fail)
+    else:
+        monkeypatch.setattr(readers, "decompressed_lines", fail_in_a_stream)
+    left_out: list[ForgeError] = []
+    texts = readers.read_texts(kind, Place(path), Part(0, 0, 1, 9), Options(), left_out.append)
+    caught = failure(list, texts)
+    assert left_out == []
+    assert not isinstance(caught, DamageError)
+    assert says in caught.what
+    assert advice in str(caught.fix)
+    assert str(path) in str(caught.where)
+
+
+@pytest.mark.parametrize(
+    ("mark", "text", "documents"),
+    [
+        ("<|endoftext|>", "A.\n<|endoftext|>\nB\nb.\n<|endoftext|>\nC.\n", ["A.", "B\nb.", "C."]),
+        ("<|endoftext|>", "A.<|endoftext|>B<|endoftext|>\n", ["A.", "B"]),
+        ("", "one\none\n\n \t\r\n\ntwo\n\n", ["one\none", "two"]),
+        (
+            "CHAPTER",
+            "Front\nCHAPTER I\none CHAPTER\nCHAPTER II\n",
+            ["Front", "CHAPTER I\none CHAPTER", "CHAPTER II"],
+        ),
+        ("***", "\ufeff***\n\none\n***", ["one"]),
+        ("%", "one\r\n%\r\ntwo", ["one", "two"]),
+    ],
+)
+def test_a_text_file_is_cut_where_lines_begin_with_a_mark(
+    tmp_path: Path, mark: str, text: str, documents: list[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert read(path) == [text.removeprefix("\ufeff")]
+    assert read(path, split_on=mark) == documents
 
 
 def test_blank_lines_and_a_missing_last_newline_are_no_documents(tmp_path: Path) -> None:
@@ -190,8 +298,8 @@ def test_batches_of_long_documents_have_few_rows(tmp_path: Path, make_parquet) -
     path = make_parquet(tmp_path / "a.parquet", texts, rows=200)
     part = sources.Part(0, 0, 1, 0)
     batches = list(readers.read_texts("parquet", Place(path), part, Options()))
-    assert [text.as_py() for batch in batches for text in batch.texts] == texts
-    assert max(batch.texts.nbytes for batch in batches) < 3 * readers.BATCH_BYTES
+    assert [text.decode() for batch in batches for text in batch.texts] == texts
+    assert max(sum(map(len, batch.texts)) for batch in batches) < 3 * readers.BATCH_BYTES
 
 
 def test_kinds_are_not_mixed(tmp_path: Path, make_parquet) -> None:
@@ -231,7 +339,7 @@ def test_a_column_of_another_type_is_named(tmp_path: Path, make_parquet) -> None
         (b'{"text": "caf\xe9"}', "invalid UTF-8"),
         (b'{"text": "a"', "invalid JSON"),
         (b"[1, 2]", "no column 'text'; there are: list"),
-        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b'{"text": "\\ud800"}', "surrogates not allowed"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: bytes, says: str) -> None:
@@ -374,13 +482,6 @@ def test_new_files_go_behind_the_known_ones_in_the_order_of_a_hash(tmp_path: Pat
     known = ["11.jsonl", "gone.jsonl", "03.jsonl"]
     later = [file.name for file in source.ordered(known).files]
     assert later == ["11.jsonl", "03.jsonl", *(name for name in names if name not in known)]
-
-
-def test_blank_documents_are_dropped_and_counted() -> None:
-    texts = pa.array(["a", None, "", "\u00e9", None, "", ""], pa.large_string())
-    assert readers.documents(texts) == ([b"a", b"\xc3\xa9"], 2, 3)
-    assert readers.documents(texts[2:5]) == ([b"\xc3\xa9"], 1, 1), "a piece of an array"
-    assert readers.documents(texts[:0]) == ([], 0, 0)
 
 
 def test_a_file_that_vanishes_is_an_error_with_its_name(tmp_path: Path) -> None:
