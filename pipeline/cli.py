@@ -197,17 +197,10 @@ def tokenize(
     train, val = (index.total("num_tokens", split) for split in ("train", "val"))
     documents, skipped = index.total("num_documents"), index.skipped
     if as_json:
-        summary = {
-            "folder": str(folder),
-            "up_to_date": outcome.up_to_date,
-            "num_train_tokens": train,
-            "num_val_tokens": val,
-            "num_documents": documents,
-            "text_bytes": index.total("text_bytes"),
-            "skipped": skipped,
-            "num_files_not_read": len(resolved.not_read),
-            "seconds": round(seconds, 3),
-        }
+        summary = {"folder": str(folder), "up_to_date": outcome.up_to_date}
+        summary |= {"num_train_tokens": train, "num_val_tokens": val, "num_documents": documents}
+        summary |= {"text_bytes": index.total("text_bytes"), "skipped": skipped}
+        summary |= {"num_files_not_read": len(resolved.not_read), "seconds": round(seconds, 3)}
         click.echo(json.dumps(summary))
         return
     if outcome.up_to_date:
@@ -225,6 +218,8 @@ def tokenize(
         click.echo(f"{low:,} documents below --min-score, or without a score, dropped.")
     for place in skipped.get("damaged", []):
         click.echo(f"Left out, damaged: {place}")
+    if (more := skipped.get("num_damaged", 0) - len(skipped.get("damaged", []))) > 0:
+        click.echo(f"And {more:,} more.")
     if train < (wanted := options["max_tokens"] or 0):
         click.echo(f"The source has no more: fewer than --max-tokens, {wanted:,}.")
     click.echo(next_commands(folder, index))
@@ -251,10 +246,8 @@ def show(folder: Path, document: int, split: str, tokens: bool) -> None:
     from pipeline import info, shards, tokenizer
 
     shard, start, ids = info.find_document(shards.load_index(folder), split, document)
-    click.echo(
-        f"{split} document {document:,}: {len(ids):,} tokens, at token {start:,} of {shard.file}",
-        err=True,
-    )
+    found = f"{len(ids):,} tokens, at token {start:,} of {shard.file}"
+    click.echo(f"{split} document {document:,}: {found}", err=True)
     if tokens:
         click.echo(" ".join(map(str, ids.tolist())), err=True)
     sys.stdout.buffer.write(tokenizer.decode(ids) + b"\n")
@@ -324,7 +317,7 @@ def default_name(source: str, config: str | None) -> str:
     name = config or Path(source.rstrip("/")).name
     if name in ("", ".", ".."):
         name = Path(source).resolve().name
-    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".txt"):
+    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".json", ".txt"):
         name = name.removesuffix(suffix)
     return re.sub(r"[^\w.-]+", "_", name).strip("_") or "shards"
 

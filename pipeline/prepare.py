@@ -3,14 +3,12 @@
 Before: slices.py, which makes one slice. After: shards.py on the disk, which the trainer reads.
 
 The plan is a pure function of the source's metadata and the options, and each slice of it is an
-independent task. So any number of workers and any number of kills give the same bytes. All is made
-in `.work/` and moved to its place at the end, so a finished folder stays whole while it is extended
-by more files or a larger max_tokens: it keeps all train shards but the last, and the val tokens of
-their slices.
+independent task. So any number of workers and kills give the same bytes. All is made in `.work/`
+and moved to its place at the end. A finished folder that is extended, by more files or a larger
+max_tokens, keeps all train shards but the last, and the val tokens of their slices.
 """
 
 import math
-import multiprocessing
 import shutil
 import signal
 import time
@@ -20,8 +18,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline import files, readers, shards, slices, tokenizer, verify
 from pipeline.downloads import DOWNLOADS_FOLDER, Downloads
@@ -30,11 +29,8 @@ from pipeline.shards import WORK_FOLDER, Index, Shard
 from pipeline.slices import Figures, Job, Record
 from pipeline.sources import BYTES_PER_TOKEN, Options, Plan, Slice, Source
 
-FEWER = "perhaps with fewer --workers"
 
-
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """Where a run stands: bytes of the plan that are done, of how many, and train + val tokens."""
 
     done_bytes: int
@@ -122,8 +118,7 @@ def tokenize(
         records = run.run(workers, downloads, on_progress)
         index = verify.publish(_index(run, records))
     new = [shard for each in records if each.slice not in run.resumed for shard in each.shards]
-    new_bytes = sum(shard.text_bytes for shard in new)
-    new_tokens = sum(shard.num_tokens for shard in new)
+    new_bytes, new_tokens = sum(s.text_bytes for s in new), sum(s.num_tokens for s in new)
     return Outcome(index, False, time.perf_counter() - started, new_bytes, new_tokens)
 
 
@@ -151,12 +146,8 @@ def _index(run: "_Run", records: list[Record]) -> Index:
         skipped=counts | {"num_damaged": every.skipped["damaged"], "damaged": every.damaged},
         document_tokens=every.document_tokens,
         shards=train + val,
-        base={
-            "num_slices": base.num_slices + len(records) - 1,
-            "file": file,
-            "row_group": first.start,
-            "figures": asdict(kept),
-        },
+        base={"num_slices": base.num_slices + len(records) - 1, "file": file}
+        | {"row_group": first.start, "figures": asdict(kept)},
     )
 
 
@@ -222,24 +213,26 @@ class _Run:
         """Find the records of earlier runs for the slices that were cut."""
         for each in self.plan.slices[self.num_looked_up :]:
             if record := slices.finished(self._job(each)):
-                self._keep(each, record, 1)
+                self._keep(each, record)
                 self.resumed.add(each.number)
                 self.before[0] += each.bytes
                 self.before[1] += sum(shard.num_tokens for shard in record.shards)
             else:
-                slices.record_path(self.folder / WORK_FOLDER, each.number).unlink(missing_ok=True)
+                slices.record_path(self.job.work, each.number).unlink(missing_ok=True)
         self.num_looked_up = len(self.plan.slices)
 
-    def _keep(self, each: Slice, record: Record, sign: int) -> None:
-        """Take up the record of a slice; or drop it, with `sign` -1: the slice is made again."""
-        if sign > 0:
-            self.records[each.number] = record
-        else:
-            del self.records[each.number]
-            self.resumed.discard(each.number)
-            slices.record_path(self.folder / WORK_FOLDER, each.number).unlink(missing_ok=True)
-        self.made_bytes += sign * each.bytes
-        self.made_tokens += sign * record.train_tokens
+    def _keep(self, each: Slice, record: Record) -> None:
+        self.records[each.number] = record
+        self.made_bytes += each.bytes
+        self.made_tokens += record.train_tokens
+
+    def _drop(self, each: Slice, record: Record, num_bytes: int) -> None:
+        """Forget a record that counted as `num_bytes`: its slice is made again."""
+        del self.records[each.number]
+        self.resumed.discard(each.number)
+        slices.record_path(self.job.work, each.number).unlink(missing_ok=True)
+        self.made_bytes -= num_bytes
+        self.made_tokens -= record.train_tokens
 
     def tokens_left(self) -> float:
         """Train tokens up to max_tokens that no record has."""
@@ -274,40 +267,34 @@ class _Run:
                     record = future.result()
                     each = self.plan.slices[running.pop(future) - self.plan.number]
                     if record.pieces == self._job(each).pieces:  # it may have grown
-                        self._keep(each, record, 1)
+                        self._keep(each, record)
                 self.done = [count.value for count in counts]
                 on_progress(self._progress())
         except KeyboardInterrupt:
-            fix = "run the same command again to resume; finished slices are kept"
-            raise ForgeError("stopped by Ctrl-C", where=self.folder, fix=fix) from None
+            raise ForgeError("stopped by Ctrl-C", where=self.folder, fix=KEPT) from None
         except BrokenProcessPool as error:
             what = "a worker process was killed (by hand, or by the kernel for want of memory)"
             if -signal.SIGBUS in {process.exitcode for process in processes}:
                 what = "a worker process could not read a file that it had mapped (SIGBUS)"
             doing = (self.plan.slices[number - self.plan.number] for number in running.values())
             names = {self.source.files[part.file].name for each in doing for part in each.parts}
-            where, fix = f"{self.folder}, at {', '.join(sorted(names)[:3])}", f"{KEPT}; {FEWER}"
-            raise ForgeError(what, where=where, fix=fix) from error
+            where = f"{self.folder}, at {', '.join(sorted(names)[:3])}"
+            raise ForgeError(what, where=where, fix=f"{KEPT}; try fewer --workers") from error
         finally:
             if running:  # stopped early, or these are beyond max_tokens
                 for process in (pool._processes or {}).values():
                     process.kill()
             pool.shutdown(wait=True, cancel_futures=True)
-            for leftover in (self.folder / WORK_FOLDER).glob("*.partial"):
+            for leftover in self.job.work.glob("*.partial"):
                 leftover.unlink(missing_ok=True)
         return [self.records[each.number] for each in self.plan.slices[: self.num_settled]]
 
     def _start_pool(self, workers: int) -> tuple[ProcessPoolExecutor, tuple[Any, Any]]:
-        context = multiprocessing.get_context("spawn")
-        vocabulary = self.folder / WORK_FOLDER / shards.VOCABULARY_FILE
-        try:
-            counts = context.Value("q"), context.Value("q")
-            pool = ProcessPoolExecutor(workers, context, slices.start_worker, (vocabulary, *counts))
-        except OSError as error:  # semaphores are files there
-            fix = f"give it room (docker run --shm-size=64m) or permission; {KEPT}"
-            what = f"cannot make shared memory: {error.strerror}"
-            raise ForgeError(what, where="/dev/shm", fix=fix) from error
-        return pool, counts
+        context, vocabulary = get_context("spawn"), self.job.work / shards.VOCABULARY_FILE
+        with refusals("make shared memory", "/dev/shm", f"docker run --shm-size=64m; {KEPT}"):
+            counts = context.Value("q"), context.Value("q")  # with semaphores, which are files
+            start = (slices.start_worker, (vocabulary, *counts))
+            return ProcessPoolExecutor(workers, context, *start), counts
 
     def _settled(self) -> bool:
         """Whether every slice that is needed has its record.
@@ -326,14 +313,13 @@ class _Run:
             # A slice that is not the last may be cut, by the smaller limit of an earlier run.
             if num_tokens >= min(left, record.limit or math.inf) and record.limit != left:
                 self.limits = {each.number: int(left)} if is_last else {}
-                self._keep(each, record, -1)
+                self._drop(each, record, each.bytes)
                 return False
             if not is_last and each is self.plan.slices[-1] and not self.plan.whole:
                 size = each.bytes
                 self.cut()  # the estimate was too low: this slice grows, or more follow it
-                if each.bytes > size or record.pieces != self._job(each).pieces:
-                    self.made_bytes += each.bytes - size
-                    self._keep(each, record, -1)
+                if record.pieces != self._job(each).pieces:
+                    self._drop(each, record, size)
                 self.look_up()
                 continue
             self.num_settled += 1

@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ import zstandard
 
 from pipeline import sources
 from pipeline.errors import KEPT, DamageError, refusals
-from pipeline.sources import Options, Part, Source, check_score, damage, score_column
+from pipeline.sources import OnDamage, Options, Part, Source, check_score, damage, score_column
 from pipeline.tokenizer import EOT_TEXT
 
 BATCH_BYTES = 8 * 2**20
@@ -30,7 +30,6 @@ BATCH_ROWS = 1024
 ARCHIVE_BYTES = 2**14  # read at a time
 BOM = "\ufeff".encode()
 SKIP = "or leave it out with --on-error skip"
-OnDamage = Callable[[DamageError], None]
 
 
 def stop(found: DamageError) -> None:

@@ -15,7 +15,7 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pipeline.readers import Place
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Options, Slice, SourceFile
 
+MOST_LISTED = 20  # damaged places of a slice: the others are only counted
 REASONS = ("null", "empty", "low_score", "damaged")  # for which something is skipped
 VAL_SHARD_TOKENS = 100_000_000  # at most, about
 BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
@@ -64,7 +65,7 @@ class Figures:
 
     num_val_tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  # counts, by REASONS
-    damaged: tuple[str, ...] = ()  # a line for each kind and file
+    damaged: tuple[str, ...] = ()  # the first places of each slice
     document_tokens: dict[str, DocumentLengths] = field(default_factory=dict)
 
     @staticmethod
@@ -104,27 +105,6 @@ class Record:
         return Record(raw["slice"], tuple(raw["pieces"]), raw["limit"], made, figures)
 
 
-class LeftOut:
-    """The `on_damage` that leaves out: counts what is damaged, by file and kind."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.first: dict[tuple[str, str], str] = {}
-        self.path, self.name = Path(), ""
-
-    def __call__(self, found: DamageError) -> None:
-        place = str(found.where).replace(str(self.path), self.name, 1)
-        kind = place.rpartition(", ")[2].rpartition(" ")[0] if place != self.name else "file"
-        self.counts[self.name, kind] += 1
-        self.first.setdefault((self.name, kind), f"{place}: {found.what}")
-
-    def lines(self) -> tuple[str, ...]:
-        return tuple(
-            self.first[key] + f" (and {count - 1:,} more {key[1]}{'s' * (count > 2)})" * (count > 1)
-            for key, count in self.counts.items()
-        )
-
-
 _encoder: tokenizer.BulkEncoder
 _done_bytes: Any
 _done_tokens: Any
@@ -138,9 +118,8 @@ def start_worker(vocabulary_file: Path, done_bytes: Any, done_tokens: Any) -> No
 
 
 def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
@@ -186,37 +165,36 @@ class _Side:
         if not self.lengths:  # no document fell on this side
             self.path.unlink(missing_ok=True)
             return ()
-        shard = Shard(
-            file=self.path.name,
-            split=self.split,
-            num_tokens=self.num_tokens,
-            num_documents=len(self.lengths),
-            text_bytes=self.text_bytes,
-            checksum=self._flush().commit(),
-            slice=self.number,
-        )
-        return (replace(shard, head_checksum=shards.head_checksum(self.path)),)
+        checksum = self._flush().commit()
+        counts = (self.num_tokens, len(self.lengths), self.text_bytes, checksum)
+        head = shards.head_checksum(self.path)
+        return (Shard(self.path.name, self.split, *counts, self.number, head),)
 
 
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its files, then its record. Runs in a worker process."""
     sides = {split: _Side(job.work, split, job.slice.number) for split in shards.SPLITS}
-    skipped, left_out = Counter(dict.fromkeys(REASONS, 0)), LeftOut()
-    place = Place(job.work.parent)
+    skipped, damaged = Counter(dict.fromkeys(REASONS, 0)), list[str]()
+    place, name = Place(job.work.parent), ""
+
+    def leave_out(found: DamageError) -> None:
+        skipped["damaged"] += 1
+        if len(damaged) < MOST_LISTED:
+            damaged.append(f"{found.where}: {found.what}".replace(str(place.path), name, 1))
+
+    on_damage = leave_out if job.skip_errors else readers.stop
     try:
         for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
-            place, left_out.path, left_out.name = Place(path), path, file.name
+            place, name = Place(path), file.name
             if part.damage:
-                left_out(DamageError(part.damage, where=path, fix=""))
+                on_damage(DamageError(part.damage, where=path, fix=""))
                 continue
             file.check_unchanged(path)
-            on_damage = left_out if job.skip_errors else readers.stop
             for batch in readers.read_texts(job.kind, place, part, job.options, on_damage):
                 documents = [text for text in batch.texts if text]
                 nulls = batch.texts.count(None)
-                skipped["null"] += nulls
-                skipped["empty"] += len(batch.texts) - nulls - len(documents)
-                skipped["low_score"] += batch.num_low_scores
+                empty = len(batch.texts) - nulls - len(documents)
+                skipped.update(null=nulls, empty=empty, low_score=batch.num_low_scores)
                 before = sides["train"].num_tokens + sides["val"].num_tokens
                 full = _write_documents(documents, sides, job)
                 now = sides["train"].num_tokens + sides["val"].num_tokens
@@ -224,9 +202,9 @@ def tokenize_slice(job: Job) -> Record:
                     _done_bytes.value += batch.source_bytes
                     _done_tokens.value += now - before
                 if full:
-                    return _commit(job, sides, skipped, left_out)
+                    return _commit(job, sides, dict(skipped), tuple(damaged))
             file.check_unchanged(path)
-        return _commit(job, sides, skipped, left_out)
+        return _commit(job, sides, dict(skipped), tuple(damaged))
     except MemoryError as error:
         raise refusal(error, "tokenize a document", place, KEPT) from error
     except OSError as error:
@@ -237,12 +215,13 @@ def tokenize_slice(job: Job) -> Record:
                 side.writer.discard()
 
 
-def _commit(job: Job, sides: dict[str, _Side], skipped: Counter[str], left_out: LeftOut) -> Record:
+def _commit(
+    job: Job, sides: dict[str, _Side], skipped: dict[str, int], damaged: tuple[str, ...]
+) -> Record:
     made = tuple(shard for side in sides.values() for shard in side.commit())
     files.sync_folder(job.work)
     lengths = {split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()}
-    skipped["damaged"] = left_out.counts.total()
-    figures = Figures(sides["val"].num_tokens, dict(skipped), left_out.lines(), lengths)
+    figures = Figures(sides["val"].num_tokens, skipped, damaged, lengths)
     record = Record(job.slice.number, job.pieces, job.limit, made, figures)
     # Not waited for: should a power cut take it, its slice is made again.
     data = (json.dumps(asdict(record)) + "\n").encode()
@@ -277,8 +256,7 @@ def finished(job: Job) -> Record | None:
         )
     except (OSError, ValueError, KeyError, TypeError, ForgeError):
         return None
-    is_same = sound and record.pieces == job.pieces
-    return record if is_same and not record.figures.damaged else None
+    return record if sound and record.pieces == job.pieces and not record.figures.damaged else None
 
 
 def record_path(work: Path, number: int) -> Path:

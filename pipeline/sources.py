@@ -43,6 +43,10 @@ FOOTERS_AT_ONCE = 16
 REPAIR = "restore the file and run the same command again, or leave it out with --on-error skip"
 
 
+OnDamage = Callable[[DamageError], None]
+First = tuple[int, int, int]  # slice, file and row group that something begins with
+
+
 @dataclass(frozen=True)
 class Options:
     """What decides the bytes of the output, beside the source. All of it is recorded."""
@@ -93,17 +97,13 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of one file: row groups [start, stop) of a parquet file, or a whole text file.
-
-    `bytes` is its size as the plan counts it: uncompressed text column, or bytes of the file.
-    `damage` is what is wrong with a file that is left out.
-    """
+    """A piece of one file: row groups [start, stop) of a parquet file, or a whole text file."""
 
     file: int
     start: int
     stop: int
-    bytes: int
-    damage: str = ""
+    bytes: int  # as the plan counts them: uncompressed text column, or bytes of the file
+    damage: str = ""  # what is wrong with a file that is left out
 
 
 @dataclass(frozen=True)
@@ -255,13 +255,8 @@ class Plan:
     """The slices of a source, cut as far as needed; the last may grow while not `whole`."""
 
     def __init__(
-        self,
-        source: Source,
-        options: Options,
-        on_damage: Callable[[DamageError], None],
-        first: tuple[int, int, int] = (0, 0, 0),
+        self, source: Source, options: Options, on_damage: OnDamage, first: First = (0, 0, 0)
     ) -> None:
-        """`first` has the number of the first slice, its first file and row group there."""
         self.source, self.options, self.on_damage = source, options, on_damage
         self.number, self.first_file, self.first_group = first
         self.file = self.first_file  # the next to cut
@@ -338,16 +333,16 @@ def row_groups(source: Source, file: int, options: Options) -> list[Part]:
 
 def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
     """ForgeError unless the schema has one column of that name, and it holds strings."""
-    count = schema.names.count(text_column)
-    what = f"{count} columns are called {text_column!r}"
-    if count == 0:
+    kinds = [field.type for field in schema if field.name == text_column]
+    plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    if not kinds:
         what = f"no column {text_column!r}; there are: {', '.join(schema.names)}"
-    if count == 1:
-        kind = schema.field(text_column).type
-        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if plain in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):  # null: all are
-            return
-        what = f"column {text_column!r} holds {kind}, not strings"
+    elif len(kinds) > 1:
+        what = f"{len(kinds)} columns are called {text_column!r}"
+    elif plain[0] in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):  # null: all are
+        return
+    else:
+        what = f"column {text_column!r} holds {kinds[0]}, not strings"
     raise ForgeError(what, where=where, fix="name the column of the text with --text-column")
 
 
