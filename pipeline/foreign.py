@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,24 +37,20 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
     if not folder.is_dir():
         raise ForgeError("no such folder", where=folder, fix="check the path")
     with files.hold(folder, "forge-prep"), refusals("write", folder):
-        kind = verify.read_plan(folder).get("source", {}).get("kind")
         verify.finish_publishing(folder)
+        kind = verify.read_plan(folder).get("source", {}).get("kind")
         if (folder / shards.INDEX_FILE).exists():
             what = "the folder has an index already"
             raise ForgeError(what, where=folder, fix="forge-prep info DIR")
         if (folder / shards.WORK_FOLDER).exists() and kind not in (RAW_KIND, THEIR_KIND):
+            what = "an unfinished run of forge-prep tokenize lies here"
             raise ForgeError(
-                "an unfinished run of forge-prep tokenize lies here",
-                where=folder,
-                fix="the same forge-prep tokenize again finishes it, and makes the index",
+                what, where=folder, fix="run the same command again, which finishes it"
             )
         found = sorted(folder.glob("*.bin"))
-        source = {
-            "name": folder.resolve().name,
-            "kind": RAW_KIND if raw else THEIR_KIND,
-            "hub": None,
-            "files": [{"name": path.name, "bytes": path.stat().st_size} for path in found],
-        }
+        rows = [{"name": path.name, "bytes": path.stat().st_size} for path in found]
+        source: dict[str, Any] = {"name": folder.resolve().name, "hub": None, "files": rows}
+        source["kind"] = RAW_KIND if raw else THEIR_KIND
         work = verify.begin(folder, {"source": source, "tokenizer": tokenizer.describe()})
         try:
             made = list(convert(folder, work, is_text) if raw else describe(found, is_text))
@@ -61,16 +58,17 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
             lengths = {split: DocumentLengths() for split in shards.SPLITS}
             for shard, documents in made:
                 lengths[shard.split] += documents
-            index = Index(
-                folder=folder,
-                tokenizer=tokenizer.describe(),
-                source=source,
-                options={"split_rule": "by the name of the file"},
-                skipped={"null_documents": 0, "empty_documents": 0},
-                document_tokens=lengths,
-                shards=tuple(shard for shard, _ in made),
+            return verify.publish(
+                Index(
+                    folder=folder,
+                    tokenizer=tokenizer.describe(),
+                    source=source,
+                    options={"split_rule": "by the name of the file"},
+                    skipped={"null_documents": 0, "empty_documents": 0},
+                    document_tokens=lengths,
+                    shards=tuple(shard for shard, _ in made),
+                )
             )
-            return verify.publish(index)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -79,11 +77,11 @@ def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, D
     """Shards with a header, as the index lists them."""
     used = [path for path in paths if not re.search(NOT_TRAINING, path.stem.lower())]
     if not used:
-        raise ForgeError(
-            "no token files (*.bin) for training here" + " (test, eval, dev are not)" * bool(paths),
-            where=paths[0] if paths else None,
-            fix="text becomes shards with forge-prep tokenize",
+        what = "no token files (*.bin) for training here" + " (test, eval, dev are not)" * bool(
+            paths
         )
+        fix = "text becomes shards with forge-prep tokenize"
+        raise ForgeError(what, where=paths[0] if paths else None, fix=fix)
     for path in used:
         try:
             num_tokens = shards.check_header(path)

@@ -52,10 +52,6 @@ def summarize_split(index: Index, split: str) -> dict[str, Any]:
     }
 
 
-def few(epochs: float) -> str:
-    return f"{epochs:.2f}" if epochs >= 0.005 or not epochs else "< 0.01"
-
-
 def epochs(train_tokens: int) -> dict[str, dict[str, Any]]:
     """For each config that is installed: its budget in tokens, and the epochs that makes."""
     budgets: dict[str, dict[str, Any]] = {}
@@ -79,42 +75,36 @@ def render(index: Index) -> str:
     if hub:
         config = f"config {hub['config']}, " if "config" in hub else ""
         origin += f"\n           {config}split {hub['split']}, revision {hub['revision']}"
+    rule = f", val_fraction {fraction}" if fraction is not None else ""
+    num_damaged = skipped.get("num_damaged", len(skipped.get("damaged", [])))
     lines = [
         f"folder     {facts['folder']}",
         f"source     {origin}",
         f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, "
         f"sha256 {tokenizer['sha256'][:16]}",
-        f"split      {facts['options'].get('split_rule')}"
-        + (f", val_fraction {fraction}" if fraction is not None else ""),
-        f"skipped    {skipped['null_documents']:,} null and "
-        f"{skipped['empty_documents']:,} empty documents, "
-        f"{skipped.get('low_score_documents', 0):,} below min_score, "
-        f"{skipped.get('num_damaged', len(skipped.get('damaged', []))):,} damaged places",
+        f"split      {facts['options'].get('split_rule')}{rule}",
+        f"skipped    {skipped['null_documents']:,} null and {skipped['empty_documents']:,} empty "
+        f"documents, {skipped.get('low_score_documents', 0):,} below min_score, "
+        f"{num_damaged:,} damaged places",
         "",
         f"{'':8}{'tokens':>16}{'documents':>13}{'text bytes':>18}{'bytes/token':>13}{'shards':>8}"
-        f"   tokens a shard",
+        "   tokens a shard",
     ]
     for split, row in facts["splits"].items():
-        sizes = f"{row['shard_tokens_min']:,} to {row['shard_tokens_max']:,}"
-        per_token = f"{row['bytes_per_token']:.3f}" if row["bytes_per_token"] else "-"
         lines.append(
             f"{split:8}{row['num_tokens']:>16,}{row['num_documents']:>13,}{row['text_bytes']:>18,}"
-            f"{per_token:>13}{row['num_shards']:>8,}   {sizes}"
+            f"{str(row['bytes_per_token'] or '-')[:5]:>13}{row['num_shards']:>8,}"
+            f"   {row['shard_tokens_min']:,} to {row['shard_tokens_max']:,}"
         )
-    train = index.document_tokens.get("train", DocumentLengths())
     figures = facts["splits"]["train"]["document_tokens"]
-    lines += [
-        "",
-        "document length in tokens (train): "
-        + ", ".join(f"{name} {value:,}" for name, value in figures.items()),
-        *histogram(train),
-    ]
+    described = ", ".join(f"{name} {value:,}" for name, value in figures.items())
+    lines += ["", f"document length in tokens (train): {described}"]
+    lines += histogram(index.document_tokens.get("train", DocumentLengths()))
     if facts["splits"]["train"]["num_tokens"]:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
-            lines.append(
-                f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {few(row['epochs']):>10} epochs"
-            )
+            many = f"{row['epochs']:.2f}" if row["epochs"] >= 0.005 else "< 0.01"
+            lines.append(f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {many:>10} epochs")
     return "\n".join(lines)
 
 

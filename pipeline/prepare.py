@@ -325,10 +325,10 @@ class _Run:
             self.num_settled += 1
             self.settled_tokens += num_tokens
             if is_last:
-                return True
+                break
         return True
 
-    def _next_jobs(self, busy: set[int], free: int, downloads: Downloads | None) -> Iterator[Job]:
+    def _next_jobs(self, busy: set[int], free: int, hub: Downloads | None) -> Iterator[Job]:
         """At most `free` jobs to start now, and no more than max_tokens is likely to need."""
         expected, per_byte = float(self.settled_tokens), self._tokens_per_byte()
         for position in range(self.num_settled, len(self.plan.slices)):
@@ -339,12 +339,10 @@ class _Run:
             expected += record.train_tokens if record else each.bytes * per_byte
             if record or each.number in busy:
                 continue
-            paths: tuple[Path, ...] | None
-            paths = tuple(self.source.local_path(part.file) for part in each.parts)
-            if downloads:
-                later = islice(self.plan.slices, position + 1, None)
-                without = (other for other in later if other.number not in self.records)
-                paths = downloads.paths(each, without)
+            behind = islice(self.plan.slices, position + 1, None)
+            later = (other for other in behind if other.number not in self.records)
+            here = (self.source.local_path(part.file) for part in each.parts)
+            paths = hub.paths(each, later) if hub else tuple(here)
             if paths is None:
                 return  # one of its files is still being downloaded
             free -= 1
@@ -353,14 +351,12 @@ class _Run:
     def _job(self, each: Slice, paths: tuple[Path, ...] = (), limit: int | None = None) -> Job:
         parts = tuple(each.parts)  # the plan's own may grow
         files = tuple(self.source.files[part.file] for part in parts)
-        return replace(
-            self.job, slice=Slice(each.number, parts), paths=paths, files=files, limit=limit
-        )
+        this = Slice(each.number, parts)
+        return replace(self.job, slice=this, paths=paths, files=files, limit=limit)
 
     def _progress(self) -> Progress:
         done, tokens = (a + b for a, b in zip(self.before, self.done, strict=True))
-        total, wanted = self.plan.bytes, self.limit - self.base_tokens
-        if wanted < math.inf and tokens:
-            guess = int(done * wanted / tokens)  # as much more as was needed so far
-            total = min(total, guess) if self.plan.whole else guess
-        return Progress(done, max(done, total), self.base_tokens + tokens)
+        total, wanted = float(self.plan.bytes), self.limit - self.base_tokens
+        if wanted < math.inf and tokens:  # as much more as was needed so far
+            total = min(total if self.plan.whole else math.inf, done * wanted / tokens)
+        return Progress(done, max(done, int(total)), self.base_tokens + tokens)

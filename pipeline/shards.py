@@ -13,8 +13,7 @@ A shard is an llm.c / modded-nanogpt token file, little-endian throughout:
 
 Every document starts with <|endoftext|> (50256), and text never makes that token. Beside the shards
 lie `r50k_base.tiktoken` (the vocabulary: one `base64(bytes) rank` a line) and index.json, which is
-written last: a folder without it is a folder that is not finished. What is still being made lies
-in `.work/`, and publish() moves it to its place.
+written last: a folder without it is not finished. What is still being made lies in `.work/`.
 
 Sources: llm.c dev/data/data_common.py (write_datafile), modded-nanogpt data/fineweb.py.
 """
@@ -88,7 +87,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class DocumentLengths:
-    """How long documents are, in tokens without <|endoftext|>; mergeable, so that slices add up.
+    """How long documents are, in tokens without <|endoftext|>; they add up.
 
     `histogram[k]` counts documents of 2**(k/4) <= length < 2**((k+1)/4): quarter octaves.
     """
@@ -115,8 +114,7 @@ class DocumentLengths:
     def __add__(self, other: "DocumentLengths") -> "DocumentLengths":
         if not other.histogram or not self.histogram:
             return self if self.histogram else other
-        pairs = zip_longest(self.histogram, other.histogram, fillvalue=0)
-        counts = tuple(a + b for a, b in pairs)
+        counts = tuple(map(sum, zip_longest(self.histogram, other.histogram, fillvalue=0)))
         return DocumentLengths(min(self.min, other.min), max(self.max, other.max), counts)
 
     def percentile(self, fraction: float) -> int:

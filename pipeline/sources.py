@@ -140,7 +140,7 @@ class Source:
     def ordered(self, known: Sequence[str]) -> "Source":
         """The same with the `known` files first, in that order; new ones by a hash of their names.
 
-        The first files are a fair sample, then, and added ones move nothing.
+        So the first files are a fair sample, and added ones move nothing.
         """
         places = {name: place for place, name in enumerate(known)}
 
@@ -199,10 +199,7 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, through links, too, but no hidden ones (editors keep copies there).
-
-    What cannot be read is an error, not empty.
-    """
+    """All files below `folder`, through links, too, but no hidden ones (copies of editors)."""
 
     def fail(error: OSError) -> None:
         raise refusal(error, "read a folder of the source", folder) from error

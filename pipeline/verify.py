@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,22 +36,21 @@ def token_lengths() -> npt.NDArray[np.int64]:
     return np.array([len(token) for token in tokenizer.token_bytes()], np.int64)
 
 
-@dataclass(frozen=True)
-class Figures:
+class Measured(NamedTuple):
     """What the tokens of a shard say of it. `first` and `largest` are tokens, -1 if it has none."""
 
     num_tokens: int
+    num_documents: int
+    text_bytes: int  # 0 without `counts_text`
     checksum: str
     first: int
     largest: int
-    text_bytes: int  # 0 without `counts_text`
     lengths: DocumentLengths
-    num_documents: int
 
 
 def measure(
     path: Path, on_bytes: Callable[[int], None] = lambda count: None, counts_text: bool = False
-) -> Figures:
+) -> Measured:
     """Read one shard whole."""
     num_tokens = shards.check_header(path)
     digest, first, largest, position, text_bytes = xxhash.xxh3_64(), -1, -1, 0, 0
@@ -60,26 +59,22 @@ def measure(
         file.seek(shards.HEADER.size)
         while chunk := file.read(CHUNK_BYTES):
             tokens = np.frombuffer(chunk, "<u2")
-            first, largest = (
-                int(tokens[0]) if position == 0 else first,
-                max(largest, int(tokens.max())),
-            )
+            first = int(tokens[0]) if position == 0 else first
+            largest = max(largest, int(tokens.max()))
             starts.append(np.flatnonzero(tokens == shards.EOT_TOKEN) + position)
             text_bytes += int(token_lengths()[tokens].sum()) if counts_text else 0
             digest.update(chunk)
             position += len(tokens)
             on_bytes(len(chunk))
     bounds = np.concatenate([*starts, [num_tokens]])
-    lengths = DocumentLengths.of(np.diff(bounds) - 1)
-    figures = (digest.hexdigest(), first, largest, text_bytes, lengths, len(bounds) - 1)
-    return Figures(num_tokens, *figures)
+    counts = (num_tokens, len(bounds) - 1, text_bytes, digest.hexdigest())
+    return Measured(*counts, first, largest, DocumentLengths.of(np.diff(bounds) - 1))
 
 
 def describe(path: Path, split: str) -> tuple[Shard, DocumentLengths]:
     """A shard as the index lists it, from its tokens alone, and how long its documents are."""
     found = measure(path, counts_text=True)
-    counts = (found.num_tokens, found.num_documents, found.text_bytes, found.checksum)
-    return Shard(path.name, split, *counts, 0, shards.head_checksum(path)), found.lengths
+    return Shard(path.name, split, *found[:4], 0, shards.head_checksum(path)), found.lengths
 
 
 def check_shard(
@@ -91,15 +86,10 @@ def check_shard(
         found, head = measure(path, on_bytes), shards.head_checksum(path)
     except ForgeError as error:
         return [f"{shard.file}: {error.what}"]
-    problems = [
-        f"{has}, the index says {listed}"
-        for has, listed in (
-            (f"{found.num_tokens:,} tokens", f"{shard.num_tokens:,}"),
-            (f"checksum {found.checksum}", shard.checksum),
-            (f"{found.num_documents:,} documents", f"{shard.num_documents:,}"),
-        )
-        if listed != has.removeprefix("checksum ").split()[0]
-    ]
+    problems = []
+    for name in ("num_tokens", "num_documents", "checksum"):
+        if (has := getattr(found, name)) != (listed := getattr(shard, name)):
+            problems.append(f"{name.removeprefix('num_')} {has}, the index says {listed}")
     if found.largest >= shards.VOCAB_SIZE:
         problems.append(f"token {found.largest} is outside the vocabulary of {shards.VOCAB_SIZE}")
     if found.first not in (shards.EOT_TOKEN, -1) and whole_documents:
@@ -172,8 +162,7 @@ def look_at(folder: Path, plan: dict[str, Any], overwrite: bool) -> State:
         return State(index, is_enough=True)
     if not any((folder / shards.WORK_FOLDER).glob("[0-9]*.json")):
         begun = {}  # nothing is finished yet: any plan may follow
-    if found := differences(begun, plan):
-        raise_differences(found, folder)
+    refuse(differences(begun, plan), folder)
     source = begun["source"] if begun else index.source if index else {"files": ()}
     return State(index, False, bool(begun), tuple(file["name"] for file in source["files"]))
 
@@ -289,9 +278,10 @@ def differences(made: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     return found
 
 
-def raise_differences(found: list[str], folder: Path) -> None:
-    what = f"the folder was made with other options: {'; '.join(found)}"
-    raise ForgeError(what, where=folder, fix=ANEW)
+def refuse(found: list[str], folder: Path) -> None:
+    if found:
+        what = f"the folder was made with other options: {'; '.join(found)}"
+        raise ForgeError(what, where=folder, fix=ANEW)
 
 
 def is_enough(index: Index, plan: dict[str, Any]) -> bool:
@@ -307,8 +297,7 @@ def is_enough(index: Index, plan: dict[str, Any]) -> bool:
     old, now, has = before or math.inf, wanted or math.inf, index.total("num_tokens", "train")
     if now < old and now <= has:
         found.append(f"options max_tokens: {before!r}, now {wanted!r}")
-    if found:
-        raise_differences(found, index.folder)
+    refuse(found, index.folder)
     files = {file["name"]: file for file in plan["source"]["files"]}
     for file in index.source["files"]:
         if files.pop(file["name"], None) != file:
