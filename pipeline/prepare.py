@@ -291,7 +291,8 @@ class _Run:
 
     def _start_pool(self, workers: int) -> tuple[ProcessPoolExecutor, tuple[Any, Any]]:
         context, vocabulary = get_context("spawn"), self.job.work / shards.VOCABULARY_FILE
-        with refusals("make shared memory", "/dev/shm", f"docker run --shm-size=64m; {KEPT}"):
+        more = f"in a container, docker run --shm-size=64m; {KEPT}"
+        with refusals("make shared memory", "/dev/shm", more):
             counts = context.Value("q"), context.Value("q")  # with semaphores, which are files
             start = (slices.start_worker, (vocabulary, *counts))
             return ProcessPoolExecutor(workers, context, *start), counts

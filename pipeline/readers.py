@@ -10,6 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -38,15 +39,24 @@ def stop(found: DamageError) -> None:
 
 
 @dataclass
-class Place:
-    """Where a reader stands, for messages."""
+class Reading:
+    """A file that is being read, what is wanted of it, and where the reader stands."""
 
     path: Path
+    options: Options
+    on_damage: OnDamage = stop
     unit: str = ""  # line, row group or document
     number: int = 0
 
     def __str__(self) -> str:
         return f"{self.path}, {self.unit} {self.number}" if self.unit else str(self.path)
+
+    @contextmanager
+    def leaves_out(self) -> Iterator[None]:
+        try:
+            yield
+        except DamageError as found:
+            self.on_damage(found)
 
 
 class Batch(NamedTuple):
@@ -57,48 +67,37 @@ class Batch(NamedTuple):
     num_low_scores: int = 0  # documents below min_score, or without a score: not among the texts
 
 
-def read_texts(
-    kind: str, place: Place, part: Part, options: Options, on_damage: OnDamage = stop
-) -> Iterator[Batch]:
+def read_texts(kind: str, at: Reading, part: Part) -> Iterator[Batch]:
     """Stream the text of one part. Raises ForgeError, naming the place, for all that fails."""
     readers = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}
-    try:
-        with refusals("read a source file", place, KEPT):
-            yield from readers[kind](place, part, options, on_damage)
-    except DamageError as found:
-        on_damage(found)
+    with at.leaves_out(), refusals("read a source file", at, KEPT):
+        yield from readers[kind](at, part)
 
 
-def read_parquet(
-    place: Place, part: Part, options: Options, on_damage: OnDamage
-) -> Iterator[Batch]:
-    with damage("not a whole parquet file", place):
-        file = pq.ParquetFile(place.path, memory_map=True, page_checksum_verification=True)
-    columns, kept = [options.text_column], None
-    if options.min_score is not None:
+def read_parquet(at: Reading, part: Part) -> Iterator[Batch]:
+    with damage("not a whole parquet file", at):
+        file = pq.ParquetFile(at.path, memory_map=True, page_checksum_verification=True)
+    columns, kept = [at.options.text_column], None
+    if at.options.min_score is not None:
         names = [file.metadata.schema.column(c).path for c in range(file.metadata.num_columns)]
-        column = score_column(names, place)
-        columns.append(column)
+        columns.append(column := score_column(names, at))
         is_flat = column in file.schema_arrow.names
-        kept = pc.field(column if is_flat else tuple(column.split("."))) >= options.min_score
-    place.unit = "row group"
+        kept = pc.field(column if is_flat else tuple(column.split("."))) >= at.options.min_score
+    at.unit = "row group"
     with file:
-        for place.number in range(part.start, part.stop):
-            try:
-                with damage("damaged row group", place):
-                    yield from read_row_group(file, place, columns, kept, on_damage)
-            except DamageError as found:
-                on_damage(found)
+        for at.number in range(part.start, part.stop):
+            with at.leaves_out(), damage("damaged row group", at):
+                yield from read_row_group(file, at, columns, kept)
 
 
 def read_row_group(
-    file: pq.ParquetFile, place: Place, columns: list[str], kept: Any, on_damage: OnDamage
+    file: pq.ParquetFile, at: Reading, columns: list[str], kept: Any
 ) -> Iterator[Batch]:
-    num_rows = batch_rows(file.metadata.row_group(place.number), columns[0])
-    groups, first = [place.number], 0
+    num_rows = batch_rows(file.metadata.row_group(at.number), columns[0])
+    groups, first = [at.number], 0
     for batch in file.iter_batches(num_rows, row_groups=groups, columns=columns, use_threads=False):
         texts = batch.column(columns[0]).cast(pa.large_string())
-        bad = invalid_texts(texts, f"{place}, text ", first, on_damage)
+        bad = invalid_texts(texts, at, first)
         size, num_read, first = texts.nbytes, len(texts) - len(bad), first + len(texts)
         if bad:
             batch = batch.filter(pa.array([n not in bad for n in range(len(texts))]))
@@ -109,9 +108,7 @@ def read_row_group(
         yield Batch(texts.cast(pa.large_binary()).to_pylist(), size, num_read - len(batch))
 
 
-def invalid_texts(
-    texts: pa.LargeStringArray, where: str, first: int, on_damage: OnDamage
-) -> set[int]:
+def invalid_texts(texts: pa.LargeStringArray, at: Reading, first: int) -> set[int]:
     """Which texts are not UTF-8, as parquet's are only by promise; the first is number `first`."""
     try:
         texts.validate(full=True)
@@ -126,7 +123,7 @@ def invalid_texts(
         except UnicodeDecodeError as error:
             bad.add(number)
             what, fix = f"invalid UTF-8: {error.reason}", f"write it again in UTF-8, {SKIP}"
-            on_damage(DamageError(what, where=f"{where}{first + number + 1}", fix=fix))
+            at.on_damage(DamageError(what, where=f"{at}, text {first + number + 1}", fix=fix))
     return bad
 
 
@@ -137,43 +134,43 @@ def batch_rows(group: Any, text_column: str) -> int:
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / max(1, size))))
 
 
-def read_jsonl(place: Place, part: Part, options: Options, on_damage: OnDamage) -> Iterator[Batch]:
-    place.unit, column = "line", options.text_column
+def read_jsonl(at: Reading, part: Part) -> Iterator[Batch]:
+    at.unit, least = "line", at.options.min_score
     texts: list[bytes | None] = []
     size = read_before = num_low_scores = 0
     cut: DamageError | None = None
-    with place.path.open("rb") as raw:
-        lines = decompressed_lines(raw, place)
+    with at.path.open("rb") as raw:
+        lines = decompressed_lines(raw, at)
         while True:
             try:
                 line = next(lines, b"")
             except DamageError as found:  # what came before is sound
                 line, cut = b"", found
-            place.number += 1
+            at.number += 1
             if line and not line.isspace():
                 size += len(line)
                 try:
-                    document, text = parse_line(line, column, place)
-                    if options.min_score is None or score_of(document, place) >= options.min_score:
+                    document, text = parse_line(line, at)
+                    if least is None or score_of(document, at) >= least:
                         texts.append(text)
                     else:
                         num_low_scores += 1
                 except DamageError as found:
-                    on_damage(found)
+                    at.on_damage(found)
             if size and (size >= BATCH_BYTES or not line):
                 yield Batch(texts, raw.tell() - read_before, num_low_scores)
                 texts, size, read_before, num_low_scores = [], 0, raw.tell(), 0
+            if cut:
+                raise cut
             if not line:
-                break
-    if cut:
-        raise cut
+                return
 
 
-def decompressed_lines(raw: io.BufferedReader, place: Place) -> Iterator[bytes]:
+def decompressed_lines(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
     """Lines of a plain, .gz or .zst file; DamageError for one that is cut off."""
-    name, number = place.path.name.lower(), 0
+    name, number = at.path.name.lower(), 0
     try:
-        with damage("cannot decompress a source file", place.path):
+        with damage("cannot decompress a source file", at.path):
             stream: Any = raw
             if name.endswith((".gz", ".zst")):
                 if not raw.peek(1):  # even an archive of nothing has a header
@@ -223,8 +220,9 @@ class ZstdFrames(io.RawIOBase):
         return count
 
 
-def parse_line(line: bytes, column: str, place: Place) -> tuple[dict[str, Any], bytes | None]:
+def parse_line(line: bytes, at: Reading) -> tuple[dict[str, Any], bytes | None]:
     """A line's document and its text."""
+    column = at.options.text_column
     fix = f'each line must be a JSON object in UTF-8 with a string under "{column}"'
     document: Any = None
     try:
@@ -242,10 +240,10 @@ def parse_line(line: bytes, column: str, place: Place) -> tuple[dict[str, Any], 
         fix = "name the column of the text with --text-column"
     except AttributeError:
         what = f"column {column!r} holds {type(document[column]).__name__}, not a string"
-    raise DamageError(what, where=str(place), fix=f"{fix}; --on-error skip leaves such lines out")
+    raise DamageError(what, where=str(at), fix=f"{fix}; --on-error skip leaves such lines out")
 
 
-def score_of(document: dict[str, Any], place: Place) -> float:
+def score_of(document: dict[str, Any], at: Reading) -> float:
     """A document's score, below all others where it has none."""
     inner = document.get("metadata")
     inner = inner if isinstance(inner, dict) else {}
@@ -254,20 +252,20 @@ def score_of(document: dict[str, Any], place: Place) -> float:
     score = flat.get(column)
     if score is None:
         return -math.inf
-    check_score(isinstance(score, int | float), column, type(score).__name__, str(place))
+    check_score(isinstance(score, int | float), column, type(score).__name__, str(at))
     return float(score)
 
 
-def read_txt(place: Place, part: Part, options: Options, on_damage: OnDamage) -> Iterator[Batch]:
+def read_txt(at: Reading, part: Part) -> Iterator[Batch]:
     """A .txt file is one document, or with split_on as many as cut_lines() makes."""
-    if options.min_score is not None:
-        score_column([], place)
-    with place.path.open("rb") as raw:
+    if at.options.min_score is not None:
+        score_column([], at)
+    with at.path.open("rb") as raw:
         if raw.peek(len(BOM)).startswith(BOM):  # a byte order mark is no text
             raw.read(len(BOM))
         pieces: Iterable[bytes] = (raw.read() for _ in range(1))
-        if options.split_on is not None:
-            pieces, place.unit = cut_lines(raw, options.split_on.encode()), "document"
+        if at.options.split_on is not None:
+            pieces, at.unit = cut_lines(raw, at.options.split_on.encode()), "document"
         texts: list[bytes | None] = []
         size = 0
         for piece in chain(pieces, [None]):
@@ -275,15 +273,15 @@ def read_txt(place: Place, part: Part, options: Options, on_damage: OnDamage) ->
                 yield Batch(texts, size)
                 texts, size = [], 0
             if piece is None:
-                break
-            place.number, size = place.number + 1, size + len(piece)
+                return
+            at.number, size = at.number + 1, size + len(piece)
             try:
                 piece.decode()
                 texts.append(piece)
             except UnicodeDecodeError as error:
                 what = f"invalid UTF-8: {error.reason} at byte {error.start:,}"
                 fix = f"convert the file to UTF-8, for example with iconv, {SKIP}"
-                on_damage(DamageError(what, where=str(place), fix=fix))
+                at.on_damage(DamageError(what, where=str(at), fix=fix))
 
 
 def cut_lines(lines: Iterable[bytes], mark: bytes) -> Iterator[bytes]:

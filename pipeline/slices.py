@@ -26,7 +26,7 @@ import xxhash
 
 from pipeline import files, readers, shards, tokenizer, verify
 from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
-from pipeline.readers import Place
+from pipeline.readers import Reading
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Options, Slice, SourceFile
 
@@ -175,22 +175,22 @@ def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its files, then its record. Runs in a worker process."""
     sides = {split: _Side(job.work, split, job.slice.number) for split in shards.SPLITS}
     skipped, damaged = Counter(dict.fromkeys(REASONS, 0)), list[str]()
-    place, name = Place(job.work.parent), ""
+    at, name = Reading(job.work.parent, job.options), ""
 
     def leave_out(found: DamageError) -> None:
         skipped["damaged"] += 1
         if len(damaged) < MOST_LISTED:
-            damaged.append(f"{found.where}: {found.what}".replace(str(place.path), name, 1))
+            damaged.append(f"{found.where}: {found.what}".replace(str(at.path), name, 1))
 
     on_damage = leave_out if job.skip_errors else readers.stop
     try:
         for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
-            place, name = Place(path), file.name
+            at, name = Reading(path, job.options, on_damage), file.name
             if part.damage:
                 on_damage(DamageError(part.damage, where=path, fix=""))
                 continue
             file.check_unchanged(path)
-            for batch in readers.read_texts(job.kind, place, part, job.options, on_damage):
+            for batch in readers.read_texts(job.kind, at, part):
                 documents = [text for text in batch.texts if text]
                 nulls = batch.texts.count(None)
                 empty = len(batch.texts) - nulls - len(documents)
@@ -206,7 +206,7 @@ def tokenize_slice(job: Job) -> Record:
             file.check_unchanged(path)
         return _commit(job, sides, dict(skipped), tuple(damaged))
     except MemoryError as error:
-        raise refusal(error, "tokenize a document", place, KEPT) from error
+        raise refusal(error, "tokenize a document", at, KEPT) from error
     except OSError as error:
         raise refusal(error, "write", job.work.parent, KEPT) from error
     finally:

@@ -16,7 +16,7 @@ import zstandard
 
 from pipeline import readers, sources
 from pipeline.errors import DamageError, ForgeError
-from pipeline.readers import Place
+from pipeline.readers import Reading
 from pipeline.sources import Options, Part, Plan, Slice
 
 TEXTS = ["one", None, "zwei — две", "", "a\nb", "quatre"]
@@ -34,8 +34,8 @@ def read(path: Path, column: str = "text", split_on: str | None = None) -> list[
     options, texts = Options(column, split_on=split_on), []
     for each in planned(source, options):
         for part in each.parts:
-            place = Place(source.local_path(part.file))
-            for batch in readers.read_texts(source.kind, place, part, options):
+            at = Reading(source.local_path(part.file), options)
+            for batch in readers.read_texts(source.kind, at, part):
                 texts += [None if text is None else text.decode() for text in batch.texts]
     return texts
 
@@ -150,7 +150,7 @@ def test_what_the_machine_refuses_is_never_damage(
     else:
         monkeypatch.setattr(readers, "decompressed_lines", fail_in_a_stream)
     left_out: list[ForgeError] = []
-    texts = readers.read_texts(kind, Place(path), Part(0, 0, 1, 9), Options(), left_out.append)
+    texts = readers.read_texts(kind, Reading(path, Options(), left_out.append), Part(0, 0, 1, 9))
     caught = failure(list, texts)
     assert left_out == []
     assert not isinstance(caught, DamageError)
@@ -297,7 +297,7 @@ def test_batches_of_long_documents_have_few_rows(tmp_path: Path, make_parquet) -
     texts = [f"{n} " * 100_000 for n in range(200)]
     path = make_parquet(tmp_path / "a.parquet", texts, rows=200)
     part = sources.Part(0, 0, 1, 0)
-    batches = list(readers.read_texts("parquet", Place(path), part, Options()))
+    batches = list(readers.read_texts("parquet", Reading(path, Options()), part))
     assert [text.decode() for batch in batches for text in batch.texts] == texts
     assert max(sum(map(len, batch.texts)) for batch in batches) < 3 * readers.BATCH_BYTES
 
@@ -488,6 +488,6 @@ def test_a_file_that_vanishes_is_an_error_with_its_name(tmp_path: Path) -> None:
     part = Part(0, 0, 1, 10)
     for kind in ("jsonl", "txt", "parquet"):
         path = tmp_path / f"gone.{kind}"
-        error = failure(list, readers.read_texts(kind, Place(path), part, Options()))
+        error = failure(list, readers.read_texts(kind, Reading(path, Options()), part))
         assert "cannot read a source file" in error.what
         assert str(error.where) == str(path)

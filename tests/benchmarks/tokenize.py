@@ -43,8 +43,8 @@ MARKS = (1, 10, 50)  # slices a worker
 def batches(source: sources.Source) -> Iterator[list[bytes]]:
     """The texts of the source, some 1,024 at a time."""
     for part in (part for each in planned(source, 2**40).slices for part in each.parts):
-        place = readers.Place(source.local_path(part.file))
-        for batch in readers.read_texts(source.kind, place, part, Options()):
+        at = readers.Reading(source.local_path(part.file), Options())
+        for batch in readers.read_texts(source.kind, at, part):
             yield [text for text in batch.texts if text]
 
 
