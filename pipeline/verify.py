@@ -156,9 +156,10 @@ def look_at(folder: Path, plan: dict[str, Any], overwrite: bool) -> State:
     if overwrite and (has_index or differences(begun, plan)):
         return State()
     index = shards.load_index(folder) if has_index else None
-    if index and is_enough(index, plan):
-        for shard in index.shards:
-            shards.check_header(folder / shard.file)
+    is_done = index is not None and is_enough(index, plan)
+    for shard in index.shards if index else ():
+        shards.check_header(folder / shard.file)
+    if is_done:
         return State(index, is_enough=True)
     if not any((folder / shards.WORK_FOLDER).glob("[0-9]*.json")):
         begun = {}  # nothing is finished yet: any plan may follow

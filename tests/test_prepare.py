@@ -852,6 +852,10 @@ def test_a_finished_folder_whose_shard_is_damaged_is_not_up_to_date(finished: Pa
     with pytest.raises(ForgeError, match="shorter than its header says") as caught:
         prepare.tokenize(source, finished, Options(val_fraction=0.2), workers=1)
     assert "--overwrite" in str(caught.value.fix)
+    shutil.copy(finished.parent / "a.parquet", finished.parent / "b.parquet")
+    source = sources.resolve(str(finished.parent), None, "train", None)
+    with pytest.raises(ForgeError, match="shorter than its header says"):  # nor is it extended
+        prepare.tokenize(source, finished, Options(val_fraction=0.2), workers=1)
 
 
 def test_an_edit_between_two_runs_is_noticed_whatever_its_size(

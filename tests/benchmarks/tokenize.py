@@ -15,6 +15,7 @@ holds on a machine that is busy with other things. The text is --source, --repea
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -155,11 +156,12 @@ def run_forge_prep(source: Path, out: Path, workers: int, shard_tokens: int) -> 
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         seconds = time.perf_counter() - started
-        if not run.first_token_seconds and out.exists():
-            written = (p.stat().st_size for p in out.glob(".work/train_*.partial"))
-            if any(size > shards.HEADER.size for size in written):
+        finished = 0
+        with contextlib.suppress(FileNotFoundError):  # renamed while we look
+            written = [p.stat().st_size for p in out.glob(".work/train_*.partial")]
+            if not run.first_token_seconds and max(written, default=0) > shards.HEADER.size:
                 run.first_token_seconds = seconds
-        finished = len(list(out.glob(".work/train_*.bin")))
+            finished = len(list(out.glob(".work/train_*.bin")))
         if finished >= workers and not run.first_slices:
             run.first_slices, run.first_slices_seconds = finished, seconds
         now = max(map(memory_mib, children(process.pid)), default=0.0)
