@@ -51,10 +51,10 @@ def refusal(
     """
     if isinstance(error, MemoryError):
         what = f"not enough memory to {doing}"
-        return ForgeError(what, where=where, fix=f"{_MEMORY}; {then}")
+        return ForgeError(what, where=str(where), fix=f"{_MEMORY}; {then}")
     fix = "; ".join([*(text for numbers, text in _ADVICE if error.errno in numbers), then])
     what = f"cannot {doing}: {error.strerror or error}"
-    return ForgeError(what, where=error.filename or where, fix=fix)
+    return ForgeError(what, where=str(error.filename or where), fix=fix)
 
 
 @contextmanager
