@@ -51,13 +51,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Base:
-    """What an extended folder keeps: all of its slices but the last. Nothing, in a new folder.
-
-    `file` and `row_group` begin the next slice.
-    """
+    """What an extended folder keeps: all of its slices but the last. Nothing, in a new folder."""
 
     num_slices: int = 0
-    file: str = ""
+    file: str = ""  # begins the next slice
     row_group: int = 0
     figures: Figures = field(default_factory=Figures)
     train: tuple[Shard, ...] = ()
@@ -234,8 +231,7 @@ class _Run:
         self.made_bytes -= num_bytes
         self.made_tokens -= record.train_tokens
 
-    def tokens_left(self) -> float:
-        """Train tokens up to max_tokens that no record has."""
+    def tokens_left(self) -> float:  # up to max_tokens
         return max(0.0, self.limit - self.base_tokens - self.made_tokens)
 
     def _tokens_per_byte(self) -> float:
