@@ -1,8 +1,11 @@
 """forge-prep: the offline stage's command line. Decorators, one call each, one error handler."""
 
+import contextlib
+import functools
 import glob
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -19,6 +22,7 @@ from pipeline.errors import ForgeError
 # Before numpy: its BLAS, which nothing here calls, would spin with a thread a core in each process.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -38,19 +42,37 @@ class Count(click.ParamType[int]):
         return number
 
 
-def next_commands(folder: Path, tokens: dict[str, int]) -> str:
+def next_commands(folder: Path, index: Any) -> str:
     """What to type next, with a config that the shards are enough for."""
+    tokens = {split: index.total("num_tokens", split) for split in ("train", "val")}
     config = "gpt2" if min(tokens.values()) > 2**20 else "tiny"  # gpt2 validates on a million
-    quoted = shlex.quote(str(folder))
+    quoted, most = shlex.quote(str(folder)), max(0, tokens["val"] - 1) // 128 * 128
     train = f"Train: forge-train {config} --data {quoted} --check"
-    most = max(0, tokens["val"] - 1) // 128 * 128  # tiny's context; it validates on 8,192
-    if tokens["train"] <= 1_024 or not most:  # tiny's step
+    if index.total("num_documents") == 1:
+        train = (
+            "Train: a document is never split, and forge-train needs two; --split-on cuts a .txt"
+        )
+    elif tokens["train"] <= 1_024 or not most:  # tiny's step, and its context
         split = "train" if most else "val"
         train = f"Train: too few {split} tokens, even for the config tiny: tokenize more text"
         train += ", or with a larger --val-fraction" * (split == "val")
-    elif most < 8_192:
+    elif most < 8_192:  # tiny validates on as many
         train += f" --set evaluate.num_tokens={most}"
     return f"Look:  forge-prep info {quoted}\n{train}"
+
+
+def cores() -> int:
+    """CPUs that this process may use: the machine's, or its container's quota."""
+    count = float(len(os.sched_getaffinity(0)))
+    (root, own), group = CGROUPS, ""
+    with contextlib.suppress(OSError):
+        group = own.read_text().rpartition("::")[2].strip().lstrip("/")
+    for folder in [root / group, *(root / group).parents, root / "cpu"]:
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                quota, period = " ".join((folder / name).read_text() for name in names).split()
+                count = min(count, float(quota) / float(period) if float(quota) > 0 else count)
+    return max(1, math.ceil(count))
 
 
 class ForgeGroup(click.Group):
@@ -69,167 +91,143 @@ def main() -> None:
     """
 
 
+A_PATH = click.Path(path_type=Path)
+DIR = click.argument("folder", metavar="DIR", type=A_PATH)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+shown = functools.partial(click.option, show_default=True)
+
+
 @main.command()
 @click.argument("source")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=A_PATH,
     help="Folder for the shards.  [default: data_cache/ and the name of the config or source]",
 )
 @click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup.")
-@click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
+@shown("--split", default="train", help="Split of a hub dataset.")
 @click.option("--revision", help="Branch, tag or commit of a hub dataset; the commit is recorded.")
-@click.option("--text-column", default="text", show_default=True, help="Column or key of the text.")
+@shown("--text-column", default="text", help="Column or key of the text.")
 @click.option(
     "--max-tokens",
     type=Count(),
-    help="Stop after so many training tokens (10B, 500M); the files are taken in a shuffled order.",
+    help="Stop after this many training tokens (10B, 500M). A larger number extends the folder.",
 )
-@click.option(
+@shown(
     "--val-fraction",
-    type=click.FloatRange(0, 1, max_open=True),
     default=0.005,
-    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
     help="Share of the documents held out, by the hash of their text.",
 )
+@shown("--shard-tokens", default="10M", type=Count(), help="Tokens a train shard, at most, about.")
+@click.option("--min-score", type=float, help="Drop documents with a lower int_score, or none.")
 @click.option(
-    "--shard-tokens",
-    type=Count(),
-    default="100M",
-    show_default=True,
-    help="Tokens a shard, at most, about. Small sources get smaller shards; a text file is always "
-    "one; compressed files make larger ones.",
+    "--split-on",
+    metavar="TEXT",
+    help="Start a new document of a .txt file at each line that begins with TEXT: '' for blank "
+    "lines, 'CHAPTER', '<|endoftext|>'.",
 )
-@click.option(
-    "--min-score",
-    type=float,
-    help="Drop documents whose metadata.int_score (or score) is lower, or null.",
-)
-@click.option(
+@shown(
     "--on-error",
-    type=click.Choice(["stop", "skip"]),
     default="stop",
-    show_default=True,
-    help="At a damaged file, row group, line or text: stop, or leave it out and list it in "
-    "index.json.",
+    type=click.Choice(["stop", "skip"]),
+    help="At a damaged file, row group, line or text: stop, or leave it out and count it.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
-@click.option(
-    "--append",
-    is_flag=True,
-    help="Add the files that a finished folder lacks; not with --max-tokens.",
-)
-@click.option("--overwrite", is_flag=True, help="Remove the shards in the folder first.")
-@click.option(
-    "--keep-downloads",
-    is_flag=True,
-    help="Keep the files of a hub dataset, in downloads/ of the folder.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option("--overwrite", is_flag=True, help="Remove forge-prep's shards in the folder first.")
+@click.option("--keep-downloads", is_flag=True, help="Keep a hub dataset's files, in downloads/.")
+@AS_JSON
 def tokenize(
     source: str,
     out: Path | None,
     config: str | None,
     split: str,
     revision: str | None,
-    text_column: str,
-    max_tokens: int | None,
-    val_fraction: float,
-    shard_tokens: int,
-    min_score: float | None,
     on_error: str,
     workers: int | None,
-    append: bool,
     overwrite: bool,
     keep_downloads: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Tokenize SOURCE into a folder of shards with an index.
 
-    SOURCE is a .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt file, a folder or a quoted glob of
-    such files, or a hub dataset id. In JSON Lines a line is a document; a .txt file is one.
+    SOURCE is a .parquet, .jsonl, .json (of JSON Lines; also .gz, .zst) or .txt file, a folder or a
+    quoted glob of such files, or a hub dataset id. A line of JSON Lines is a document, and so is a
+    .txt file without --split-on.
 
-    Stopped or killed, the same command goes on where it was, and ends with the same bytes.
+    Stopped or killed, the same command resumes where it was, and ends with the same bytes. When the
+    source has more files, or --max-tokens is larger, it extends a finished folder.
 
     \b
     Examples:
       forge-prep tokenize HuggingFaceTB/smollm-corpus --config fineweb-edu-dedup --max-tokens 10B
       forge-prep tokenize 'books/*.jsonl.zst' --out data_cache/books --text-column body
     """
-    from pipeline import sources
     from pipeline.prepare import tokenize
-    from pipeline.slices import Options
+    from pipeline.readers import with_marker
+    from pipeline.sources import Options, resolve
 
-    if append and overwrite:
-        raise click.UsageError("--append keeps the shards, --overwrite removes them: choose one")
-    resolved = sources.resolve(source, config, split, revision)
+    resolved = resolve(source, config, split, revision)
     given = click.get_current_context().get_parameter_source
     for name in ("config", "split", "revision"):
         if not resolved.hub and given(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(f"--{name} is for a hub dataset, and {source} is none")
+    if options["split_on"] is not None and resolved.kind != "txt":
+        raise click.UsageError(f"--split-on is for .txt files; {source} holds {resolved.kind}")
     if others := resolved.not_read:
         more = f" and {len(others) - 3} more" * (len(others) > 3)
         click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
+    if options["split_on"] is None and resolved.kind == "txt" and (marked := with_marker(resolved)):
+        hint = "--split-on '<|endoftext|>' makes documents of its pieces"
+        click.echo(f"{marked} holds <|endoftext|> as plain text: {hint}.", err=True)
     folder = out or Path("data_cache") / default_name(source, config)
-    options = Options(text_column, val_fraction, max_tokens, shard_tokens, min_score)
-    cores = workers or len(os.sched_getaffinity(0))
     with ProgressBar() as bar:
         outcome = tokenize(
             resolved,
             folder,
-            options,
-            workers=cores,
-            append=append,
+            Options(**options),
+            workers=workers or cores(),
             overwrite=overwrite,
             keep_downloads=keep_downloads,
             skip_errors=on_error == "skip",
             on_progress=bar.update,
         )
-    index = outcome.index
-    tokens = {name: index.total("num_tokens", name) for name in ("train", "val")}
+    index, seconds = outcome.index, outcome.seconds
+    train, val = (index.total("num_tokens", split) for split in ("train", "val"))
+    documents, skipped = index.total("num_documents"), index.skipped
     if as_json:
-        summary = {
-            "folder": str(folder),
-            "up_to_date": outcome.up_to_date,
-            "num_train_tokens": tokens["train"],
-            "num_val_tokens": tokens["val"],
-            "num_documents": index.total("num_documents"),
-            "text_bytes": index.total("text_bytes"),
-            "skipped": index.skipped,
-            "num_files_not_read": len(resolved.not_read),
-            "seconds": round(outcome.seconds, 3),
-        }
+        summary = {"folder": str(folder), "up_to_date": outcome.up_to_date}
+        summary |= {"num_train_tokens": train, "num_val_tokens": val, "num_documents": documents}
+        summary |= {"text_bytes": index.total("text_bytes"), "skipped": skipped}
+        summary |= {"num_files_not_read": len(resolved.not_read), "seconds": round(seconds, 3)}
         click.echo(json.dumps(summary))
         return
     if outcome.up_to_date:
         click.echo(f"{folder} is up to date.")
     else:
-        speed = (
-            outcome.new_bytes / 1e6 / outcome.seconds,
-            outcome.new_tokens / 1e6 / outcome.seconds,
-        )
-        click.echo(
-            f"Done in {outcome.seconds:.1f} s: {speed[0]:.0f} MB/s of text, "
-            f"{speed[1]:.1f} M tokens/s."
-        )
-    skipped = index.skipped["null_documents"] + index.skipped["empty_documents"]
+        speeds = (count / 1e6 / seconds for count in (outcome.new_bytes, outcome.new_tokens))
+        text = "{:.0f} MB/s of text, {:.1f} M tokens/s".format(*speeds)
+        click.echo(f"Done in {seconds:.1f} s: {text}.")
+    num_blank = skipped["null_documents"] + skipped["empty_documents"]
     click.echo(
-        f"{tokens['train']:,} train + {tokens['val']:,} val tokens of "
-        f"{index.total('num_documents'):,} documents in {len(index.shards):,} shards; "
-        f"{skipped:,} null or empty documents skipped."
+        f"{train:,} train + {val:,} val tokens of {documents:,} documents in "
+        f"{len(index.shards):,} shards; {num_blank:,} null or empty documents skipped."
     )
-    if low := index.skipped.get("low_score_documents"):
+    if low := skipped.get("low_score_documents"):
         click.echo(f"{low:,} documents below --min-score, or without a score, dropped.")
-    for place in index.skipped.get("damaged", []):
+    for place in skipped.get("damaged", []):
         click.echo(f"Left out, damaged: {place}")
-    if max_tokens and tokens["train"] < max_tokens:
-        click.echo(f"The source has no more: fewer than --max-tokens, {max_tokens:,}.")
-    click.echo(next_commands(folder, tokens))
+    if (more := skipped.get("num_damaged", 0) - len(skipped.get("damaged", []))) > 0:
+        click.echo(f"And {more:,} more.")
+    if train < (wanted := options["max_tokens"] or 0):
+        click.echo(f"The source has no more: fewer than --max-tokens, {wanted:,}.")
+    click.echo(next_commands(folder, index))
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@DIR
+@AS_JSON
 def info(folder: Path, as_json: bool) -> None:
     """Show what a folder of shards holds, and how many epochs each config makes of it."""
     from pipeline import info, shards
@@ -239,7 +237,7 @@ def info(folder: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@DIR
 @click.argument("document", type=click.IntRange(0))
 @click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
 @click.option("--tokens", is_flag=True, help="Show the token ids too.")
@@ -248,19 +246,17 @@ def show(folder: Path, document: int, split: str, tokens: bool) -> None:
     from pipeline import info, shards, tokenizer
 
     shard, start, ids = info.find_document(shards.load_index(folder), split, document)
-    click.echo(
-        f"{split} document {document:,}: {len(ids):,} tokens, at token {start:,} of {shard.file}",
-        err=True,
-    )
+    found = f"{len(ids):,} tokens, at token {start:,} of {shard.file}"
+    click.echo(f"{split} document {document:,}: {found}", err=True)
     if tokens:
         click.echo(" ".join(map(str, ids.tolist())), err=True)
     sys.stdout.buffer.write(tokenizer.decode(ids) + b"\n")
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@DIR
 @click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@AS_JSON
 def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     """Read every byte of a folder of shards and check it against its index.
 
@@ -268,28 +264,19 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     wrong document counts. Exit code 1 when anything is wrong.
     """
     from pipeline import shards
+    from pipeline.verify import verify
 
     index = shards.load_index(folder)
     total = shards.TOKEN_BYTES * index.total("num_tokens")
     with ProgressBar(total) as bar:
-        problems = shards.verify(index, workers or len(os.sched_getaffinity(0)), bar.add)
+        problems = verify(index, workers or cores(), bar.add)
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "folder": str(folder),
-                    "num_shards": len(index.shards),
-                    "num_bytes": total,
-                    "problems": problems,
-                }
-            )
-        )
+        facts = {"folder": str(folder), "num_shards": len(index.shards), "num_bytes": total}
+        click.echo(json.dumps(facts | {"problems": problems}))
     if problems:
-        raise ForgeError(
-            f"{len(problems)} problems:\n  " + "\n  ".join(problems),
-            where=folder,
-            fix="restore those files, or make the folder again: forge-prep tokenize --overwrite",
-        )
+        fix = "restore those files, or make the folder again: forge-prep tokenize --overwrite"
+        what = "\n  ".join([f"{len(problems)} problems:", *problems])
+        raise ForgeError(what, where=folder, fix=fix)
     if not as_json:
         click.echo(f"Sound: {len(index.shards):,} shards, {total / 1e9:.3f} GB.")
         if (folder / shards.WORK_FOLDER).exists():
@@ -297,7 +284,7 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@DIR
 @click.option("--raw", is_flag=True, help="Headerless train.bin and val.bin, as nanoGPT's.")
 def index(folder: Path, raw: bool) -> None:
     """Make an index for a folder of other people's GPT-2 token files.
@@ -308,15 +295,13 @@ def index(folder: Path, raw: bool) -> None:
     from pipeline import foreign
 
     made = foreign.index_folder(folder, raw)
-    tokens = {name: made.total("num_tokens", name) for name in ("train", "val")}
-    click.echo(
-        f"{tokens['train']:,} train + {tokens['val']:,} val tokens in {len(made.shards):,} shards."
-    )
-    click.echo(next_commands(folder, tokens))
+    train, val = (made.total("num_tokens", split) for split in ("train", "val"))
+    click.echo(f"{train:,} train + {val:,} val tokens in {len(made.shards):,} shards.")
+    click.echo(next_commands(folder, made))
 
 
 @main.command("python-docs")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=A_PATH)
 def python_docs(file: Path) -> None:
     """Write Python's own documentation as JSON Lines to FILE: 1.4 MB and more, no download."""
     from pipeline import pydocs
@@ -332,7 +317,7 @@ def default_name(source: str, config: str | None) -> str:
     name = config or Path(source.rstrip("/")).name
     if name in ("", ".", ".."):
         name = Path(source).resolve().name
-    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".txt"):
+    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".json", ".txt"):
         name = name.removesuffix(suffix)
     return re.sub(r"[^\w.-]+", "_", name).strip("_") or "shards"
 
@@ -345,24 +330,15 @@ class ProgressBar:
 
         self.first: Any = None  # the last prepare.Progress before any text was done
         width = min(110, shutil.get_terminal_size().columns)
-        self.bar = tqdm(
-            total=total,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-            ncols=width,
-            smoothing=0.1,
-            leave=False,
-        )
+        look = {"unit": "B", "unit_scale": True, "ncols": width, "smoothing": 0.1, "leave": False}
+        self.bar = tqdm(total=total, disable=None, **look)
+        self.add = self.bar.update
 
     def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
-
-    def add(self, count: int) -> None:
-        self.bar.update(count)
 
     def update(self, progress: Any) -> None:
         """Show a prepare.Progress. The clock runs from the first text on: start-up is no speed."""

@@ -4,14 +4,13 @@ Before: a cli.py. After: the terminal.
 """
 
 import contextlib
-import errno
 import io
 import sys
 from typing import Any
 
 import click
 
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, refusal
 
 
 class ForgeCommand(click.Command):
@@ -25,14 +24,10 @@ class ForgeCommand(click.Command):
         except ForgeError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            if error.errno == errno.EPIPE:
+            if isinstance(error, BrokenPipeError):
                 raise  # nobody reads on: click ends quietly
-            failure = ForgeError(
-                f"cannot read or write: {error.strerror or error}",
-                where=error.filename or f"standard output{', or an open file' * _can_flush()}",
-                fix="make room or get access, then run the command again",
-            )
-            raise click.ClickException(str(failure)) from error
+            where = f"standard output{', or an open file' * _can_flush()}"
+            raise click.ClickException(str(refusal(error, "read or write", where))) from error
 
 
 def _can_flush() -> bool:

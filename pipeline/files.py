@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, refusals
 
 
 def write_whole(path: Path, data: bytes, wait_for_disk: bool = True) -> None:
@@ -43,16 +43,13 @@ def hold(folder: Path, program: str, wait_seconds: float = 0.0) -> Iterator[None
     `program` names what is writing, for the message; a process that is just ending is waited for.
     A new folder that stays empty is removed. Raises ForgeError.
     """
-    try:
+    with refusals("make the folder", folder, "choose another --out"):
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ForgeError(
-            f"cannot make the folder: {error.strerror}", where=folder, fix="choose another --out"
-        ) from error
     try:
-        _lock(descriptor, folder, program, time.monotonic() + wait_seconds)
+        with refusals("lock the folder", folder, "choose another --out"):
+            _lock(descriptor, folder, program, time.monotonic() + wait_seconds)
         yield
     finally:
         os.close(descriptor)

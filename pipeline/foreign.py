@@ -1,4 +1,4 @@
-"""Token files that others made, given an index so that forge-train can use them.
+"""Token files that others made, checked and given an index so that forge-train can use them.
 
 Before: llm.c's or modded-nanogpt's shards, or nanoGPT's headerless train.bin and val.bin, in a
 folder. After: the same folder with index.json and the vocabulary, as prepare.py would leave it.
@@ -8,102 +8,110 @@ Files with a header stay as they are. Headerless ones are copied into shards; na
 """
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import xxhash
 
-from pipeline import shards, tokenizer
-from pipeline.errors import ForgeError
-from pipeline.files import write_whole
-from pipeline.prepare import hold
-from pipeline.shards import WORK_FOLDER, DocumentLengths, Index, Shard, ShardWriter, Tokens
+from pipeline import files, shards, tokenizer, verify
+from pipeline.errors import ForgeError, refusals
+from pipeline.shards import DocumentLengths, Index, ShardWriter, Tokens
 
 RAW_SHARD_TOKENS = 100_000_000
 CHUNK_TOKENS = 2**22
+RAW_KIND, THEIR_KIND = "raw tokens", "token files"
+SAMPLE_TOKENS = 4096
+MIN_ALIKE = 0.8  # of a sample's tokens; GPT-2's own are all alike, characters 0.6, others less
+THEIRS = "these are not GPT-2's tokens: tokenize the text itself with forge-prep tokenize"
+NOT_TRAINING = "(?<![a-z])(test|eval|dev|heldout|holdout)[a-z]*(?![a-z])"
+VALIDATION = "(?<![a-z])val(id(ation)?)?(?![a-z])"
 
 
-def index_folder(folder: Path, raw: bool) -> Index:
-    """Make the index of a folder of other people's token files; ForgeError if they are not."""
+def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
+    """Make the index of a folder of other people's token files; ForgeError if they are not.
+
+    Random tokens, as a benchmark has them, are no text, and are not checked to be.
+    """
     if not folder.is_dir():
         raise ForgeError("no such folder", where=folder, fix="check the path")
-    with hold(folder):
-        return _make_index(folder, raw)
+    with files.hold(folder, "forge-prep"), refusals("write", folder):
+        verify.finish_publishing(folder)
+        kind = verify.read_plan(folder).get("source", {}).get("kind")
+        if (folder / shards.INDEX_FILE).exists():
+            what = "the folder has an index already"
+            raise ForgeError(what, where=folder, fix="forge-prep info DIR")
+        if (folder / shards.WORK_FOLDER).exists() and kind not in (RAW_KIND, THEIR_KIND):
+            what = "an unfinished run of forge-prep tokenize lies here"
+            raise ForgeError(
+                what, where=folder, fix="run the same command again, which finishes it"
+            )
+        found = sorted(folder.glob("*.bin"))
+        rows = [{"name": path.name, "bytes": path.stat().st_size} for path in found]
+        source: dict[str, Any] = {"name": folder.resolve().name, "hub": None, "files": rows}
+        source["kind"] = RAW_KIND if raw else THEIR_KIND
+        work = verify.begin(folder, {"source": source, "tokenizer": tokenizer.describe()})
+        try:
+            made = list(convert(folder, work, is_text) if raw else describe(found, is_text))
+            files.write_whole(work / shards.VOCABULARY_FILE, tokenizer.vocabulary())
+            lengths = {split: DocumentLengths() for split in shards.SPLITS}
+            for shard, documents in made:
+                lengths[shard.split] += documents
+            return verify.publish(
+                Index(
+                    folder=folder,
+                    tokenizer=tokenizer.describe(),
+                    source=source,
+                    options={"split_rule": "by the name of the file"},
+                    skipped={"null_documents": 0, "empty_documents": 0},
+                    document_tokens=lengths,
+                    shards=tuple(shard for shard, _ in made),
+                )
+            )
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
-def _make_index(folder: Path, raw: bool) -> Index:
-    if (folder / shards.INDEX_FILE).exists():
-        raise ForgeError("the folder has an index already", where=folder, fix="forge-prep info DIR")
-    if (folder / WORK_FOLDER).exists():
-        raise ForgeError(
-            "an unfinished run of forge-prep tokenize lies here",
-            where=folder,
-            fix="the same forge-prep tokenize again finishes it, and makes the index",
+def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, DocumentLengths]]:
+    """Shards with a header, as the index lists them."""
+    used = [path for path in paths if not re.search(NOT_TRAINING, path.stem.lower())]
+    if not used:
+        what = "no token files (*.bin) for training here" + " (test, eval, dev are not)" * bool(
+            paths
         )
-    files = sorted(folder.glob("*.bin"))
-    if raw:
-        files = [folder / f"{split}.bin" for split in shards.SPLITS]
-    try:
-        made = list(convert(folder) if raw else map(describe, files))
-        write_whole(folder / shards.VOCABULARY_FILE, tokenizer.vocabulary())
-    except OSError as error:
-        raise ForgeError(
-            f"cannot write: {error.strerror}",
-            where=error.filename or folder,
-            fix="make room (or give write permission) and run the same command again",
-        ) from error
-    if not made:
-        raise ForgeError(
-            "no token files (*.bin) here",
-            where=folder,
-            fix="text becomes shards with forge-prep tokenize",
-        )
-    lengths = {split: DocumentLengths() for split in shards.SPLITS}
-    for shard, figures in made:
-        lengths[shard.split] += figures
-    index = Index(
-        folder=folder,
-        tokenizer=tokenizer.describe(),
-        source={
-            "name": folder.resolve().name,
-            "kind": "raw tokens" if raw else "token files",
-            "hub": None,
-            "files": [{"name": path.name, "bytes": path.stat().st_size} for path in files],
-        },
-        options={"split_rule": "by the name of the file"},
-        skipped={"null_documents": 0, "empty_documents": 0},
-        document_tokens=lengths,
-        shards=tuple(shard for shard, _ in made),
-    )
-    shards.save_index(index)
-    return shards.load_index(folder)
+        fix = "text becomes shards with forge-prep tokenize"
+        raise ForgeError(what, where=paths[0] if paths else None, fix=fix)
+    for path in used:
+        try:
+            num_tokens = shards.check_header(path)
+        except ForgeError as error:
+            fix = "restore the file; nanoGPT's train.bin and val.bin, without header, need --raw"
+            raise ForgeError(error.what, where=path, fix=fix) from error
+        tokens = shards.map_shard(path, num_tokens)
+        check_tokens(tokens, path, is_text)
+        if end_of_document(tokens, 0) == len(tokens) and tokens[-1] != shards.EOT_TOKEN:
+            what = "no <|endoftext|> in the whole file: it has no documents"
+            raise ForgeError(what, where=path, fix=THEIRS)
+        split = "val" if re.search(VALIDATION, path.stem.lower()) else "train"
+        yield verify.describe(path, split)
 
 
-def convert(folder: Path) -> Iterator[tuple[Shard, DocumentLengths]]:
+def convert(
+    folder: Path, work: Path, is_text: bool
+) -> Iterator[tuple[shards.Shard, DocumentLengths]]:
     """Copy nanoGPT's train.bin and val.bin into shards of whole documents."""
-    paths = {split: folder / f"{split}.bin" for split in shards.SPLITS}
-    for path in paths.values():
-        if not path.exists() or path.stat().st_size == 0:
-            raise ForgeError(
-                "no such headerless token file",
-                where=path,
-                fix="--raw needs train.bin and val.bin; shards with a header need no --raw",
-            )
-        if path.stat().st_size % shards.TOKEN_BYTES:
-            raise ForgeError(
-                "half a token at the end of a headerless token file: it was cut off",
-                where=path,
-                fix="copy the file again",
-            )
-    for split, path in paths.items():
-        tokens = np.memmap(path, "<u2", "r")
+    raw = {split: read_raw(folder / f"{split}.bin", is_text) for split in shards.SPLITS}
+    if there := next((p for p in folder.iterdir() if shards.SHARD_NAME.fullmatch(p.name)), None):
+        what = "a shard is there already, and is not replaced"
+        raise ForgeError(what, where=there, fix="move it elsewhere")
+    for split, tokens in raw.items():
         start = number = 0
         while start < len(tokens):
             stop = end_of_document(tokens, start + RAW_SHARD_TOKENS)
             # A separator is the last token of the documents; it becomes the first.
             body = tokens[start : stop - 1 if tokens[stop - 1] == shards.EOT_TOKEN else stop]
-            writer = ShardWriter(shards.shard_path(folder, split, number))
+            writer = ShardWriter(shards.shard_path(work, split, number))
             try:
                 writer.write(np.array([shards.EOT_TOKEN], np.uint16))
                 for chunk in range(0, len(body), CHUNK_TOKENS):
@@ -111,8 +119,58 @@ def convert(folder: Path) -> Iterator[tuple[Shard, DocumentLengths]]:
                 writer.commit()
             finally:
                 writer.discard()
-            yield describe(writer.path)
+            yield verify.describe(writer.path, split)
             start, number = stop, number + 1
+
+
+def read_raw(path: Path, is_text: bool) -> Tokens:
+    """The tokens of a headerless file, mapped and checked."""
+    if not path.exists() or path.stat().st_size == 0:
+        fix = "--raw needs train.bin and val.bin; shards with a header need no --raw"
+        raise ForgeError("no such headerless token file", where=path, fix=fix)
+    if path.stat().st_size % shards.TOKEN_BYTES:
+        what = "half a token at the end of a headerless token file: it was cut off"
+        raise ForgeError(what, where=path, fix="copy the file again")
+    tokens = np.memmap(path, "<u2", "r")
+    if tokens[:2].tobytes() == shards.encode_header(0)[:4]:
+        what = "the file has a header: it is a shard already"
+        raise ForgeError(what, where=path, fix="leave --raw out")
+    check_tokens(tokens, path, is_text)
+    return tokens
+
+
+def check_tokens(tokens: Tokens, path: Path, is_text: bool) -> None:
+    """ForgeError unless all tokens are in GPT-2's vocabulary, and some samples are its text."""
+    ends = (0, len(tokens) // 2, max(0, len(tokens) - SAMPLE_TOKENS))
+    samples = [np.array(tokens[n : n + SAMPLE_TOKENS]) for n in ends if is_text]
+    for sample in samples:
+        if len(sample) > 8 and max((sample[n::2] == 0).mean() for n in (0, 1)) > 0.9:
+            what = "every second token is 0: tokens of four or eight bytes, not of two"
+            raise ForgeError(what, where=path, fix="write them as uint16, little-endian")
+    for start in range(0, len(tokens), CHUNK_TOKENS):
+        if (largest := tokens[start : start + CHUNK_TOKENS].max()) >= shards.VOCAB_SIZE:
+            what = f"token {largest} is outside GPT-2's vocabulary of {shards.VOCAB_SIZE}"
+            raise ForgeError(what, where=path, fix=THEIRS)
+    for sample in samples:
+        if (alike := share_alike(sample)) < MIN_ALIKE:
+            what = f"not GPT-2's tokens: only {alike:.0%} come back when their text is encoded"
+            raise ForgeError(what, where=path, fix=THEIRS)
+
+
+def share_alike(sample: Tokens) -> float:
+    """The share of tokens that GPT-2's tokenizer makes again of the text that they stand for."""
+    alike = total = 0
+    for document in np.split(sample, np.flatnonzero(sample == shards.EOT_TOKEN)):
+        tokens = document[document != shards.EOT_TOKEN].tolist()
+        again = tokenizer.encode(tokenizer.decode(tokens).decode("utf-8", "ignore"))
+        alike += len(set(placed(tokens)) & set(placed(again)))
+        total += len(tokens)
+    return alike / max(1, total)
+
+
+def placed(tokens: list[int]) -> Iterator[tuple[int, int]]:
+    """Each token, and the byte of the text at which it ends."""
+    return zip(tokens, np.cumsum(verify.token_lengths()[tokens]).tolist(), strict=True)
 
 
 def end_of_document(tokens: Tokens, near: int) -> int:
@@ -122,46 +180,3 @@ def end_of_document(tokens: Tokens, near: int) -> int:
         if found.size:
             return start + int(found[0]) + 1
     return len(tokens)
-
-
-def describe(path: Path) -> tuple[Shard, DocumentLengths]:
-    """A shard as the index lists it, from its tokens alone."""
-    try:
-        num_tokens = shards.check_header(path)
-    except ForgeError as error:
-        fix = "restore the file; nanoGPT's train.bin and val.bin, which have no header, need --raw"
-        raise ForgeError(error.what, where=path, fix=fix) from error
-    tokens = shards.map_shard(path, num_tokens)
-    byte_counts = np.array([len(token) for token in tokenizer.token_bytes()], np.int64)
-    digest, text_bytes, starts = xxhash.xxh3_64(), 0, []
-    for first in range(0, num_tokens, CHUNK_TOKENS):
-        chunk = np.ascontiguousarray(tokens[first : first + CHUNK_TOKENS])
-        if chunk.max() >= shards.VOCAB_SIZE:
-            raise ForgeError(
-                f"token {chunk.max()} is outside GPT-2's vocabulary of {shards.VOCAB_SIZE}",
-                where=path,
-                fix="files of another tokenizer, or headerless ones, are not usable so "
-                "(headerless: --raw)",
-            )
-        digest.update(chunk.view(np.uint8).data)
-        text_bytes += int(byte_counts[chunk].sum())
-        starts.append(np.flatnonzero(chunk == shards.EOT_TOKEN) + first)
-    bounds = np.concatenate([*starts, [num_tokens]]).astype(np.int64)
-    if len(bounds) == 1:
-        raise ForgeError(
-            "no <|endoftext|> in the whole file: not GPT-2 documents",
-            where=path,
-            fix="take files of GPT-2 tokens, or tokenize the text itself: forge-prep tokenize",
-        )
-    shard = Shard(
-        file=path.name,
-        split="val"
-        if re.search("(?<![a-z])val(id(ation)?)?(?![a-z])", path.name.lower())
-        else "train",
-        num_tokens=num_tokens,
-        num_documents=len(bounds) - 1,
-        text_bytes=text_bytes,
-        checksum=digest.hexdigest(),
-        slice=0,
-    )
-    return shard, DocumentLengths.of(np.diff(bounds) - 1)

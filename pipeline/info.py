@@ -10,77 +10,60 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import shards
 from pipeline.errors import ForgeError
-from pipeline.shards import (
-    EOT_TOKEN,
-    SPLITS,
-    VOCAB_SIZE,
-    DocumentLengths,
-    Index,
-    Shard,
-    check_header,
-    map_shard,
-)
+from pipeline.shards import DocumentLengths, Index, Shard
 
 BAR_WIDTH = 40
 
 
 def summarize(index: Index) -> dict[str, Any]:
     """The facts of `forge-prep info --json`."""
-    splits = {}
-    for split in SPLITS:
-        lengths = index.document_tokens.get(split, DocumentLengths())
-        shards = index.of(split)
-        num_tokens, num_documents = (index.total(n, split) for n in ("num_tokens", "num_documents"))
-        text_bytes = index.total("text_bytes", split)
-        splits[split] = {
-            "num_shards": len(shards),
-            "num_tokens": num_tokens,
-            "num_documents": num_documents,
-            "text_bytes": text_bytes,
-            "bytes_per_token": round(text_bytes / num_tokens, 4) if num_tokens else None,
-            "shard_tokens_min": min((s.num_tokens for s in shards), default=0),
-            "shard_tokens_max": max((s.num_tokens for s in shards), default=0),
-            "document_tokens": {
-                "min": lengths.min,
-                "median": lengths.percentile(0.5),
-                "p90": lengths.percentile(0.9),
-                "p99": lengths.percentile(0.99),
-                "max": lengths.max,
-            },
-        }
+    source = {key: value for key, value in index.source.items() if key != "files"}
     return {
         "folder": str(index.folder),
-        "source": {k: v for k, v in index.source.items() if k != "files"}
-        | {"num_files": len(index.source.get("files", []))},
+        "source": source | {"num_files": len(index.source.get("files", []))},
         "options": index.options,
         "tokenizer": index.tokenizer,
         "skipped": index.skipped,
-        "splits": splits,
+        "splits": {split: summarize_split(index, split) for split in shards.SPLITS},
         "epochs": epochs(index.total("num_tokens", "train")),
         "index_sha256": index.sha256,
     }
 
 
-def few(epochs: float) -> str:
-    return f"{epochs:.2f}" if epochs >= 0.005 or not epochs else "< 0.01"
+def summarize_split(index: Index, split: str) -> dict[str, Any]:
+    lengths = index.document_tokens.get(split, DocumentLengths())
+    sizes = [shard.num_tokens for shard in index.of(split)]
+    percentiles = {"median": 0.5, "p90": 0.9, "p99": 0.99}
+    counts = {name: index.total(name, split) for name in shards.COUNTS}
+    per_token = counts["text_bytes"] / counts["num_tokens"] if counts["num_tokens"] else None
+    return {
+        "num_shards": len(sizes),
+        **counts,
+        "bytes_per_token": per_token and round(per_token, 4),
+        "shard_tokens_min": min(sizes, default=0),
+        "shard_tokens_max": max(sizes, default=0),
+        "document_tokens": {
+            "min": lengths.min,
+            **{name: lengths.percentile(share) for name, share in percentiles.items()},
+            "max": lengths.max,
+        },
+    }
 
 
 def epochs(train_tokens: int) -> dict[str, dict[str, Any]]:
     """For each config that is installed: its budget in tokens, and the epochs that makes."""
     budgets: dict[str, dict[str, Any]] = {}
-    for file in sorted(files("configs").iterdir(), key=lambda f: f.name):
+    for file in files("configs").iterdir():
         if file.name.endswith(".toml"):
             config = tomllib.loads(file.read_text(encoding="utf-8"))
             schedule, step = config["schedule"], config["batch"]["tokens_per_step"]
-            limits = [schedule.get("max_tokens"), schedule.get("max_steps", 0) * step or None]
-            tokens = min((limit for limit in limits if limit), default=0)
-            if tokens:
-                budgets[file.name.removesuffix(".toml")] = {
-                    "tokens": tokens,
-                    "epochs": round(tokens / train_tokens, 4) if train_tokens else None,
-                }
-    return dict(sorted(budgets.items(), key=lambda item: item[1]["tokens"]))
+            limits = [schedule.get("max_tokens"), schedule.get("max_steps", 0) * step]
+            if tokens := min(filter(None, limits), default=0):
+                share = round(tokens / train_tokens, 4) if train_tokens else None
+                budgets[file.name.removesuffix(".toml")] = {"tokens": tokens, "epochs": share}
+    return dict(sorted(budgets.items(), key=lambda item: (item[1]["tokens"], item[0])))
 
 
 def render(index: Index) -> str:
@@ -92,42 +75,36 @@ def render(index: Index) -> str:
     if hub:
         config = f"config {hub['config']}, " if "config" in hub else ""
         origin += f"\n           {config}split {hub['split']}, revision {hub['revision']}"
+    rule = f", val_fraction {fraction}" if fraction is not None else ""
+    num_damaged = skipped.get("num_damaged", len(skipped.get("damaged", [])))
     lines = [
         f"folder     {facts['folder']}",
         f"source     {origin}",
         f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, "
         f"sha256 {tokenizer['sha256'][:16]}",
-        f"split      {facts['options'].get('split_rule')}"
-        + (f", val_fraction {fraction}" if fraction is not None else ""),
-        f"skipped    {skipped['null_documents']:,} null and "
-        f"{skipped['empty_documents']:,} empty documents, "
-        f"{skipped.get('low_score_documents', 0):,} below min_score, "
-        f"{len(skipped.get('damaged', [])):,} damaged places",
+        f"split      {facts['options'].get('split_rule')}{rule}",
+        f"skipped    {skipped['null_documents']:,} null and {skipped['empty_documents']:,} empty "
+        f"documents, {skipped.get('low_score_documents', 0):,} below min_score, "
+        f"{num_damaged:,} damaged places",
         "",
         f"{'':8}{'tokens':>16}{'documents':>13}{'text bytes':>18}{'bytes/token':>13}{'shards':>8}"
-        f"   tokens a shard",
+        "   tokens a shard",
     ]
     for split, row in facts["splits"].items():
-        sizes = f"{row['shard_tokens_min']:,} to {row['shard_tokens_max']:,}"
-        per_token = f"{row['bytes_per_token']:.3f}" if row["bytes_per_token"] else "-"
         lines.append(
             f"{split:8}{row['num_tokens']:>16,}{row['num_documents']:>13,}{row['text_bytes']:>18,}"
-            f"{per_token:>13}{row['num_shards']:>8,}   {sizes}"
+            f"{str(row['bytes_per_token'] or '-')[:5]:>13}{row['num_shards']:>8,}"
+            f"   {row['shard_tokens_min']:,} to {row['shard_tokens_max']:,}"
         )
-    train = index.document_tokens.get("train", DocumentLengths())
     figures = facts["splits"]["train"]["document_tokens"]
-    lines += [
-        "",
-        "document length in tokens (train): "
-        + ", ".join(f"{name} {value:,}" for name, value in figures.items()),
-        *histogram(train),
-    ]
+    described = ", ".join(f"{name} {value:,}" for name, value in figures.items())
+    lines += ["", f"document length in tokens (train): {described}"]
+    lines += histogram(index.document_tokens.get("train", DocumentLengths()))
     if facts["splits"]["train"]["num_tokens"]:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
-            lines.append(
-                f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {few(row['epochs']):>10} epochs"
-            )
+            many = f"{row['epochs']:.2f}" if row["epochs"] >= 0.005 else "< 0.01"
+            lines.append(f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {many:>10} epochs")
     return "\n".join(lines)
 
 
@@ -152,26 +129,18 @@ def find_document(index: Index, split: str, number: int) -> tuple[Shard, int, np
     before = 0
     for shard in index.of(split):
         if number < before + shard.num_documents:
-            path = index.folder / shard.file
-            tokens = map_shard(path, check_header(path))
-            starts = np.flatnonzero(tokens == EOT_TOKEN)
-            if len(starts) != shard.num_documents:
-                raise ForgeError("the shard is damaged", where=path, fix="run forge-prep verify")
-            start = int(starts[number - before]) + 1
-            end = int(starts[number - before + 1]) if number - before + 1 < len(starts) else None
-            ids = np.array(tokens[start:end])
-            if ids.size and ids.max() >= VOCAB_SIZE:
-                raise ForgeError(
-                    f"the shard is damaged: token {ids.max()} is none of GPT-2's",
-                    where=path,
-                    fix="run forge-prep verify",
-                )
-            return shard, start, ids
+            path, position = index.folder / shard.file, number - before
+            tokens = shards.map_shard(path, shards.check_header(path))
+            starts = np.flatnonzero(tokens == shards.EOT_TOKEN)
+            what = "the shard is damaged" if len(starts) != shard.num_documents else ""
+            bounds = [*starts[position : position + 2].tolist(), len(tokens), len(tokens)]
+            ids = np.array(tokens[bounds[0] + 1 : bounds[1]])
+            if not what and ids.size and ids.max() >= shards.VOCAB_SIZE:
+                what = f"the shard is damaged: token {ids.max()} is none of GPT-2's"
+            if what:
+                raise ForgeError(what, where=path, fix="run forge-prep verify")
+            return shard, bounds[0] + 1, ids
         before += shard.num_documents
-    raise ForgeError(
-        f"there is no {split} document {number:,}; the last is {before - 1:,}"
-        if before
-        else f"the {split} split is empty",
-        where=index.folder,
-        fix="count from 0, or look at the other --split",
-    )
+    what = f"there is no {split} document {number:,}; the last is {before - 1:,}"
+    what = what if before else f"the {split} split is empty"
+    raise ForgeError(what, where=index.folder, fix="count from 0, or look at the other --split")

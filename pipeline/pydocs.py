@@ -15,7 +15,7 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-from pipeline.errors import ForgeError
+from pipeline.errors import refusals
 
 MIN_CHARACTERS = 200
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -66,11 +66,7 @@ def prose(text: str) -> str:
 def write(path: Path) -> int:
     """Write the documents to a .jsonl file and return their number."""
     lines = [json.dumps(document, ensure_ascii=False) for document in documents()]
-    try:
+    with refusals("write", path, "name another FILE"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ForgeError(
-            f"cannot write: {error.strerror}", where=path, fix="name another FILE"
-        ) from error
     return len(lines)

@@ -1,4 +1,4 @@
-"""THE FORMAT: shard files and index.json. Write them, map them, check them.
+"""THE FORMAT: shard files and index.json. Write them, map them, read the index.
 
 Before: slices.py, which turns text into tokens. After: trainer/windows.py, which reads them.
 
@@ -13,7 +13,7 @@ A shard is an llm.c / modded-nanogpt token file, little-endian throughout:
 
 Every document starts with <|endoftext|> (50256), and text never makes that token. Beside the shards
 lie `r50k_base.tiktoken` (the vocabulary: one `base64(bytes) rank` a line) and index.json, which is
-written last: a folder without it is a folder that is not finished.
+written last: a folder without it is not finished. What is still being made lies in `.work/`.
 
 Sources: llm.c dev/data/data_common.py (write_datafile), modded-nanogpt data/fineweb.py.
 """
@@ -23,9 +23,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -34,8 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline.errors import ForgeError
-from pipeline.files import write_whole
+from pipeline.errors import ForgeError, refusal, refusals
 
 MAGIC = 20240520
 VERSION = 1
@@ -50,11 +49,19 @@ INDEX_FILE = "index.json"
 INDEX_FORMAT = "llm-forge shards"
 INDEX_VERSION = 1
 VOCABULARY_FILE = "r50k_base.tiktoken"
-WORK_FOLDER = ".work"  # of a run of forge-prep tokenize that is not finished
+WORK_FOLDER = ".work"  # of a run of forge-prep that is not finished
+PLAN_FILE = "plan.json"  # in it: what the run makes
 # The very hash that tiktoken pins for OpenAI's published r50k_base.tiktoken.
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 SPLITS = ("train", "val")
-SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin(\.\d+\.partial)?")  # and halves
+SECTIONS = ("tokenizer", "source", "options", "skipped")  # plain records of index.json
+RELIED_ON = {
+    "tokenizer": ("vocab_size", "sha256"),
+    "source": ("name",),
+    "skipped": ("null_documents", "empty_documents"),
+}
+COUNTS = ("num_tokens", "num_documents", "text_bytes")  # of a shard
+SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin")
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -63,6 +70,7 @@ Tokens = npt.NDArray[np.uint16]
 class Shard:
     """One shard as index.json lists it. `checksum` is xxh3_64 (hex) of the token bytes.
 
+    `slice` is the piece of the source it was made of; a val shard joins pieces, and has 0.
     `head_checksum` is that of the file's first 4 KiB, header and first tokens: quick to look at
     before each training run. Empty in folders that were made without it.
     """
@@ -79,7 +87,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class DocumentLengths:
-    """How long documents are, in tokens without <|endoftext|>; mergeable, so that slices add up.
+    """How long documents are, in tokens without <|endoftext|>; they add up.
 
     `histogram[k]` counts documents of 2**(k/4) <= length < 2**((k+1)/4): quarter octaves.
     """
@@ -94,35 +102,38 @@ class DocumentLengths:
         if lengths.size == 0:
             return DocumentLengths()
         buckets = np.floor(4 * np.log2(np.maximum(lengths, 1))).astype(np.int64)
-        return DocumentLengths(
-            int(lengths.min()), int(lengths.max()), tuple(np.bincount(buckets).tolist())
-        )
+        counts = tuple(np.bincount(buckets).tolist())
+        return DocumentLengths(int(lengths.min()), int(lengths.max()), counts)
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> "DocumentLengths":
+        lengths = DocumentLengths(raw["min"], raw["max"], tuple(raw["histogram"]))
+        _check_counts(lengths.min, lengths.max, *lengths.histogram)
+        return lengths
 
     def __add__(self, other: "DocumentLengths") -> "DocumentLengths":
         if not other.histogram or not self.histogram:
             return self if self.histogram else other
-        counts = np.zeros(max(len(self.histogram), len(other.histogram)), np.int64)
-        counts[: len(self.histogram)] += self.histogram
-        counts[: len(other.histogram)] += other.histogram
-        return DocumentLengths(
-            min(self.min, other.min), max(self.max, other.max), tuple(counts.tolist())
-        )
+        counts = tuple(map(sum, zip_longest(self.histogram, other.histogram, fillvalue=0)))
+        return DocumentLengths(min(self.min, other.min), max(self.max, other.max), counts)
 
     def percentile(self, fraction: float) -> int:
         """Length that `fraction` of the documents do not exceed, good to a quarter octave."""
-        wanted = fraction * sum(self.histogram)
-        seen = 0
+        wanted, seen = fraction * sum(self.histogram), 0
         for k, count in enumerate(self.histogram):
             if count and seen + count >= wanted:
-                inside = (wanted - seen) / count
-                return round(min(self.max, max(self.min, 2 ** ((k + inside) / 4))))
+                length = 2 ** ((k + (wanted - seen) / count) / 4)
+                return round(min(self.max, max(self.min, length)))
             seen += count
         return self.max
 
 
 @dataclass(frozen=True)
 class Index:
-    """index.json. `source`, `options` and `skipped` are plain records of how it was made."""
+    """index.json. `source`, `options` and `skipped` are plain records of how it was made.
+
+    `base` is what a longer run keeps (see prepare.py); None if nothing can be added.
+    """
 
     folder: Path
     tokenizer: dict[str, Any]
@@ -131,6 +142,7 @@ class Index:
     skipped: dict[str, Any]
     document_tokens: dict[str, DocumentLengths]
     shards: tuple[Shard, ...]
+    base: dict[str, Any] | None = None
     sha256: str = field(default="", compare=False)  # of index.json itself, once it is on disk
 
     def of(self, split: str) -> tuple[Shard, ...]:
@@ -138,35 +150,25 @@ class Index:
 
     def total(self, name: str, split: str | None = None) -> int:
         """Sum of a count of the shards: num_tokens, num_documents or text_bytes."""
-        chosen = self.shards if split is None else self.of(split)
-        return sum(getattr(shard, name) for shard in chosen)
+        return sum(getattr(shard, name) for shard in self.shards if split in (None, shard.split))
 
     def to_json(self) -> str:
-        splits = {
+        head = {"format": INDEX_FORMAT, "version": INDEX_VERSION}
+        head |= {key: getattr(self, key) for key in (*SECTIONS, "base")}
+        head["splits"] = {
             split: {
                 "num_shards": len(self.of(split)),
-                "num_tokens": self.total("num_tokens", split),
-                "num_documents": self.total("num_documents", split),
-                "text_bytes": self.total("text_bytes", split),
+                **{name: self.total(name, split) for name in COUNTS},
                 "document_tokens": asdict(self.document_tokens.get(split, DocumentLengths())),
             }
             for split in SPLITS
-        }
-        head = {
-            "format": INDEX_FORMAT,
-            "version": INDEX_VERSION,
-            "tokenizer": self.tokenizer,
-            "source": self.source,
-            "options": self.options,
-            "skipped": self.skipped,
-            "splits": splits,
         }
         rows = ",\n".join("    " + json.dumps(asdict(shard)) for shard in self.shards)
         return json.dumps(head, indent=2)[:-2] + f',\n  "shards": [\n{rows}\n  ]\n}}\n'
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:
-    """The file of the shard that slice `number` (from 0) has of a split."""
+    """The file of shard `number` (from 0) of a split; a train shard has its slice's number."""
     return folder / f"{split}_{number:06d}.bin"
 
 
@@ -198,11 +200,9 @@ class ShardWriter:
     def write(self, tokens: Tokens) -> None:
         data = np.ascontiguousarray(tokens, dtype="<u2").view(np.uint8).data
         if self.num_tokens + len(tokens) > MAX_SHARD_TOKENS:
-            raise ForgeError(
-                f"a shard of over {MAX_SHARD_TOKENS:,} tokens does not fit the format",
-                where=self.path,
-                fix="a text file makes one shard: split it (split --line-bytes=1G, for .jsonl)",
-            )
+            what = f"a shard of over {MAX_SHARD_TOKENS:,} tokens does not fit the format"
+            fix = "a text file makes one shard: cut it into files (split --line-bytes=1G)"
+            raise ForgeError(what, where=self.path, fix=fix)
         self._file.write(data)
         self._hash.update(data)
         before, self.num_tokens = self.num_tokens, self.num_tokens + len(tokens)
@@ -228,33 +228,22 @@ class ShardWriter:
 def check_header(path: Path) -> int:
     """Number of tokens of the shard at `path`; ForgeError unless header and size agree."""
     fix = "restore the file, or make the folder again: forge-prep tokenize --overwrite"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(HEADER.size)
-    except OSError as error:
-        raise ForgeError(f"cannot read a shard: {error.strerror}", where=path, fix=fix) from error
-    if len(head) < HEADER.size:
-        raise ForgeError(f"not a shard: {size} bytes are no header", where=path, fix=fix)
-    magic, version, num_tokens = HEADER.unpack(head)
-    if magic != MAGIC or version != VERSION:
-        raise ForgeError(
-            f"not a shard: magic {magic}, version {version} (expected {MAGIC}, {VERSION})",
-            where=path,
-            fix=fix,
-        )
-    if head != encode_header(num_tokens):
-        raise ForgeError("damaged shard: bytes in its header are not zero", where=path, fix=fix)
+    with refusals("read a shard", path, fix), path.open("rb") as file:
+        size, head = os.fstat(file.fileno()).st_size, file.read(HEADER.size)
+    magic, version, num_tokens = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
     wanted = shard_bytes(num_tokens)
-    if size != wanted:
-        longer = "shorter" if size < wanted else "longer"
-        raise ForgeError(
-            f"the shard is {longer} than its header says: {size:,} bytes, not {wanted:,} "
-            f"({num_tokens:,} tokens)",
-            where=path,
-            fix=fix,
-        )
-    return int(num_tokens)
+    if len(head) < HEADER.size:
+        what = f"not a shard: too short for a header ({size} bytes)"
+    elif (magic, version) != (MAGIC, VERSION):
+        what = f"not a shard: magic {magic}, version {version} (expected {MAGIC}, {VERSION})"
+    elif head != encode_header(num_tokens):
+        what = "damaged shard: bytes in its header are not zero"
+    elif size != wanted:
+        what = f"the shard is {'shorter' if size < wanted else 'longer'} than its header says: "
+        what += f"{size:,} bytes, not {wanted:,} ({num_tokens:,} tokens)"
+    else:
+        return int(num_tokens)
+    raise ForgeError(what, where=path, fix=fix)
 
 
 def map_shard(path: Path, num_tokens: int) -> Tokens:
@@ -262,9 +251,8 @@ def map_shard(path: Path, num_tokens: int) -> Tokens:
     try:
         return np.memmap(path, dtype="<u2", mode="r", offset=HEADER.size, shape=(num_tokens,))
     except (OSError, ValueError) as error:
-        raise ForgeError(
-            f"cannot map a shard: {error}", where=path, fix="run forge-prep verify on its folder"
-        ) from error
+        fix = "run forge-prep verify on its folder"
+        raise ForgeError(f"cannot map a shard: {error}", where=path, fix=fix) from error
 
 
 def parse_vocabulary(data: bytes) -> list[bytes]:
@@ -283,35 +271,40 @@ def read_vocabulary(path: Path) -> list[bytes]:
     except (OSError, ValueError, IndexError) as error:
         raise ForgeError(f"cannot read the vocabulary: {error}", where=path, fix=fix) from error
     if len(tokens) != VOCAB_SIZE - 1:
-        raise ForgeError(
-            f"the vocabulary has {len(tokens)} tokens, not {VOCAB_SIZE - 1}", where=path, fix=fix
-        )
+        what = f"the vocabulary has {len(tokens)} tokens, not {VOCAB_SIZE - 1}"
+        raise ForgeError(what, where=path, fix=fix)
     return [*tokens, b""]
 
 
 def no_index(folder: Path) -> ForgeError:
     """What a folder without index.json probably is."""
-    names = [path.name for path in folder.iterdir()]
-    if WORK_FOLDER in names or any(map(SHARD_NAME.fullmatch, names)):
-        return ForgeError(
-            f"the folder has no {INDEX_FILE}, so it is not finished",
-            where=folder,
-            fix="run its forge-prep tokenize command again; it goes on where it stopped",
-        )
-    if any(name.endswith(".bin") for name in names):
-        return ForgeError(
-            f"the folder has no {INDEX_FILE}",
-            where=folder,
-            fix="if its .bin files are llm.c's or nanoGPT's tokens: forge-prep index DIR",
-        )
+    is_there = folder.is_dir()
+    names = {path.name for path in folder.iterdir()} if is_there else set()
     below = next(iter(sorted(folder.glob(f"*/{INDEX_FILE}"))), None)
-    return ForgeError(
-        f"no folder of shards: it has no {INDEX_FILE}",
-        where=folder,
-        fix=f"give the folder of shards itself, such as {below.parent}"
-        if below
-        else "make one of the text first: forge-prep tokenize SOURCE --out DIR; then give DIR",
-    )
+    what = f"the folder has no {INDEX_FILE}"
+    if WORK_FOLDER in names:
+        what += ", so it is not finished"
+        fix = "run its forge-prep command again; finished slices are kept"
+    elif {f"{split}.bin" for split in SPLITS} <= names:
+        fix = "if train.bin and val.bin are nanoGPT's GPT-2 tokens: forge-prep index DIR --raw"
+    elif any(name.endswith(".bin") for name in names):
+        fix = "if its .bin files are llm.c's or modded-nanogpt's shards: forge-prep index DIR"
+    else:
+        what = (
+            f"no folder of shards: it has no {INDEX_FILE}"
+            if is_there
+            else "no such folder of shards"
+        )
+        fix = "make one of the text: forge-prep tokenize SOURCE --out DIR; then give DIR"
+        fix = f"give the folder of shards itself, such as {below.parent}" if below else fix
+    return ForgeError(what, where=folder, fix=fix)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a JSON file, perhaps damaged, carries our format: nothing else is ever removed."""
+    with suppress(OSError):
+        return INDEX_FORMAT.encode() in path.read_bytes()[:1000]
+    return False
 
 
 def load_index(folder: Path) -> Index:
@@ -323,61 +316,35 @@ def load_index(folder: Path) -> Index:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        if not folder.is_dir():
-            raise ForgeError(
-                "no such folder of shards",
-                where=folder,
-                fix="make one: forge-prep tokenize SOURCE --out DIR",
-            ) from None
         raise no_index(folder) from None
     except OSError as error:
-        raise ForgeError(
-            f"cannot read the index: {error.strerror}", where=path, fix="give read permission"
-        ) from error
+        raise refusal(error, "read the index", path) from error
+    if not is_ours(path):
+        what, fix = "another program made this index.json", "give a folder of forge-prep's shards"
+        raise ForgeError(what, where=path, fix=fix)
     try:
         raw = json.loads(data)
         if (raw["format"], raw["version"]) != (INDEX_FORMAT, INDEX_VERSION):
-            raise ForgeError(
-                f"the index is of another format: {raw['format']!r} version {raw['version']}",
-                where=path,
-                fix="read it with the version of llm-forge that made it, or make it again",
-            )
-        lengths = {
-            split: DocumentLengths(
-                figures["document_tokens"]["min"],
-                figures["document_tokens"]["max"],
-                tuple(figures["document_tokens"]["histogram"]),
-            )
-            for split, figures in raw["splits"].items()
-        }
-        for section, key in (
-            ("tokenizer", "vocab_size"),
-            ("tokenizer", "sha256"),
-            ("source", "name"),
-            ("skipped", "null_documents"),
-            ("skipped", "empty_documents"),
-        ):
-            raw[section][key]  # what others rely on
-        for figures in lengths.values():
-            _check_counts(figures.min, figures.max, *figures.histogram)
+            what = f"the index is of another version: {raw['version']}"
+            fix = "read it with the version of llm-forge that made it, or make it again"
+            raise ForgeError(what, where=path, fix=fix)
+        for section, keys in RELIED_ON.items():
+            for key in keys:
+                raw[section][key]
         for shard in raw["shards"]:
-            _check_counts(*(shard[key] for key in ("num_tokens", "num_documents", "text_bytes")))
+            _check_counts(*(shard[key] for key in COUNTS))
+        figures = {split: each["document_tokens"] for split, each in raw["splits"].items()}
         return Index(
             folder=folder,
-            tokenizer=raw["tokenizer"],
-            source=raw["source"],
-            options=raw["options"],
-            skipped=raw["skipped"],
-            document_tokens=lengths,
+            **{section: raw[section] for section in SECTIONS},
+            document_tokens={k: DocumentLengths.from_json(v) for k, v in figures.items()},
             shards=tuple(Shard(**shard) for shard in raw["shards"]),
+            base=raw.get("base"),
             sha256=hashlib.sha256(data).hexdigest(),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ForgeError(
-            f"the index is damaged: {error!r}",
-            where=path,
-            fix="make the folder again with forge-prep tokenize --overwrite",
-        ) from error
+        fix = "make the folder again with forge-prep tokenize --overwrite"
+        raise ForgeError(f"the index is damaged: {error!r}", where=path, fix=fix) from error
 
 
 def _check_counts(*values: Any) -> None:
@@ -386,95 +353,7 @@ def _check_counts(*values: Any) -> None:
             raise ValueError(f"{value!r} is no count")
 
 
-def save_index(index: Index) -> None:
-    """Write index.json, whole or not at all, with the checksums of the shards' heads."""
-    with_heads = tuple(
-        replace(shard, head_checksum=head_checksum(index.folder / shard.file))
-        for shard in index.shards
-    )
-    write_whole(index.folder / INDEX_FILE, replace(index, shards=with_heads).to_json().encode())
-
-
 def head_checksum(path: Path) -> str:
     """xxh3_64 (hex) of a shard's first 4 KiB."""
     with path.open("rb") as file:
         return xxhash.xxh3_64(file.read(HEAD_BYTES)).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------
-# Checking
-
-
-def check_shard(
-    folder: Path, shard: Shard, whole_documents: bool, on_bytes: Callable[[int], None]
-) -> list[str]:
-    """Read one shard whole and list what is wrong with it (nothing, when all is well)."""
-    path = folder / shard.file
-    try:
-        num_tokens = check_header(path)
-        if num_tokens != shard.num_tokens:
-            return [f"{shard.file}: {num_tokens:,} tokens, the index says {shard.num_tokens:,}"]
-        digest, num_documents, largest = xxhash.xxh3_64(), 0, 0
-        first: int | None = None
-        with path.open("rb") as file:
-            file.seek(HEADER.size)
-            while chunk := file.read(1 << 22):
-                tokens = np.frombuffer(chunk, "<u2")
-                first = int(tokens[0]) if first is None else first
-                digest.update(chunk)
-                num_documents += int(np.count_nonzero(tokens == EOT_TOKEN))
-                largest = max(largest, int(tokens.max()))
-                on_bytes(len(chunk))
-    except ForgeError as error:
-        return [f"{shard.file}: {error.what}"]
-    except OSError as error:
-        return [f"{shard.file}: cannot be read: {error.strerror}"]
-    problems = []
-    if digest.hexdigest() != shard.checksum:
-        problems.append(
-            f"{shard.file}: checksum {digest.hexdigest()}, the index says {shard.checksum}"
-        )
-    if largest >= VOCAB_SIZE:
-        problems.append(f"{shard.file}: token {largest} is outside the vocabulary of {VOCAB_SIZE}")
-    if num_documents != shard.num_documents:
-        problems.append(
-            f"{shard.file}: {num_documents:,} documents, the index says {shard.num_documents:,}"
-        )
-    if first not in (EOT_TOKEN, None) and whole_documents:
-        problems.append(f"{shard.file}: does not start with <|endoftext|>")
-    if not problems and shard.head_checksum not in ("", head_checksum(path)):
-        problems.append(f"{shard.file}: the index has another checksum of its head")
-    return problems
-
-
-def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[str]:
-    """Check every byte of a folder against its index; the list of problems, empty when sound.
-
-    Hashing and counting release the interpreter's lock, so threads use all cores.
-    """
-    problems = []
-    listed = json.loads((index.folder / INDEX_FILE).read_bytes())["splits"]
-    summed = json.loads(index.to_json())["splits"]
-    for split in SPLITS:
-        if listed.get(split) != summed[split]:
-            problems.append(f"{INDEX_FILE}: the totals of {split} are not the sums over its shards")
-    known = {shard.file for shard in index.shards}
-    known |= {file["name"] for file in index.source.get("files", [])}
-    goes_on = (index.folder / WORK_FOLDER).exists()  # a run that is not finished
-    for path in sorted(index.folder.glob("*.bin")):
-        if path.name not in known and not (goes_on and SHARD_NAME.fullmatch(path.name)):
-            problems.append(f"{path.name}: a stranger, not in the index: move it elsewhere")
-    try:
-        vocabulary = (index.folder / VOCABULARY_FILE).read_bytes()
-        if hashlib.sha256(vocabulary).hexdigest() != index.tokenizer["sha256"]:
-            problems.append(f"{VOCABULARY_FILE}: changed")
-    except OSError as error:
-        problems.append(f"{VOCABULARY_FILE}: cannot be read: {error.strerror}")
-    whole = index.source.get("kind") != "token files"  # other people's may cut documents
-    with ThreadPoolExecutor(workers) as pool:
-        found: Iterable[list[str]] = pool.map(
-            lambda shard: check_shard(index.folder, shard, whole, on_bytes), index.shards
-        )
-        for more in found:
-            problems += more
-    return problems

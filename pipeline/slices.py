@@ -1,10 +1,10 @@
-"""In a worker process: one slice of the source -> one train shard and one val piece.
+"""In a worker process: one slice of the source -> one train shard and one piece of val.
 
-Before: sources.py and tokenizer.py, which it calls. After: prepare.py, which runs many at a time.
+Before: readers.py and tokenizer.py, which it calls. After: prepare.py, which runs many at a time.
 
-A slice is an independent task: read, encode, write the shards, then a small record in `.work/`,
-last. A slice is finished when its record is there and says that it was made of the same pieces of
-the same files, so any number of kills gives the same bytes.
+A slice is an independent task: read, encode, write into `.work/`, then a small record there, last.
+A slice is finished when its record says that it was made of the same pieces of the same files, so
+any number of kills gives the same bytes.
 """
 
 import json
@@ -13,8 +13,10 @@ import multiprocessing
 import os
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +24,16 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline import files, shards, sources, tokenizer
-from pipeline.errors import ForgeError
-from pipeline.shards import WORK_FOLDER, DocumentLengths, Shard, ShardWriter
-from pipeline.sources import Part, Slice, SourceFile
+from pipeline import files, readers, shards, tokenizer, verify
+from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
+from pipeline.readers import Reading
+from pipeline.shards import DocumentLengths, Shard, ShardWriter
+from pipeline.sources import Options, Slice, SourceFile
 
+MOST_LISTED = 20  # damaged places of a slice: the others are only counted
+REASONS = ("null", "empty", "low_score", "damaged")  # for which something is skipped
+VAL_SHARD_TOKENS = 100_000_000  # at most, about
 BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
-MOST_BAD = 20  # lines or texts of a file that are listed as damaged: the rest are counted
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the bytes of the output, beside the source. All of it is recorded."""
-
-    text_column: str = "text"
-    val_fraction: float = 0.005
-    max_tokens: int | None = None  # of the train split; documents stay whole
-    shard_tokens: int = 100_000_000  # at most, about; sizes the slices
-    min_score: float | None = None  # documents below it, or without a score, are dropped
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:  # NaN, too
-            raise ForgeError(
-                f"--val-fraction must be from 0 to below 1, not {self.val_fraction}",
-                fix="0.005 holds out one document in 200",
-            )
-        if self.min_score is not None and math.isnan(self.min_score):
-            raise ForgeError("--min-score is not a number", fix="write it as 3 or 2.5")
-
-    def record(self) -> dict[str, Any]:
-        rule = "val if xxh3_64(utf-8 text) < val_fraction * 2**64"
-        return {**asdict(self), "split_rule": rule}
 
 
 @dataclass(frozen=True)
@@ -63,10 +44,10 @@ class Job:
     kind: str
     paths: tuple[Path, ...]  # one a part
     files: tuple[SourceFile, ...]  # what the source says of them
-    folder: Path
+    work: Path  # the folder for what it makes
     options: Options
     limit: int | None  # train tokens after which to stop
-    skip_errors: bool = False  # leave out row groups, lines and rests of files that are damaged
+    skip_errors: bool = False  # leave out what is damaged
 
     @property
     def pieces(self) -> tuple[str, ...]:
@@ -79,6 +60,30 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What slices say of their documents, beside their shards; they add up."""
+
+    num_val_tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # counts, by REASONS
+    damaged: tuple[str, ...] = ()  # the first places of each slice
+    document_tokens: dict[str, DocumentLengths] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> "Figures":
+        lengths = {k: DocumentLengths.from_json(v) for k, v in raw["document_tokens"].items()}
+        return Figures(**raw | {"damaged": tuple(raw["damaged"]), "document_tokens": lengths})
+
+    def __add__(self, other: "Figures") -> "Figures":
+        none, mine, theirs = DocumentLengths(), self.document_tokens, other.document_tokens
+        return Figures(
+            self.num_val_tokens + other.num_val_tokens,
+            {why: self.skipped.get(why, 0) + other.skipped.get(why, 0) for why in REASONS},
+            self.damaged + other.damaged,
+            {k: mine.get(k, none) + theirs.get(k, none) for k in shards.SPLITS},
+        )
+
+
+@dataclass(frozen=True)
 class Record:
     """What one finished slice says of itself, in `.work/000000.json`."""
 
@@ -86,28 +91,18 @@ class Record:
     pieces: tuple[str, ...]  # Job.pieces
     limit: int | None
     shards: tuple[Shard, ...]
-    document_tokens: dict[str, DocumentLengths]
-    null_documents: int
-    empty_documents: int
-    low_score_documents: int
-    damaged: tuple[str, ...]  # places that were left out, and why
+    figures: Figures
 
-    def num_tokens(self, split: str) -> int:
-        return sum(shard.num_tokens for shard in self.shards if shard.split == split)
-
-    def to_json(self) -> bytes:
-        return (json.dumps(asdict(self)) + "\n").encode()
+    @property
+    def train_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards if shard.split == "train")
 
     @staticmethod
     def from_json(data: bytes) -> "Record":
         raw = json.loads(data)
-        raw["pieces"], raw["damaged"] = tuple(raw["pieces"]), tuple(raw["damaged"])
-        raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
-        raw["document_tokens"] = {
-            split: DocumentLengths(each["min"], each["max"], tuple(each["histogram"]))
-            for split, each in raw["document_tokens"].items()
-        }
-        return Record(**raw)
+        made = tuple(Shard(**shard) for shard in raw["shards"])
+        figures = Figures.from_json(raw["figures"])
+        return Record(raw["slice"], tuple(raw["pieces"]), raw["limit"], made, figures)
 
 
 _encoder: tokenizer.BulkEncoder
@@ -123,18 +118,24 @@ def start_worker(vocabulary_file: Path, done_bytes: Any, done_tokens: Any) -> No
 
 
 def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
-class _Side:
-    """One split's share of a slice: its shard, opened at the first tokens, and its figures."""
+def slice_path(work: Path, split: str, number: int) -> Path:
+    """Where a slice's share of a split lies; those of val are joined at the end."""
+    return (
+        shards.shard_path(work, split, number) if split == "train" else work / f"{number:06d}.val"
+    )
 
-    def __init__(self, folder: Path, split: str, number: int) -> None:
+
+class _Side:
+    """One split's share of a slice: its file, opened at the first tokens, and its figures."""
+
+    def __init__(self, work: Path, split: str, number: int) -> None:
         self.split, self.number = split, number
-        self.path = shards.shard_path(folder, split, number)
+        self.path = slice_path(work, split, number)
         self.writer: ShardWriter | None = None
         self.num_tokens = self.text_bytes = 0
         self.lengths = array("q")
@@ -160,103 +161,72 @@ class _Side:
         self._filled = 0
         return self.writer
 
-    def commit(self) -> tuple[list[Shard], DocumentLengths]:
+    def commit(self) -> tuple[Shard, ...]:
         if not self.lengths:  # no document fell on this side
             self.path.unlink(missing_ok=True)
-            return [], DocumentLengths()
-        shard = Shard(
-            file=self.path.name,
-            split=self.split,
-            num_tokens=self.num_tokens,
-            num_documents=len(self.lengths),
-            text_bytes=self.text_bytes,
-            checksum=self._flush().commit(),
-            slice=self.number,
-        )
-        return [shard], DocumentLengths.of(np.array(self.lengths))
+            return ()
+        checksum = self._flush().commit()
+        counts = (self.num_tokens, len(self.lengths), self.text_bytes, checksum)
+        head = shards.head_checksum(self.path)
+        return (Shard(self.path.name, self.split, *counts, self.number, head),)
 
 
 def tokenize_slice(job: Job) -> Record:
-    """Make one slice: write its shards, then its record. Runs in a worker process."""
-    sides = {split: _Side(job.folder, split, job.slice.number) for split in shards.SPLITS}
-    num_nulls = num_empty = num_low_scores = 0
-    damaged: list[str] = []
+    """Make one slice: write its files, then its record. Runs in a worker process."""
+    sides = {split: _Side(job.work, split, job.slice.number) for split in shards.SPLITS}
+    skipped, damaged = Counter(dict.fromkeys(REASONS, 0)), list[str]()
+    at, name = Reading(job.work.parent, job.options), ""
+
+    def leave_out(found: DamageError) -> None:
+        skipped["damaged"] += 1
+        if len(damaged) < MOST_LISTED:
+            damaged.append(f"{found.where}: {found.what}".replace(str(at.path), name, 1))
+
+    on_damage = leave_out if job.skip_errors else readers.stop
     try:
-        for texts, source_bytes, low_scores in _texts(job, damaged):
-            documents, nulls, empty = sources.documents(texts)
-            num_nulls, num_empty = num_nulls + nulls, num_empty + empty
-            num_low_scores += low_scores
-            before = sides["train"].num_tokens + sides["val"].num_tokens
-            full = _write_documents(documents, sides, job)
-            with _done_bytes.get_lock():
-                _done_bytes.value += source_bytes
-                _done_tokens.value += sides["train"].num_tokens + sides["val"].num_tokens - before
-            if full:
-                break
-        committed = {split: side.commit() for split, side in sides.items()}
-        files.sync_folder(job.folder)
-        record = Record(
-            slice=job.slice.number,
-            pieces=job.pieces,
-            limit=job.limit,
-            shards=tuple(shard for made, _ in committed.values() for shard in made),
-            document_tokens={split: lengths for split, (_, lengths) in committed.items()},
-            null_documents=num_nulls,
-            empty_documents=num_empty,
-            low_score_documents=num_low_scores,
-            damaged=tuple(damaged),
-        )
-        # Not waited for: should a power cut take it, its slice is made again.
-        path = record_path(job.folder, job.slice.number)
-        files.write_whole(path, record.to_json(), wait_for_disk=False)
-        return record
+        for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
+            at, name = Reading(path, job.options, on_damage), file.name
+            if part.damage:
+                on_damage(DamageError(part.damage, where=path, fix=""))
+                continue
+            file.check_unchanged(path)
+            for batch in readers.read_texts(job.kind, at, part):
+                documents = [text for text in batch.texts if text]
+                nulls = batch.texts.count(None)
+                empty = len(batch.texts) - nulls - len(documents)
+                skipped.update(null=nulls, empty=empty, low_score=batch.num_low_scores)
+                before = sides["train"].num_tokens + sides["val"].num_tokens
+                full = _write_documents(documents, sides, job)
+                now = sides["train"].num_tokens + sides["val"].num_tokens
+                with _done_bytes.get_lock():
+                    _done_bytes.value += batch.source_bytes
+                    _done_tokens.value += now - before
+                if full:
+                    return _commit(job, sides, dict(skipped), tuple(damaged))
+            file.check_unchanged(path)
+        return _commit(job, sides, dict(skipped), tuple(damaged))
+    except MemoryError as error:
+        raise refusal(error, "tokenize a document", at, KEPT) from error
     except OSError as error:
-        raise cannot_write(error, job.folder) from error
+        raise refusal(error, "write", job.work.parent, KEPT) from error
     finally:
         for side in sides.values():
             if side.writer is not None:
                 side.writer.discard()
 
 
-def _texts(job: Job, damaged: list[str]) -> Iterator[sources.Batch]:
-    """The text of a slice; places that cannot be read go to `damaged` if the job skips errors."""
-    for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
-        file.check_unchanged(path)
-        if job.skip_errors:
-            yield from _readable(job, part, path, file.name, damaged)
-        else:
-            columns = (job.options.text_column, job.options.min_score)
-            yield from sources.read_texts(job.kind, path, part, *columns)
-        file.check_unchanged(path)
-
-
-def _readable(
-    job: Job, part: Part, path: Path, name: str, damaged: list[str]
-) -> Iterator[sources.Batch]:
-    """What can be read of a file's part, called `name`."""
-    num_bad, place, one = 0, 0, "line" if job.kind == "jsonl" else "text"
-
-    def leave_out(error: ForgeError) -> None:
-        damaged.append(f"{error.where}: {error.what}".replace(str(path), name))
-
-    def leave_out_one(error: ForgeError) -> None:
-        nonlocal num_bad, place
-        num_bad += 1
-        if num_bad <= MOST_BAD:
-            leave_out(error)
-        elif num_bad == MOST_BAD + 1:
-            place = len(damaged)
-            damaged.append(f"{name}: 1 more {one}")
-        else:
-            damaged[place] = f"{name}: {num_bad - MOST_BAD:,} more {one}s"
-
-    columns = (job.options.text_column, job.options.min_score)
-    for group in range(part.start, part.stop):
-        each = replace(part, start=group, stop=group + 1)
-        try:
-            yield from sources.read_texts(job.kind, path, each, *columns, leave_out_one)
-        except ForgeError as error:
-            leave_out(error)
+def _commit(
+    job: Job, sides: dict[str, _Side], skipped: dict[str, int], damaged: tuple[str, ...]
+) -> Record:
+    made = tuple(shard for side in sides.values() for shard in side.commit())
+    files.sync_folder(job.work)
+    lengths = {split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()}
+    figures = Figures(sides["val"].num_tokens, skipped, damaged, lengths)
+    record = Record(job.slice.number, job.pieces, job.limit, made, figures)
+    # Not waited for: should a power cut take it, its slice is made again.
+    data = (json.dumps(asdict(record)) + "\n").encode()
+    files.write_whole(record_path(job.work, job.slice.number), data, wait_for_disk=False)
+    return record
 
 
 def _write_documents(documents: list[bytes], sides: dict[str, _Side], job: Job) -> bool:
@@ -279,24 +249,72 @@ def finished(job: Job) -> Record | None:
     damaged places were left out of it: they may be sound by now.
     """
     try:
-        record = Record.from_json(record_path(job.folder, job.slice.number).read_bytes())
+        record = Record.from_json(record_path(job.work, job.slice.number).read_bytes())
         sound = all(
-            shards.check_header(job.folder / shard.file) == shard.num_tokens
+            shards.check_header(job.work / shard.file) == shard.num_tokens
             for shard in record.shards
         )
     except (OSError, ValueError, KeyError, TypeError, ForgeError):
         return None
-    return record if sound and record.pieces == job.pieces and not record.damaged else None
+    return record if sound and record.pieces == job.pieces and not record.figures.damaged else None
 
 
-def cannot_write(error: OSError, folder: Path) -> ForgeError:
-    return ForgeError(
-        f"cannot write: {error.strerror or error}",
-        where=error.filename or folder,
-        fix="make room (or give write permission) and run the same command again; "
-        "finished slices are kept",
-    )
+def record_path(work: Path, number: int) -> Path:
+    return work / f"{number:06d}.json"
 
 
-def record_path(folder: Path, number: int) -> Path:
-    return folder / WORK_FOLDER / f"{number:06d}.json"
+# ---------------------------------------------------------------------------------------------
+# Once all are finished
+
+
+def join_val(
+    folder: Path, kept: tuple[Shard, ...], kept_tokens: int, made: list[Shard]
+) -> tuple[Shard, ...]:
+    """Join val into few large shards in `.work/`: `kept_tokens` of the old ones, then the pieces.
+
+    Others' trainers want procs * B * T + 1 tokens in each shard, so all are about as large.
+    """
+    work, pieces, left = folder / shards.WORK_FOLDER, [], kept_tokens
+    for shard in kept:
+        pieces.append((folder / shard.file, shard, min(left, shard.num_tokens)))
+        left -= pieces[-1][2]
+    pieces += [(work / each.file, each, each.num_tokens) for each in made if each.split == "val"]
+    total = sum(num_tokens for _, _, num_tokens in pieces)
+    count = math.ceil(total / VAL_SHARD_TOKENS)
+    paths = [shards.shard_path(work, "val", number) for number in range(count)]
+    position, rest, chunks = 0, np.empty(0, np.uint16), _first_tokens(pieces)
+    ends: Any
+    for number, path in enumerate(paths):
+        writer, wanted = ShardWriter(path), total * (number + 1) // count
+        try:
+            for chunk in chain([rest], chunks):
+                near = max(0, wanted - position)  # the next document from there on ends the shard
+                ends = np.flatnonzero(chunk[near:] == shards.EOT_TOKEN) if wanted < total else []
+                stop = near + int(ends[0]) if len(ends) else len(chunk)
+                writer.write(chunk[:stop])
+                position, rest = position + stop, chunk[stop:]
+                if len(ends):
+                    break
+            writer.commit()
+        finally:
+            writer.discard()
+    return tuple(verify.describe(path, "val")[0] for path in paths)
+
+
+def _first_tokens(pieces: list[tuple[Path, Shard, int]]) -> Iterator[shards.Tokens]:
+    """The first tokens of each shard, as many as the piece says; every byte is checked."""
+    for path, shard, tokens_left in pieces:
+        digest = xxhash.xxh3_64()
+        with refusals("read a shard", path), path.open("rb") as file:
+            file.seek(shards.HEADER.size)
+            while data := file.read(verify.CHUNK_BYTES):
+                digest.update(data)
+                tokens = np.frombuffer(data, "<u2")[:tokens_left]
+                tokens_left -= len(tokens)
+                yield tokens
+        if digest.hexdigest() != shard.checksum:
+            raise ForgeError(
+                "the shard is damaged: its bytes are not those that were written",
+                where=path,
+                fix="run forge-prep verify on its folder",
+            )

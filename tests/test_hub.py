@@ -1,8 +1,8 @@
 """Hub datasets against a hub on loopback: one commit, every file whole, on good days and on bad."""
 
+import gzip
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from conftest import ROOT
 from hub import COMMIT, NEXT_COMMIT, Hub
 
-from pipeline import prepare, shards
+from pipeline import shards, verify
 
 DATASET = "somebody/corpus"
 README = """---
@@ -29,6 +30,7 @@ configs:
 # A corpus
 """
 NAMES = [f"fineweb-edu-dedup/train-{n:05}-of-00004.parquet" for n in range(4)]
+ORDER = sorted(NAMES, key=lambda name: xxhash.xxh3_64_intdigest(name.encode()))
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +72,13 @@ def start(hub: Hub, tmp_path: Path) -> Start:
     def start(
         *arguments: object,
         tries: int = 6,
-        slice_bytes: int = 2**24,
+        shard_tokens: int = 10_000_000,
         killed_at: str = "",
         **environment: str,
     ) -> subprocess.Popen[str]:
         program = (
-            f"from pipeline import cli, downloads, sources; downloads.DOWNLOAD_TRIES = {tries}\n"
-            f"downloads.FIRST_PAUSE_SECONDS = 0.05; sources.MIN_SLICE_BYTES = {slice_bytes}\n"
+            f"from pipeline import cli, downloads; downloads.DOWNLOAD_TRIES = {tries}\n"
+            "downloads.FIRST_PAUSE_SECONDS = 0.05\n"
         )
         if killed_at:
             program += KILL.format(name=killed_at, out=tmp_path / "out")
@@ -86,7 +88,15 @@ def start(hub: Hub, tmp_path: Path) -> Start:
         command = [sys.executable, "-c", program, "tokenize", DATASET]
         command += ["--config", "fineweb-edu-dedup", "--out", tmp_path / "out", *arguments]
         return subprocess.Popen(
-            [*map(str, command), "--workers", "1", "--val-fraction", "0.2"],
+            [
+                *map(str, command),
+                "--workers",
+                "1",
+                "--val-fraction",
+                "0.2",
+                "--shard-tokens",
+                str(shard_tokens),
+            ],
             env=os.environ | settings | environment,
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -111,7 +121,7 @@ def tokenize(start: Start) -> Tokenize:
 def local(dataset: Path, tmp_path_factory: pytest.TempPathFactory, make_shards) -> dict[str, bytes]:
     """The shards that the dataset's files make when they lie on the disk."""
     out = tmp_path_factory.mktemp("local")
-    make_shards(dataset / "fineweb-edu-dedup", out)
+    make_shards(dataset / "fineweb*" / "*.parquet", out)  # the names begin with the folder's
     return shard_bytes(out)
 
 
@@ -132,7 +142,7 @@ def test_a_hub_dataset_gives_the_shards_of_its_files_at_one_commit(
         "split": "train",
         "revision": COMMIT,
     }
-    assert [file["name"] for file in index.source["files"]] == NAMES
+    assert [file["name"] for file in index.source["files"]] == ORDER
     assert shard_bytes(tmp_path / "out") == local
     sent = {authorization for _, path, authorization in hub.requests if DATASET in path}
     assert sent == {"Bearer hf_secret"}, [r for r in hub.requests if r[2] is None]
@@ -157,6 +167,54 @@ def test_what_the_hub_does_not_have_is_an_error(
     assert ran.returncode == 1
     assert says in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("layout", ["{}.parquet", "{}/0.parquet", "data/{}-00000-of-00001.parquet"])
+def test_a_split_that_is_not_there_names_those_that_are_whatever_the_layout(
+    tmp_path: Path, make_parquet, layout: str
+) -> None:
+    for split in ("train", "test"):
+        make_parquet(tmp_path / "hub" / layout.format(split), ["some text"])
+    (tmp_path / "hub" / "README.md").write_text("# a card without configs")
+    with Hub(DATASET, tmp_path / "hub") as hub:
+        ran = run_on(hub, tmp_path, "--split", "validation")
+    assert ran.returncode == 1
+    assert "no split 'validation' (it has train, test)" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_dataset_of_compressed_json_lines_is_read(tmp_path: Path) -> None:
+    (tmp_path / "hub" / "en").mkdir(parents=True)
+    name = "en/c4-train.00000-of-01024.json.gz"
+    (tmp_path / "hub" / name).write_bytes(gzip.compress(b'{"text": "a b"}\n'))
+    (tmp_path / "hub" / "README.md").write_text("# like C4")
+    with Hub(DATASET, tmp_path / "hub") as hub:
+        ran = run_on(hub, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert shards.load_index(tmp_path / "out").total("num_documents") == 1
+
+
+def test_a_limited_run_reads_the_footers_of_the_files_that_it_needs(
+    tmp_path: Path, make_parquet
+) -> None:
+    for n in range(40):
+        make_parquet(tmp_path / "hub" / "data" / f"train-{n:05}-of-00040.parquet", ["a b"] * 300)
+    (tmp_path / "hub" / "README.md").write_text("# many files")
+    with Hub(DATASET, tmp_path / "hub") as hub:
+        ran = run_on(hub, tmp_path, "--max-tokens", "100")
+        asked = {path for _, path, _ in hub.requests if path.endswith(".parquet")}
+    assert ran.returncode == 0, ran.stderr
+    assert len(asked) == 1
+
+
+def run_on(hub: Hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    settings |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "pipeline.cli", "tokenize", DATASET, *arguments]
+    command += ["--out", str(tmp_path / "out"), "--workers", "1"]
+    return subprocess.run(
+        command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 def test_bad_days_of_the_hub_change_no_byte(
@@ -232,41 +290,41 @@ def grow(hub: Hub, dataset: Path) -> None:
     hub.commit = NEXT_COMMIT
 
 
-def test_append_adds_the_files_of_a_newer_commit_after_a_kill_too(
+def test_a_newer_commit_with_more_files_extends_the_folder_after_a_kill_too(
     growing_hub: Hub, dataset: Path, local: dict[str, bytes], tmp_path: Path, tokenize: Tokenize
 ) -> None:
     hub, out = growing_hub, tmp_path / "out"
-    assert tokenize(HF_ENDPOINT=hub.endpoint).returncode == 0
-    first = shard_bytes(out)
+    settings: dict[str, Any] = {"shard_tokens": 200, "HF_ENDPOINT": hub.endpoint}
+    assert tokenize(**settings).returncode == 0
+    first = {p.name: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
+    kept = dict(sorted(first.items())[:-1])
     grow(hub, dataset)
-    refused = tokenize(HF_ENDPOINT=hub.endpoint)
-    assert refused.returncode == 1
-    assert "--append" in refused.stderr
     hub.requests.clear()
-    append: dict[str, Any] = {"slice_bytes": 1000, "HF_ENDPOINT": hub.endpoint}
-    killed = tokenize("--append", killed_at=NAMES[3], **append)
+    new = [name for name in ORDER if name in NAMES[2:]]
+    killed = tokenize(killed_at=new[1], **settings)
     assert killed.returncode == -signal.SIGKILL
-    assert first.items() < shard_bytes(out).items()
+    assert verify.verify(shards.load_index(out), 1, lambda count: None) == [], "still whole"
     finished = finished_slices(out)
     assert finished
-    done = tokenize("--append", **append)
+    done = tokenize(**settings)
     assert done.returncode == 0, done.stderr
-    assert {p: p.stat().st_mtime_ns for p in finished} == finished
-    assert not any(hub.downloads(name) for name in NAMES[:2]), "old files are not fetched again"
+    now = {p.name: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
+    assert now.items() > (kept | finished).items()
+    before = [name for name in ORDER if name in NAMES[:2]]
+    assert not hub.downloads(before[0]), "old files are not fetched again, but the last slice's"
     index = shards.load_index(out)
     assert index.source["hub"]["revision"] == NEXT_COMMIT
-    assert [file["name"] for file in index.source["files"]] == NAMES
-    assert first.items() < shard_bytes(out).items()
+    assert [file["name"] for file in index.source["files"]] == before + new
     assert documents_of(shard_bytes(out)) == documents_of(local)
-    assert shards.verify(index, 1, lambda count: None) == []
-    assert json.loads(tokenize("--append", "--json", HF_ENDPOINT=hub.endpoint).stdout)["up_to_date"]
+    assert verify.verify(index, 1, lambda count: None) == []
+    assert json.loads(tokenize("--json", **settings).stdout)["up_to_date"]
     assert not (out / ".work").exists()
 
 
-def finished_slices(out: Path) -> dict[Path, int]:
+def finished_slices(out: Path) -> dict[str, int]:
     """The train shards of an unfinished run's finished slices, and when they were made."""
-    made = [out / f"train_{record.stem}.bin" for record in out.glob(".work/[0-9]*.json")]
-    return {path: path.stat().st_mtime_ns for path in made}
+    made = [out / ".work" / f"train_{record.stem}.bin" for record in out.glob(".work/[0-9]*.json")]
+    return {path.name: path.stat().st_mtime_ns for path in made if path.exists()}
 
 
 def documents_of(files: dict[str, bytes]) -> list[tuple[str, bytes]]:
@@ -283,14 +341,15 @@ def test_a_commit_between_two_runs_keeps_what_did_not_change(
     growing_hub: Hub, dataset: Path, local: dict[str, bytes], tmp_path: Path, tokenize: Tokenize
 ) -> None:
     hub, out = growing_hub, tmp_path / "out"
-    killed = tokenize(killed_at=NAMES[1], slice_bytes=1000, HF_ENDPOINT=hub.endpoint)
+    second = [name for name in ORDER if name in NAMES[:2]][1]
+    killed = tokenize(killed_at=second, shard_tokens=200, HF_ENDPOINT=hub.endpoint)
     assert killed.returncode == -signal.SIGKILL
     finished = finished_slices(out)
     assert finished
     grow(hub, dataset)
-    done = tokenize(HF_ENDPOINT=hub.endpoint, slice_bytes=1000)
+    done = tokenize(HF_ENDPOINT=hub.endpoint, shard_tokens=200)
     assert done.returncode == 0, done.stderr
-    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
     assert shards.load_index(out).source["hub"]["revision"] == NEXT_COMMIT
     assert documents_of(shard_bytes(out)) == documents_of(local)
 
@@ -299,13 +358,11 @@ def test_the_slice_that_is_made_again_for_max_tokens_still_has_its_file(
     tokenize: Tokenize, hub: Hub, tmp_path: Path, dataset: Path, make_shards
 ) -> None:
     """It is the last one of the first file, all of whose slices were finished once."""
-    order = list(NAMES)
-    random.Random(prepare.SHUFFLE_SEED).shuffle(order)
-    whole = make_shards(dataset / order[0], tmp_path / "one").total("num_tokens", "train")
-    ran = tokenize("--max-tokens", whole - 10, slice_bytes=1000)
+    whole = make_shards(dataset / ORDER[0], tmp_path / "one").total("num_tokens", "train")
+    ran = tokenize("--max-tokens", whole - 10, shard_tokens=200)
     assert ran.returncode == 0, ran.stderr
     assert whole - 10 <= shards.load_index(tmp_path / "out").total("num_tokens", "train") <= whole
-    fetched = [path for path in hub.downloads(order[0]) if path.endswith(order[0])]
+    fetched = [path for path in hub.downloads(ORDER[0]) if path.endswith(ORDER[0])]
     assert fetched
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
@@ -313,7 +370,7 @@ def test_the_slice_that_is_made_again_for_max_tokens_still_has_its_file(
 def test_a_limited_run_takes_no_more_files_than_it_needs(
     tokenize: Tokenize, hub: Hub, tmp_path: Path
 ) -> None:
-    ran = tokenize("--max-tokens", "100", slice_bytes=1000)
+    ran = tokenize("--max-tokens", "100", shard_tokens=200)
     assert ran.returncode == 0, ran.stderr
     index = shards.load_index(tmp_path / "out")
     assert index.total("num_tokens", "train") >= 100

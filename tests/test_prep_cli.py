@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from click.testing import Result
 from conftest import ROOT
 
-from pipeline import foreign, shards, tokenizer
+from pipeline import cli, foreign, shards, tokenizer, verify
 from pipeline.cli import default_name, next_commands
 
 
@@ -89,7 +90,6 @@ def test_what_is_not_there_is_exit_code_1(
         ["tokenize", "x", "--max-tokens", "many"],
         ["tokenize", "x", "--max-tokens", "0"],
         ["tokenize", "x", "--max-tokens", "1e400"],
-        ["tokenize", "x", "--append", "--overwrite"],
         ["tokenize", "x", "--val-fraction", "1"],
         ["tokenize", "x", "--workers", "0"],
         ["show", "x", "-1"],
@@ -208,13 +208,63 @@ def test_a_real_process_is_quiet_off_a_terminal_and_needs_no_hub_library(
 def test_what_it_says_to_do_next_works_with_so_many_tokens(forge, source: Path, tmp_path) -> None:
     made = forge("prep", "tokenize", source, "--out", tmp_path / "out")
     assert "too few val tokens, even for the config tiny" in made.stdout
-    short = next_commands(tmp_path, {"train": 10**8, "val": 6_500})
-    assert "forge-train tiny " in short
-    assert short.endswith("--check --set evaluate.num_tokens=6400")
-    assert "too few train" in next_commands(tmp_path, {"train": 1024, "val": 2**15})
-    assert next_commands(tmp_path, {"train": 10**8, "val": 2**15}).endswith("--check")
-    assert "forge-train gpt2 " in next_commands(tmp_path, {"train": 10**8, "val": 2**21})
-    assert "--data 'my folder'" in next_commands(Path("my folder"), {"train": 10**8, "val": 2**21})
+    for train, val, says in (
+        (10**8, 6_500, "forge-train tiny --data {} --check --set evaluate.num_tokens=6400"),
+        (1024, 2**15, "too few train"),
+        (10**8, 2**15, "--check"),
+        (10**8, 2**21, "forge-train gpt2 "),
+    ):
+        assert says.format(tmp_path) in next_commands(tmp_path, holding(train, val))
+    assert "--data 'my folder'" in next_commands(Path("my folder"), holding(10**8, 2**21))
+
+
+def holding(train: int, val: int) -> shards.Index:
+    """An index of that many tokens."""
+    made = {"train": train, "val": val}
+    each = tuple(shards.Shard("x", s, n, 9, n, "", 0) for s, n in made.items())
+    return shards.Index(Path(), {}, {}, {}, {}, {}, each)
+
+
+def test_a_text_file_that_stays_one_document_is_said_to_be_one(forge, tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("A story.\n<|endoftext|>\nA second one.\n")
+    made = forge("prep", "tokenize", text, "--out", tmp_path / "out")
+    assert "a document is never split" in made.stdout
+    assert "--split-on cuts a .txt" in made.stdout
+    assert "book.txt holds <|endoftext|> as plain text" in made.stderr
+    out = tmp_path / "cut"
+    cut = forge("prep", "tokenize", text, "--out", out, "--split-on", "<|endoftext|>", "--json")
+    assert json.loads(cut.stdout)["num_documents"] == 2
+    assert cut.stderr == ""
+    assert forge("prep", "tokenize", ROOT, "--split-on", "x").exit_code != 0
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"proc": "0::/a\n", "a/cpu.max": "150000 100000\n"}, 2),
+        ({"proc": "0::/a/b\n", "a/b/cpu.max": "max 100000\n", "a/cpu.max": "100000 100000"}, 1),
+        ({"proc": "0::/\n", "cpu.max": "50000 100000\n"}, 1),
+        (
+            {
+                "proc": "4:cpu:/x\n",
+                "cpu/cpu.cfs_quota_us": "300000",
+                "cpu/cpu.cfs_period_us": "100000",
+            },
+            3,
+        ),
+        ({"proc": "0::/\n", "cpu.max": "max 100000\n"}, 8),
+    ],
+)
+def test_workers_follow_the_quota_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cli, "CGROUPS", (tmp_path, tmp_path / "proc"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert cli.cores() == cores
 
 
 def test_files_of_other_kinds_are_named_and_hidden_ones_are_not_read(forge, tmp_path: Path) -> None:
@@ -237,24 +287,14 @@ def test_what_is_of_the_hub_alone_is_refused_elsewhere(forge, source: Path, opti
     assert f"{option} is for a hub dataset" in result.stderr
 
 
-def test_verify_of_an_append_that_was_killed_says_that_more_is_on_its_way(
+def test_verify_of_a_folder_whose_extension_was_killed_says_that_more_is_on_its_way(
     forge, small_shards: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(small_shards, tmp_path / "copy"))
     (copy / shards.WORK_FOLDER).mkdir()
-    shutil.copy(copy / "train_000000.bin", copy / "train_000001.bin")
     sound = forge("prep", "verify", copy)
     assert sound.exit_code == 0
     assert "An unfinished run lies here" in sound.stdout
-
-
-def test_append_and_max_tokens_exclude_each_other_in_a_new_folder_too(
-    forge, source: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    result = forge("prep", "tokenize", source, "--out", out, "--append", "--max-tokens", 100)
-    assert_error(result, "--append and --max-tokens")
-    assert not out.exists()
 
 
 def test_index_takes_other_peoples_shards_as_they_are(
@@ -307,7 +347,7 @@ def test_index_leaves_an_unfinished_run_alone(forge, tmp_path: Path, make_parque
     out = tmp_path / "out"
     assert forge("prep", "tokenize", tmp_path / "a.parquet", "--out", out).exit_code == 0
     (out / "index.json").unlink()
-    (out / ".work").mkdir()
+    verify.begin(out, {"source": {"kind": "txt"}, "tokenizer": tokenizer.describe()})
     result = forge("prep", "index", out)
     assert result.exit_code == 1
     assert "unfinished run of forge-prep tokenize" in result.output
@@ -324,6 +364,75 @@ def test_index_refuses_what_is_no_token_file(forge, tmp_path: Path) -> None:
     assert not (tmp_path / shards.INDEX_FILE).exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("<u4", "every second token is 0"),
+        (">u4", "every second token is 0"),
+        ("<i8", "every second token is 0"),
+        (">u2", "outside GPT-2's vocabulary|not GPT-2's tokens"),
+        ("<f4", "outside GPT-2's vocabulary|not GPT-2's tokens"),
+        ("characters", "not GPT-2's tokens"),
+        ("u1", "not GPT-2's tokens|half a token"),
+        ("other", "not GPT-2's tokens"),
+        ("header", "leave --raw out"),
+        ("out", "outside GPT-2's vocabulary"),
+    ],
+)
+def test_index_raw_refuses_what_is_not_gpt_2s_tokens_and_leaves_nothing(
+    forge, tmp_path: Path, documents, kind: str, says: str
+) -> None:
+    text = "\n".join(documents[:20])
+    good = np.array([*tokenizer.encode(text), shards.EOT_TOKEN])
+    others = np.random.default_rng(0).permutation(50256)
+    bad = {
+        "characters": lambda: np.array([sorted(set(text)).index(c) for c in text], "<u2"),
+        "u1": lambda: np.frombuffer(text.encode(), "u1"),
+        "other": lambda: others[good[:-1]].astype("<u2"),
+        "header": lambda: np.array([20240520, 1, 2], "<i4"),
+        "out": lambda: np.array([60000] * 9, "<u2"),
+    }.get(kind, lambda: good.astype(kind))()
+    good.astype("<u2").tofile(tmp_path / "train.bin")
+    bad.tofile(tmp_path / "val.bin")
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    result = forge("prep", "index", tmp_path, "--raw")
+    assert_error(result)
+    assert re.search(says, result.stderr)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert "--raw" in forge("prep", "info", tmp_path).stderr
+
+
+def test_index_raw_takes_gpt_2s_tokens_without_a_separator(forge, tmp_path: Path) -> None:
+    """nanoGPT's shakespeare/prepare.py writes none."""
+    tokens = np.array(tokenizer.encode("To be, or not to be: that is the question.\n" * 50), "<u2")
+    for split in shards.SPLITS:
+        tokens.tofile(tmp_path / f"{split}.bin")
+    assert forge("prep", "index", tmp_path, "--raw").exit_code == 0
+
+
+def test_index_replaces_no_shard(forge, tmp_path: Path) -> None:
+    for split in shards.SPLITS:
+        np.array([5962, 3188, 50256] * 9, "<u2").tofile(tmp_path / f"{split}.bin")
+    (tmp_path / "val_000000.bin").write_bytes(b"MY OTHER DATA")
+    assert_error(forge("prep", "index", tmp_path, "--raw"), "not replaced")
+    assert (tmp_path / "val_000000.bin").read_bytes() == b"MY OTHER DATA"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["x_test_0.bin", "eval_1.bin", "a-dev-2.bin", "heldout.bin"])
+def test_index_takes_no_test_or_eval_file_for_training(forge, tmp_path: Path, name: str) -> None:
+    writer = shards.ShardWriter(tmp_path / name)
+    writer.write(np.array([50256, 5962, 3188] * 9, np.uint16))
+    writer.commit()
+    assert_error(forge("prep", "index", tmp_path), "test, eval, dev are not")
+    shutil.copy(tmp_path / name, tmp_path / "edu_fineweb_latest_000001.bin")
+    assert forge("prep", "index", tmp_path).exit_code == 0
+    assert [shard.file for shard in shards.load_index(tmp_path).shards] == [
+        "edu_fineweb_latest_000001.bin"
+    ]
+    assert forge("prep", "verify", tmp_path).exit_code == 0
+
+
 def test_ctrl_c_is_one_clear_message_and_the_next_run_goes_on(
     tmp_path: Path, make_parquet, forge, documents
 ) -> None:
@@ -338,7 +447,7 @@ def test_ctrl_c_is_one_clear_message_and_the_next_run_goes_on(
         start_new_session=True,
     )
     deadline = time.monotonic() + 30
-    while not list((tmp_path / "out").glob("train_*")):  # a slice is being written
+    while not list((tmp_path / "out").glob(".work/train_*")):  # a slice is being written
         assert time.monotonic() < deadline
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the workers as well

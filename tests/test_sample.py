@@ -522,7 +522,7 @@ def test_output_that_cannot_be_written_is_one_clear_error(
     assert capsys.readouterr().err.splitlines() == [
         "Error: cannot read or write: No space left on device",
         "  where:      standard output",
-        "  what to do: make room or get access, then run the command again",
+        "  what to do: make room; run the same command again",
     ]
 
 

@@ -3,7 +3,9 @@
 import errno
 import gzip
 import json
+import math
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline import sources
-from pipeline.errors import ForgeError
-from pipeline.sources import Part, Slice
+from pipeline import readers, sources
+from pipeline.errors import DamageError, ForgeError
+from pipeline.readers import Reading
+from pipeline.sources import Options, Part, Plan, Slice
 
 TEXTS = ["one", None, "zwei — две", "", "a\nb", "quatre"]
 
@@ -25,17 +28,22 @@ def lines_of(texts: list[str | None], key: str = "text") -> bytes:
     )
 
 
-def read(path: Path, column: str = "text") -> list[str | None]:
+def read(path: Path, column: str = "text", split_on: str | None = None) -> list[str | None]:
     """All texts of a source, slice by slice, as prepare.py reads them."""
     source = sources.resolve(str(path), None, "train", None)
-    texts = []
-    for each in sources.plan(source, column, 2**30, None):
+    options, texts = Options(column, split_on=split_on), []
+    for each in planned(source, options):
         for part in each.parts:
-            for batch in sources.read_texts(
-                source.kind, source.local_path(part.file), part, column
-            ):
-                texts += batch.texts.to_pylist()
+            at = Reading(source.local_path(part.file), options)
+            for batch in readers.read_texts(source.kind, at, part):
+                texts += [None if text is None else text.decode() for text in batch.texts]
     return texts
+
+
+def planned(source: sources.Source, options: Options) -> list[Slice]:
+    plan = Plan(source, options, readers.stop)
+    plan.reach(math.inf)
+    return plan.slices
 
 
 def failure(action: Callable[..., object], *arguments: object) -> ForgeError:
@@ -51,6 +59,9 @@ def failure(action: Callable[..., object], *arguments: object) -> ForgeError:
         (".jsonl.gz", gzip.compress),
         (".jsonl.zst", zstandard.ZstdCompressor().compress),
         (".JSONL", bytes),
+        (".json", bytes),
+        (".json.gz", gzip.compress),
+        (".json.zst", zstandard.ZstdCompressor().compress),
     ],
 )
 def test_every_form_of_json_lines_gives_the_same_documents(
@@ -66,6 +77,110 @@ def test_members_of_a_joined_archive_are_all_read(tmp_path: Path) -> None:
         path = tmp_path / f"a.jsonl{suffix}"
         path.write_bytes(pack(lines_of(["one", "two"])) + pack(lines_of(["three"])))
         assert read(path) == ["one", "two", "three"], suffix
+
+
+def test_a_gzip_archive_may_be_padded_with_zeros(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    member = gzip.compress(lines_of(["one", "two"]))
+    path.write_bytes(member + bytes(512) + member + bytes(3))
+    assert read(path) == ["one", "two"] * 2
+    path.write_bytes(member + b"garbage")
+    assert "line 2 is the last that could be read" in failure(read, path).what
+
+
+def test_zst_archives_with_long_windows_and_frames_to_skip_are_read(tmp_path: Path) -> None:
+    longest = zstandard.ZstdCompressionParameters(window_log=zstandard.WINDOWLOG_MAX)
+    compressor = zstandard.ZstdCompressor(compression_params=longest).compressobj()
+    frame = compressor.compress(lines_of(["one"])) + compressor.flush()
+    assert zstandard.get_frame_parameters(frame).window_size > 2**27
+    skipped = struct.pack("<II", 0x184D2A50, 5) + b"12345"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skipped + frame + skipped + zstandard.compress(lines_of(["two"])) + skipped)
+    assert read(path) == ["one", "two"]
+
+
+def test_json_files_are_read_where_nothing_else_is_there(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["a"]))
+    assert read(tmp_path) == ["a"]
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "dataset_info.json").write_text('[{"text": "a list"}]')
+    error = failure(read, tmp_path)
+    assert error.what == "no column 'text'; there are: list"
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "advice"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "cannot read a source file", "check the disk"),
+        (OSError(errno.ESTALE, "Stale file handle"), "cannot read a source file", "check the disk"),
+        (OSError(errno.EMFILE, "Too many open files"), "cannot read a source file", "ulimit -n"),
+        (MemoryError(), "not enough memory", "fewer --workers"),
+        (pa.ArrowMemoryError("malloc of size 9 failed"), "not enough memory", "fewer --workers"),
+        (OSError("ZSTD: Allocation error : not enough memory"), "not enough memory", "--workers"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+def test_what_the_machine_refuses_is_never_damage(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
+    error: Exception,
+    says: str,
+    advice: str,
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    kind = str(sources.kind_of(path.name))
+    is_plain = suffix in (".jsonl", ".txt")
+    if is_plain and not getattr(error, "errno", 1):
+        pytest.skip("a parser's words, and there is no parser")
+
+    def fail(*arguments: object, **named: object) -> object:
+        raise error
+
+    def fail_in_a_stream(*arguments: object, **named: object) -> object:
+        with sources.damage("cannot decompress a source file", path):
+            raise error
+
+    path.write_bytes(b"not empty")
+    if suffix == ".parquet":
+        monkeypatch.setattr(pq, "ParquetFile", fail)
+    elif is_plain:
+        monkeypatch.setattr(Path, "open", fail)
+    else:
+        monkeypatch.setattr(readers, "decompressed_lines", fail_in_a_stream)
+    left_out: list[ForgeError] = []
+    texts = readers.read_texts(kind, Reading(path, Options(), left_out.append), Part(0, 0, 1, 9))
+    caught = failure(list, texts)
+    assert left_out == []
+    assert not isinstance(caught, DamageError)
+    assert says in caught.what
+    assert advice in str(caught.fix)
+    assert str(path) in str(caught.where)
+
+
+@pytest.mark.parametrize(
+    ("mark", "text", "documents"),
+    [
+        ("<|endoftext|>", "A.\n<|endoftext|>\nB\nb.\n<|endoftext|>\nC.\n", ["A.", "B\nb.", "C."]),
+        ("<|endoftext|>", "A.<|endoftext|>B<|endoftext|>\n", ["A.", "B"]),
+        ("", "one\none\n\n \t\r\n\ntwo\n\n", ["one\none", "two"]),
+        (
+            "CHAPTER",
+            "Front\nCHAPTER I\none CHAPTER\nCHAPTER II\n",
+            ["Front", "CHAPTER I\none CHAPTER", "CHAPTER II"],
+        ),
+        ("***", "\ufeff***\n\none\n***", ["one"]),
+        ("%", "one\r\n%\r\ntwo", ["one", "two"]),
+    ],
+)
+def test_a_text_file_is_cut_where_lines_begin_with_a_mark(
+    tmp_path: Path, mark: str, text: str, documents: list[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert read(path) == [text.removeprefix("\ufeff")]
+    assert read(path, split_on=mark) == documents
 
 
 def test_blank_lines_and_a_missing_last_newline_are_no_documents(tmp_path: Path) -> None:
@@ -182,9 +297,9 @@ def test_batches_of_long_documents_have_few_rows(tmp_path: Path, make_parquet) -
     texts = [f"{n} " * 100_000 for n in range(200)]
     path = make_parquet(tmp_path / "a.parquet", texts, rows=200)
     part = sources.Part(0, 0, 1, 0)
-    batches = list(sources.read_texts("parquet", path, part, "text"))
-    assert [text.as_py() for batch in batches for text in batch.texts] == texts
-    assert max(batch.texts.nbytes for batch in batches) < 3 * sources.BATCH_BYTES
+    batches = list(readers.read_texts("parquet", Reading(path, Options()), part))
+    assert [text.decode() for batch in batches for text in batch.texts] == texts
+    assert max(sum(map(len, batch.texts)) for batch in batches) < 3 * readers.BATCH_BYTES
 
 
 def test_kinds_are_not_mixed(tmp_path: Path, make_parquet) -> None:
@@ -224,7 +339,7 @@ def test_a_column_of_another_type_is_named(tmp_path: Path, make_parquet) -> None
         (b'{"text": "caf\xe9"}', "invalid UTF-8"),
         (b'{"text": "a"', "invalid JSON"),
         (b"[1, 2]", "no column 'text'; there are: list"),
-        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b'{"text": "\\ud800"}', "surrogates not allowed"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: bytes, says: str) -> None:
@@ -249,8 +364,8 @@ def test_invalid_utf8_in_a_parquet_file_is_named_with_its_row_group(tmp_path: Pa
     array = pa.StringArray.from_buffers(1, offsets, data)
     pq.write_table(pa.table({"text": array}), path)
     error = failure(read, path)
-    assert str(error.where) == f"{path}, row group 0"
-    assert "UTF8" in error.what or "UTF-8" in error.what
+    assert str(error.where) == f"{path}, row group 0, text 1"
+    assert "invalid UTF-8" in error.what
 
 
 def test_a_truncated_parquet_file_is_named(tmp_path: Path, make_parquet) -> None:
@@ -289,7 +404,7 @@ def test_an_archive_cut_off_at_any_byte_is_an_error(tmp_path: Path, suffix: str)
     data = packers[suffix](lines_of([f"text {n}" for n in range(20)]))
     for size in range(len(data)):
         path.write_bytes(data[:size])
-        assert "cannot read a source file" in failure(read, path).what, size
+        assert "cannot decompress a source file" in failure(read, path).what, size
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -298,8 +413,8 @@ def test_a_truncated_archive_is_an_error_not_an_end(tmp_path: Path, suffix: str)
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(packers[suffix](lines_of([str(n) * 50 for n in range(3000)]))[:-30])
     error = failure(read, path)
-    assert "cannot read a source file" in error.what
-    assert error.where == path
+    assert "cannot decompress a source file" in error.what
+    assert str(error.where) == str(path)
 
 
 def test_a_plan_covers_every_row_group_once_in_order(tmp_path: Path, make_parquet) -> None:
@@ -308,49 +423,71 @@ def test_a_plan_covers_every_row_group_once_in_order(tmp_path: Path, make_parque
             tmp_path / f"{name}.parquet", [f"{name} {n} " * 500 for n in range(60)], rows=10
         )
     source = sources.resolve(str(tmp_path), None, "train", None)
-    whole = sources.plan(source, "text", 2**30, None)
+    whole = planned(source, Options(shard_tokens=10**9))
     assert [each.number for each in whole] == [0]
     assert [(part.start, part.stop) for part in whole[0].parts] == [(0, 6)] * 3
-    largest = max(part.bytes for part in whole[0].parts)
-    cut = cut_at(source, largest // 2)
+    most = max(part.bytes for part in whole[0].parts) // 2
+    cut = planned(source, Options(shard_tokens=round(most / sources.BYTES_PER_TOKEN)))
     covered = [
         (part.file, g) for each in cut for part in each.parts for g in range(part.start, part.stop)
     ]
     assert covered == [(file, g) for file in range(3) for g in range(6)]
     assert sum(each.bytes for each in cut) == whole[0].bytes
-    assert all(each.bytes <= largest // 2 for each in cut)
+    assert all(each.bytes <= most for each in cut)
 
 
-def cut_at(source: sources.Source, slice_bytes: int) -> list[Slice]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "MIN_SLICE_BYTES", slice_bytes)
-        return sources.plan(source, "text", slice_bytes, None)
-
-
-def test_a_seed_shuffles_the_files_and_nothing_else(tmp_path: Path, make_parquet) -> None:
-    for n in range(12):
-        make_parquet(tmp_path / f"{n:02}.parquet", [f"text {n}"] * 10)
+def test_a_plan_is_the_same_from_any_slice_on(tmp_path: Path, make_parquet) -> None:
+    """So a finished folder can be extended from its last slice."""
+    for name, count in (("a", 40), ("b", 1), ("c", 70)):
+        make_parquet(tmp_path / f"{name}.parquet", [f"{name} {n} " * n for n in range(count)], 3)
     source = sources.resolve(str(tmp_path), None, "train", None)
-    orders = [
-        [part.file for each in sources.plan(source, "text", 2**30, seed) for part in each.parts]
-        for seed in (None, 1, 1, 2)
-    ]
-    assert orders[0] == list(range(12))
-    assert orders[1] == orders[2] != orders[3]
-    assert sorted(orders[1]) == orders[0] != orders[1]
+    options = Options(shard_tokens=1000)
+    whole = planned(source, options)
+    assert len(whole) > 5
+    for number, each in enumerate(whole):
+        first = each.parts[0]
+        plan = Plan(source, options, readers.stop, (number, first.file, first.start))
+        plan.reach(math.inf)
+        assert plan.slices == whole[number:]
 
 
-def test_blank_documents_are_dropped_and_counted() -> None:
-    texts = pa.array(["a", None, "", "\u00e9", None, "", ""], pa.large_string())
-    assert sources.documents(texts) == ([b"a", b"\xc3\xa9"], 2, 3)
-    assert sources.documents(texts[2:5]) == ([b"\xc3\xa9"], 1, 1), "a piece of an array"
-    assert sources.documents(texts[:0]) == ([], 0, 0)
+def test_a_plan_reads_the_footers_of_no_more_files_than_it_needs(
+    tmp_path: Path, make_parquet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(30):
+        make_parquet(tmp_path / f"{n:02}.parquet", [f"{n} some words"] * 100)
+    source = sources.resolve(str(tmp_path), None, "train", None)
+    row_groups, read = sources.row_groups, []
+    monkeypatch.setattr(
+        sources, "row_groups", lambda *three: read.append(three[1]) or row_groups(*three)
+    )
+    plan = Plan(source, Options(), readers.stop)
+    plan.reach(1)
+    assert read == [0]
+    per_file = plan.bytes
+    plan.reach(10.5 * per_file)
+    assert len(read) in (11, 12)
+    assert not plan.whole
+    plan.reach(math.inf)
+    assert sorted(read) == list(range(30))
+    assert plan.whole
+
+
+def test_new_files_go_behind_the_known_ones_in_the_order_of_a_hash(tmp_path: Path) -> None:
+    for n in range(12):
+        (tmp_path / f"{n:02}.jsonl").write_bytes(lines_of([f"text {n}"]))
+    source = sources.resolve(str(tmp_path), None, "train", None)
+    names = [file.name for file in source.ordered([]).files]
+    assert sorted(names) == [file.name for file in source.files] != names
+    known = ["11.jsonl", "gone.jsonl", "03.jsonl"]
+    later = [file.name for file in source.ordered(known).files]
+    assert later == ["11.jsonl", "03.jsonl", *(name for name in names if name not in known)]
 
 
 def test_a_file_that_vanishes_is_an_error_with_its_name(tmp_path: Path) -> None:
     part = Part(0, 0, 1, 10)
     for kind in ("jsonl", "txt", "parquet"):
         path = tmp_path / f"gone.{kind}"
-        error = failure(list, sources.read_texts(kind, path, part, "text"))
+        error = failure(list, readers.read_texts(kind, Reading(path, Options()), part))
         assert "cannot read a source file" in error.what
-        assert error.where == path
+        assert str(error.where) == str(path)

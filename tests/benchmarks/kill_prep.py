@@ -20,13 +20,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import sources
+
 ROOT = Path(__file__).parents[2]
-SLICE_BYTES = 1_000_000
-PROGRAM = f"""
-from pipeline import cli, sources
-sources.MIN_SLICE_BYTES = {SLICE_BYTES}  # many slices of a few milliseconds each
-cli.main()
-"""
+SLICE_BYTES = 1_000_000  # many slices of a few milliseconds each
 
 
 @dataclass
@@ -50,8 +47,9 @@ def write_source(path: Path, num_slices: int) -> None:
 
 
 def start(source: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", PROGRAM, "tokenize", source, "--out", out]
+    command = [sys.executable, "-m", "pipeline.cli", "tokenize", source, "--out", out]
     command += ["--workers", workers, "--val-fraction", "0.1"]
+    command += ["--shard-tokens", round(SLICE_BYTES / sources.BYTES_PER_TOKEN)]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(
         list(map(str, command)), cwd=ROOT, stdout=quiet, stderr=quiet, start_new_session=True
@@ -59,10 +57,10 @@ def start(source: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
 
 
 def records(out: Path) -> dict[str, int]:
-    """The records of finished slices, and when their train shards were put in place."""
+    """The train shards of finished slices, and when they were made."""
     found = {}
     for record in list((out / ".work").glob("[0-9]*.json")):
-        shard = out / f"train_{record.stem}.bin"
+        shard = out / ".work" / f"train_{record.stem}.bin"
         if shard.exists():
             found[shard.name] = shard.stat().st_mtime_ns
     return found

@@ -37,13 +37,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import shards, slices, sources, tokenizer
+from pipeline import readers, shards, slices, sources, tokenizer
 from tests.benchmarks import tokenize
 
 PROGRAM = """
-from pipeline import cli, prepare
+from pipeline import cli, slices
 from tests.benchmarks import scale_tokenize
-prepare.start_worker = scale_tokenize.start_watched_worker
+slices.start_worker = scale_tokenize.start_watched_worker
 cli.main()
 """
 NOTES = "FORGE_BENCHMARK_NOTES"  # the folder that workers leave their notes in
@@ -102,7 +102,7 @@ def start_watched_worker(*arguments: Any) -> None:
 
     slices._write_documents = clocked("documents", slices._write_documents)
     slices.tokenize_slice = noted(slices.tokenize_slice)
-    sources.read_texts = clocked_batches(sources.read_texts)
+    readers.read_texts = clocked_batches(readers.read_texts)
     encode = tokenizer.BulkEncoder.encode  # lazy; the clock needs it done
     tokenizer.BulkEncoder.encode = lambda *arguments: list(encode(*arguments))  # type: ignore[assignment]
     for owner, method, name in (
@@ -184,7 +184,7 @@ class Row:
 
 def run(workers: int, source: Path, folder: Path, gigabytes: float) -> Row:
     found = sources.resolve(str(source), None, "train", None)
-    text = sum(each.bytes for each in sources.plan(found, "text", 2**40, None))
+    text = tokenize.planned(found, 2**40).bytes
     with tempfile.TemporaryDirectory(dir=folder) as name:
         work = Path(name)
         (work / "notes").mkdir()

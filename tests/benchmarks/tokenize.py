@@ -15,7 +15,9 @@ holds on a machine that is busy with other things. The text is --source, --repea
 """
 
 import argparse
+import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import shutil
@@ -30,9 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from pipeline import shards, slices, sources, tokenizer
+from pipeline import readers, shards, slices, sources, tokenizer
 from pipeline.slices import Job, Options
 
 ROOT = Path(__file__).parents[2]
@@ -40,17 +41,18 @@ TIKTOKEN_BYTES = 30_000_000  # enough text for the slow rows
 MARKS = (1, 10, 50)  # slices a worker
 
 
-def columns(source: sources.Source) -> Iterator[pa.LargeStringArray]:
-    """The text column, some 1,024 documents at a time."""
-    for each in sources.plan(source, "text", 2**40, None):
-        for part in each.parts:
-            path = source.local_path(part.file)
-            for batch in sources.read_texts(source.kind, path, part, "text"):
-                yield batch.texts
-
-
 def batches(source: sources.Source) -> Iterator[list[bytes]]:
-    return (sources.documents(texts)[0] for texts in columns(source))
+    """The texts of the source, some 1,024 at a time."""
+    for part in (part for each in planned(source, 2**40).slices for part in each.parts):
+        at = readers.Reading(source.local_path(part.file), Options())
+        for batch in readers.read_texts(source.kind, at, part):
+            yield [text for text in batch.texts if text]
+
+
+def planned(source: sources.Source, shard_tokens: int) -> sources.Plan:
+    plan = sources.Plan(source, Options(shard_tokens=shard_tokens), readers.stop)
+    plan.reach(math.inf)
+    return plan
 
 
 def text_bytes(documents: list[bytes]) -> int:
@@ -82,8 +84,8 @@ def run_with_tiktoken(source: sources.Source, folder: Path) -> int:
     context = multiprocessing.get_context("spawn")
     slices._encoder = TiktokenEncoder()  # type: ignore[assignment]
     slices._done_bytes, slices._done_tokens = context.Value("q"), context.Value("q")
-    first = sources.plan(source, "text", TIKTOKEN_BYTES, None)[0]
-    (folder / shards.WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+    first = planned(source, round(TIKTOKEN_BYTES / sources.BYTES_PER_TOKEN)).slices[0]
+    folder.mkdir(parents=True, exist_ok=True)
     paths = tuple(source.local_path(part.file) for part in first.parts)
     files = tuple(source.files[part.file] for part in first.parts)
     job = Job(first, source.kind, paths, files, folder, Options(), None)
@@ -154,11 +156,12 @@ def run_forge_prep(source: Path, out: Path, workers: int, shard_tokens: int) -> 
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         seconds = time.perf_counter() - started
-        if not run.first_token_seconds and out.exists():
-            written = (p.stat().st_size for p in out.glob("train_*.partial"))
-            if any(size > shards.HEADER.size for size in written):
+        finished = 0
+        with contextlib.suppress(FileNotFoundError):  # renamed while we look
+            written = [p.stat().st_size for p in out.glob(".work/train_*.partial")]
+            if not run.first_token_seconds and max(written, default=0) > shards.HEADER.size:
                 run.first_token_seconds = seconds
-        finished = len(list(out.glob("train_*.bin")))
+            finished = len(list(out.glob(".work/train_*.bin")))
         if finished >= workers and not run.first_slices:
             run.first_slices, run.first_slices_seconds = finished, seconds
         now = max(map(memory_mib, children(process.pid)), default=0.0)
@@ -183,7 +186,7 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2", help="numbers of workers, as in 1,2,4")
     parser.add_argument("--repeat", type=int, default=25, help="copies of the source to read")
     parser.add_argument("--tries", type=int, default=3)
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000)
+    parser.add_argument("--shard-tokens", type=int, default=10_000_000)
     parser.add_argument("--out", type=Path, help="where shards go [default: a temporary folder]")
     parser.add_argument("--only-runs", action="store_true", help="leave out a, b, e and f")
     arguments = parser.parse_args()
@@ -235,7 +238,7 @@ def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, tupl
 
     tokenizer.encode("loaded before the clock starts")
     return {
-        "a": best(arguments.tries, lambda: sum(texts.nbytes for texts in columns(source))),
+        "a": best(arguments.tries, lambda: sum(map(text_bytes, batches(source)))),
         "b": best(arguments.tries, lambda: encode(arguments.repeat)),
         "b once": best(arguments.tries, lambda: encode(1)),
         "e": best(arguments.tries, lambda: run_with_tiktoken(source, folder / "tiktoken")),

@@ -1,0 +1,313 @@
+"""Every byte of a folder of shards against its index, and the figures of a shard from its tokens.
+
+Before: a finished folder (shards.py), or token files of others (foreign.py). After: cli.py.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from pipeline import shards, tokenizer
+from pipeline.downloads import DOWNLOADS_FOLDER
+from pipeline.errors import ForgeError, refusals
+from pipeline.files import sync_folder, write_whole
+from pipeline.shards import DocumentLengths, Index, Shard
+from pipeline.sources import KINDS, Options
+
+CHUNK_BYTES = 2**22
+ANEW = "choose another --out, or start anew with --overwrite"
+
+
+@cache
+def token_lengths() -> npt.NDArray[np.int64]:
+    """Length in bytes of each token."""
+    return np.array([len(token) for token in tokenizer.token_bytes()], np.int64)
+
+
+class Measured(NamedTuple):
+    """What the tokens of a shard say of it. `first` and `largest` are tokens, -1 if it has none."""
+
+    num_tokens: int
+    num_documents: int
+    text_bytes: int  # 0 without `counts_text`
+    checksum: str
+    first: int
+    largest: int
+    lengths: DocumentLengths
+
+
+def measure(
+    path: Path, on_bytes: Callable[[int], None] = lambda count: None, counts_text: bool = False
+) -> Measured:
+    """Read one shard whole."""
+    num_tokens = shards.check_header(path)
+    digest, first, largest, position, text_bytes = xxhash.xxh3_64(), -1, -1, 0, 0
+    starts = [np.empty(0, np.int64)]
+    with refusals("read a shard", path), path.open("rb") as file:
+        file.seek(shards.HEADER.size)
+        while chunk := file.read(CHUNK_BYTES):
+            tokens = np.frombuffer(chunk, "<u2")
+            first = int(tokens[0]) if position == 0 else first
+            largest = max(largest, int(tokens.max()))
+            starts.append(np.flatnonzero(tokens == shards.EOT_TOKEN) + position)
+            text_bytes += int(token_lengths()[tokens].sum()) if counts_text else 0
+            digest.update(chunk)
+            position += len(tokens)
+            on_bytes(len(chunk))
+    bounds = np.concatenate([*starts, [num_tokens]])
+    counts = (num_tokens, len(bounds) - 1, text_bytes, digest.hexdigest())
+    return Measured(*counts, first, largest, DocumentLengths.of(np.diff(bounds) - 1))
+
+
+def describe(path: Path, split: str) -> tuple[Shard, DocumentLengths]:
+    """A shard as the index lists it, from its tokens alone, and how long its documents are."""
+    found = measure(path, counts_text=True)
+    return Shard(path.name, split, *found[:4], 0, shards.head_checksum(path)), found.lengths
+
+
+def check_shard(
+    folder: Path, shard: Shard, whole_documents: bool, on_bytes: Callable[[int], None]
+) -> list[str]:
+    """Read one shard whole and list what is wrong with it (nothing, when all is well)."""
+    path = folder / shard.file
+    try:
+        found, head = measure(path, on_bytes), shards.head_checksum(path)
+    except ForgeError as error:
+        return [f"{shard.file}: {error.what}"]
+    problems = []
+    for name in ("num_tokens", "num_documents", "checksum"):
+        if (has := getattr(found, name)) != (listed := getattr(shard, name)):
+            problems.append(f"{name.removeprefix('num_')} {has}, the index says {listed}")
+    if found.largest >= shards.VOCAB_SIZE:
+        problems.append(f"token {found.largest} is outside the vocabulary of {shards.VOCAB_SIZE}")
+    if found.first not in (shards.EOT_TOKEN, -1) and whole_documents:
+        problems.append("does not start with <|endoftext|>")
+    if not problems and shard.head_checksum not in ("", head):
+        problems.append("the index has another checksum of its head")
+    return [f"{shard.file}: {problem}" for problem in problems]
+
+
+def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[str]:
+    """Check every byte of a folder against its index; the list of problems, empty when sound.
+
+    Hashing and counting release the interpreter's lock, so threads use all cores.
+    """
+    listed = json.loads((index.folder / shards.INDEX_FILE).read_bytes())["splits"]
+    summed = json.loads(index.to_json())["splits"]
+    problems = [
+        f"{shards.INDEX_FILE}: the totals of {split} are not the sums over its shards"
+        for split in shards.SPLITS
+        if listed.get(split) != summed[split]
+    ]
+    known = {shard.file for shard in index.shards}
+    known |= {file["name"] for file in index.source.get("files", [])}
+    for path in sorted(index.folder.glob("*.bin")):
+        if path.name not in known:
+            problems.append(f"{path.name}: a stranger, not in the index: move it elsewhere")
+    try:
+        vocabulary = (index.folder / shards.VOCABULARY_FILE).read_bytes()
+        if hashlib.sha256(vocabulary).hexdigest() != index.tokenizer["sha256"]:
+            problems.append(f"{shards.VOCABULARY_FILE}: changed")
+    except OSError as error:
+        problems.append(f"{shards.VOCABULARY_FILE}: cannot be read: {error.strerror}")
+    whole = index.source.get("kind") != "token files"  # other people's may cut documents
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(
+            lambda each: check_shard(index.folder, each, whole, on_bytes), index.shards
+        )
+        return problems + [problem for more in found for problem in more]
+
+
+# ---------------------------------------------------------------------------------------------
+# Whose folder it is, and what may be done with it
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run finds in its folder."""
+
+    index: Index | None = None  # of a finished folder that is not to be overwritten
+    is_enough: bool = False  # it has all that is wanted
+    is_resumed: bool = False  # finished slices of this very plan lie there
+    known_files: tuple[str, ...] = ()  # of the source, in their order
+
+
+def look_at(folder: Path, plan: dict[str, Any], overwrite: bool) -> State:
+    """What lies in a folder that is to hold what `plan` says. ForgeError if it may not be used."""
+    begun = read_plan(folder)
+    if begun and "format" not in begun and not overwrite:
+        what = "an earlier version of forge-prep began this folder, and this one cannot finish it"
+        raise ForgeError(what, where=folder, fix=f"finish it with that version, or {ANEW}")
+    check_ours(folder, begun)
+    finish_publishing(folder)
+    has_index = (folder / shards.INDEX_FILE).exists()
+    if overwrite and (has_index or differences(begun, plan)):
+        return State()
+    index = shards.load_index(folder) if has_index else None
+    is_done = index is not None and is_enough(index, plan)
+    for shard in index.shards if index else ():
+        shards.check_header(folder / shard.file)
+    if is_done:
+        return State(index, is_enough=True)
+    if not any((folder / shards.WORK_FOLDER).glob("[0-9]*.json")):
+        begun = {}  # nothing is finished yet: any plan may follow
+    refuse(differences(begun, plan), folder)
+    source = begun["source"] if begun else index.source if index else {"files": ()}
+    return State(index, False, bool(begun), tuple(file["name"] for file in source["files"]))
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The plan of an unfinished run of this version or an older one; empty if there is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        data = (folder / shards.WORK_FOLDER / shards.PLAN_FILE).read_bytes()
+        plan: dict[str, Any] = json.loads(data)
+        if plan["tokenizer"]["sha256"] == shards.VOCABULARY_SHA256:
+            return plan
+    return {}
+
+
+def check_ours(folder: Path, begun: dict[str, Any]) -> None:
+    """ForgeError if something lies there that does not carry our format: only ours is removed."""
+    index, work = folder / shards.INDEX_FILE, folder / shards.WORK_FOLDER
+    source = begun.get("source", {})
+    with suppress(ForgeError):  # no index, or a damaged one
+        source = shards.load_index(folder).source
+    names = {path.name for path in folder.iterdir()} - {DOWNLOADS_FOLDER, shards.WORK_FOLDER}
+    others = index.exists() and not shards.is_ours(index)
+    others |= not begun and work.exists() and any(p.suffix != ".partial" for p in work.iterdir())
+    others |= bool(names) and not (begun or index.exists())
+    if others or source.get("kind", "txt") not in KINDS.values():
+        raise ForgeError(
+            "the folder holds what others made: neither shards nor an unfinished run of forge-prep",
+            where=folder,
+            fix="choose another --out (--overwrite removes shards of forge-prep, nothing else)",
+        )
+    is_whole = not (work / shards.INDEX_FILE).exists()  # no move into place was cut short
+    strangers = filter(shards.SHARD_NAME.fullmatch, names - listed_shards(folder))
+    if is_whole and (name := next(strangers, None)):
+        what = "a file that is not in the index has the name of a shard"
+        raise ForgeError(
+            what, where=folder / name, fix="move it elsewhere, or choose another --out"
+        )
+
+
+def listed_shards(folder: Path) -> set[str]:
+    """The shards that the index lists, or the records of an older version's run."""
+    with suppress(ForgeError):
+        return {shard.file for shard in shards.load_index(folder).shards}
+    records = (folder / shards.WORK_FOLDER).glob("[0-9]*.json")
+    is_older = "format" not in read_plan(folder)
+    made = [json.loads(path.read_bytes()) for path in records if is_older]
+    return {shard["file"] for record in made for shard in record["shards"]}
+
+
+def clear(folder: Path, all_of_it: bool = False) -> None:
+    """Remove an unfinished run, or all that forge-prep made. The index goes first."""
+    if all_of_it:
+        names = listed_shards(folder)
+        (folder / shards.INDEX_FILE).unlink(missing_ok=True)
+        for name in [*names, shards.VOCABULARY_FILE]:
+            (folder / name).unlink(missing_ok=True)
+    work = folder / shards.WORK_FOLDER
+    if all(path.name in (DOWNLOADS_FOLDER, work.name) for path in folder.iterdir()):
+        shutil.rmtree(work, ignore_errors=True)
+    for path in work.glob("[0-9]*"):  # else the plan stays: it says that the folder is ours
+        path.unlink()
+
+
+def begin(folder: Path, plan: dict[str, Any]) -> Path:
+    """Make `.work/` in a folder, with the plan of what is made there, and return it."""
+    work = folder / shards.WORK_FOLDER
+    work.mkdir(exist_ok=True)
+    marked = {"format": shards.INDEX_FORMAT, "version": shards.INDEX_VERSION} | plan
+    write_whole(work / shards.PLAN_FILE, (json.dumps(marked) + "\n").encode())
+    return work
+
+
+def publish(index: Index) -> Index:
+    """Finish a folder: write the index of what `.work/` holds, and move all of it to its place."""
+    sync_folder(index.folder / shards.WORK_FOLDER)
+    write_whole(index.folder / shards.WORK_FOLDER / shards.INDEX_FILE, index.to_json().encode())
+    finish_publishing(index.folder)
+    return shards.load_index(index.folder)
+
+
+def finish_publishing(folder: Path) -> None:
+    """Move what `.work/` has ready to its place, the index last.
+
+    The index in `.work/` says that all else is there. So a kill at any moment leaves a folder that
+    the next call finishes.
+    """
+    work = folder / shards.WORK_FOLDER
+    if not (work / shards.INDEX_FILE).exists():
+        return
+    made = shards.load_index(work)
+    (folder / shards.INDEX_FILE).unlink(missing_ok=True)
+    for name in [shards.VOCABULARY_FILE, *(shard.file for shard in made.shards)]:
+        if (work / name).exists():
+            (work / name).replace(folder / name)
+    sync_folder(folder)
+    (work / shards.INDEX_FILE).replace(folder / shards.INDEX_FILE)
+    sync_folder(folder)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def differences(made: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """In what a run differs from what is wanted now, but for its files and max_tokens."""
+    wanted = [("options", key, now) for key, now in plan["options"].items() if key != "max_tokens"]
+    wanted += [("source", key, plan["source"][key]) for key in ("kind", "hub")]
+    wanted += [("tokenizer", "sha256", plan["tokenizer"]["sha256"])]
+    found = []
+    for section, key, now in wanted if made else ():
+        before = made[section].get(key, getattr(Options, key, None))
+        if key == "hub" and before and now:  # a newer commit may have more files
+            before, now = before | {"revision": ""}, now | {"revision": ""}
+        if before != now:
+            found.append(f"{section} {key}: {before!r}, now {now!r}")
+    return found
+
+
+def refuse(found: list[str], folder: Path) -> None:
+    if found:
+        what = f"the folder was made with other options: {'; '.join(found)}"
+        raise ForgeError(what, where=folder, fix=ANEW)
+
+
+def is_enough(index: Index, plan: dict[str, Any]) -> bool:
+    """Whether a finished folder has all that is wanted. ForgeError if it cannot be extended to it.
+
+    More is wanted when it stopped at a smaller max_tokens, or the source has more files.
+    """
+    made = {"source": index.source, "options": index.options, "tokenizer": index.tokenizer}
+    found = differences(made, plan)
+    if index.base is None:  # an older version's: its shards had sizes of their own
+        found = [each for each in found if not each.startswith("options shard_tokens")]
+    before, wanted = index.options["max_tokens"], plan["options"]["max_tokens"]
+    old, now, has = before or math.inf, wanted or math.inf, index.total("num_tokens", "train")
+    if now < old and now <= has:
+        found.append(f"options max_tokens: {before!r}, now {wanted!r}")
+    refuse(found, index.folder)
+    files = {file["name"]: file for file in plan["source"]["files"]}
+    for file in index.source["files"]:
+        if files.pop(file["name"], None) != file:
+            what = "a source file that the folder was made of is gone or changed"
+            fix = f"restore it (of a hub dataset, name the commit with --revision), or {ANEW}"
+            raise ForgeError(what, where=file["name"], fix=fix)
+    if has >= now or not (files or has >= old):
+        return True
+    if index.base is None:
+        what = "an earlier version of forge-prep made the folder, and this one cannot extend it"
+        raise ForgeError(what, where=index.folder, fix=ANEW)
+    return False
