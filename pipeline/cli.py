@@ -140,9 +140,6 @@ shown = functools.partial(click.option, show_default=True)
 def tokenize(
     source: str,
     out: Path | None,
-    config: str | None,
-    split: str,
-    revision: str | None,
     on_error: str,
     workers: int | None,
     overwrite: bool,
@@ -168,9 +165,10 @@ def tokenize(
     from pipeline.readers import with_marker
     from pipeline.sources import Options, resolve
 
-    resolved = resolve(source, config, split, revision)
+    hub = {name: options.pop(name) for name in ("config", "split", "revision")}
+    resolved = resolve(source, **hub)
     given = click.get_current_context().get_parameter_source
-    for name in ("config", "split", "revision"):
+    for name in hub:
         if not resolved.hub and given(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(f"--{name} is for a hub dataset, and {source} is none")
     if options["split_on"] is not None and resolved.kind != "txt":
@@ -181,7 +179,7 @@ def tokenize(
     if options["split_on"] is None and resolved.kind == "txt" and (marked := with_marker(resolved)):
         hint = "--split-on '<|endoftext|>' makes documents of its pieces"
         click.echo(f"{marked} holds <|endoftext|> as plain text: {hint}.", err=True)
-    folder = out or Path("data_cache") / default_name(source, config)
+    folder = out or Path("data_cache") / default_name(source, hub["config"])
     with ProgressBar() as bar:
         outcome = tokenize(
             resolved,

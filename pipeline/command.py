@@ -1,7 +1,4 @@
-"""How every program ends that fails: one message and exit code 1.
-
-Before: a cli.py. After: the terminal.
-"""
+"""How every program ends that fails: one message and exit code 1."""
 
 import contextlib
 import io

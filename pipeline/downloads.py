@@ -1,8 +1,4 @@
-"""Hub datasets: their files at one commit, fetched a few ahead of the workers and checked.
-
-Before: sources.py, which asks for the files of a dataset. After: the worker processes of
-prepare.py, which read them as local files.
-"""
+"""Hub datasets: their files at one commit, fetched a few ahead of the workers and checked."""
 
 import errno
 import hashlib
@@ -10,91 +6,17 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.errors import KEPT, ForgeError, refusal
-from pipeline.sources import SUFFIXES, Slice, Source, SourceFile, kind_of
+from pipeline.sources import Slice, Source, SourceFile
 
 DOWNLOADS_FOLDER = "downloads"
 FILES_AHEAD = 2  # downloads beyond the files that workers are reading
 DOWNLOAD_TRIES = 6
 FIRST_PAUSE_SECONDS = 1.0  # doubled after each try
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE)
-
-
-def resolve_hub(name: str, config: str | None, split: str, revision: str | None) -> Source:
-    """Resolve a hub dataset to its data files, at one commit, with the `datasets` library."""
-    import datasets
-    from datasets.utils.logging import disable_progress_bar
-    from huggingface_hub import HfFileSystem
-
-    disable_progress_bar()
-    try:
-        builder = datasets.load_dataset_builder(name, config, revision=revision)
-        by_split = {str(key): files for key, files in (builder.config.data_files or {}).items()}
-    except Exception as error:  # the library raises a dozen unrelated types, network's included
-        what = f"cannot resolve the hub dataset: {type(error).__name__}: {error}"
-        fix = "check the id (or path), --config and the network; or give a folder of its files"
-        where = name + (f", config {config}" if config else "")
-        raise ForgeError(what, where=where, fix=fix) from error
-    if split not in by_split:
-        what = f"the dataset has no split {split!r} (it has {', '.join(by_split) or 'none'})"
-        raise ForgeError(what, where=name, fix="name one of them with --split")
-    hub = HfFileSystem()
-    paths = [str(path) for path in by_split[split]]
-    if any(not path.startswith("hf://") for path in paths):
-        what, fix = "the dataset's files do not lie on the hub", "download them; give their folder"
-        raise ForgeError(what, where=name, fix=fix)
-    with on_the_hub(name):
-        infos = {path: hub.info(path) for path in paths}
-        parsed: list[Any] = [hub.resolve_path(path) for path in paths]
-    files = tuple(
-        SourceFile(p.path_in_repo, int(infos[path]["size"]), hub_checksum(infos[path]))
-        for p, path in zip(parsed, paths, strict=True)
-    )
-    kind = kind_of(files[0].name)
-    if kind is None or any(kind_of(file.name) != kind for file in files):
-        endings = sorted({"".join(Path(file.name).suffixes[-2:]) for file in files})
-        what = f"the split's files are not all of one known kind: {', '.join(endings)}"
-        fix = f"download them and give a glob of one kind; known endings: {SUFFIXES}"
-        raise ForgeError(what, where=name, fix=fix)
-    commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
-    commit |= {"config": config} if config else {}
-    return Source(name, kind, "", files, commit)
-
-
-@contextmanager
-def on_the_hub(where: str) -> Iterator[None]:
-    """Makes trouble with the network a ForgeError; Arrow's errors are the file's, and pass."""
-    try:
-        yield
-    except (pa.ArrowException, MemoryError):
-        raise
-    except Exception as error:  # a dozen unrelated types
-        if type(error) is OSError:  # Arrow's as well; the network's are subclasses, or none
-            raise
-        what = f"cannot read from the hub: {type(error).__name__}: {error}"
-        fix = "check the network and HF_TOKEN and run the same command again"
-        raise ForgeError(what, where=where, fix=fix) from error
-
-
-@contextmanager
-def open_on_hub(path: str) -> Iterator[Any]:
-    """A file of the hub, to read pieces of."""
-    from huggingface_hub import HfFileSystem
-
-    with on_the_hub(path), HfFileSystem().open(path, "rb", block_size=2**20) as remote:
-        yield remote
-
-
-def hub_checksum(info: dict[str, Any]) -> str:
-    """sha256 of a large file, git's sha1 of a small one, as the hub lists them."""
-    lfs = info.get("lfs")
-    return str(lfs["sha256"] if lfs else info.get("blob_id") or "")
 
 
 class Downloads:

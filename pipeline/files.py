@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import ForgeError, refusals
+from pipeline.errors import ForgeError, refusal, refusals
 
 
 def write_whole(path: Path, data: bytes, wait_for_disk: bool = True) -> None:
@@ -50,12 +50,15 @@ def hold(folder: Path, program: str, wait_seconds: float = 0.0) -> Iterator[None
     try:
         with refusals("lock the folder", folder, "choose another --out"):
             _lock(descriptor, folder, program, time.monotonic() + wait_seconds)
+        if os.fstat(descriptor).st_nlink == 0:
+            what = f"another {program} has just removed this folder"
+            raise ForgeError(what, where=folder, fix="run the same command again")
         yield
     finally:
-        os.close(descriptor)
         if is_new:
             with suppress(OSError):  # not empty
                 folder.rmdir()
+        os.close(descriptor)
 
 
 def _lock(descriptor: int, folder: Path, program: str, deadline: float) -> None:
@@ -82,3 +85,20 @@ def check_utf8(path: Path) -> None:
             where=path,
             fix="rename the folder, or the one above it with the invalid character",
         ) from error
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """All files below `folder`, through links, too, but no hidden ones (copies of editors)."""
+
+    def fail(error: OSError) -> None:
+        raise refusal(error, "read a folder of the source", folder) from error
+
+    seen: dict[Path, str] = {}
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        before = seen.setdefault(Path(root).resolve(), root)
+        if before != root:
+            what = f"two ways through the source lead to one folder, the other is {before}"
+            raise ForgeError(what, where=root, fix="remove the link, or name files with a glob")
+        paths = (Path(root, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file() or not path.exists())  # broken links

@@ -1,8 +1,5 @@
 """Token files that others made, checked and given an index so that forge-train can use them.
 
-Before: llm.c's or modded-nanogpt's shards, or nanoGPT's headerless train.bin and val.bin, in a
-folder. After: the same folder with index.json and the vocabulary, as prepare.py would leave it.
-
 Files with a header stay as they are. Headerless ones are copied into shards; nanoGPT puts
 <|endoftext|> behind each document, so the copy moves it in front, where ours has it.
 """

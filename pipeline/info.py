@@ -1,7 +1,4 @@
-"""What a person wants to know about a folder of shards before spending a day on it.
-
-Before: a finished folder (shards.py). After: the terminal (cli.py).
-"""
+"""What a person wants to know about a folder of shards before spending a day on it."""
 
 import math
 import tomllib

@@ -1,7 +1,5 @@
 """plan -> run slices in parallel -> publish: a folder of shards, made or extended.
 
-Before: slices.py, which makes one slice. After: shards.py on the disk, which the trainer reads.
-
 The plan is a pure function of the source's metadata and the options, and each slice of it is an
 independent task. So any number of workers and kills give the same bytes. All is made in `.work/`
 and moved to its place at the end. A finished folder that is extended, by more files or a larger

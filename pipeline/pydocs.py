@@ -1,7 +1,5 @@
 """The embedded default: English prose that every CPython carries, as documents.
 
-Before: nothing, which is the point: no download. After: sources.py reads the JSON Lines file.
-
 Documents are the docstrings of each module of the standard library and pydoc's topics (the language
 reference), of both the paragraphs that are prose. About 1.4 MB: enough to see the whole program
 work, not to learn from.

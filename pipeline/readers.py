@@ -1,7 +1,5 @@
 """The text of a source file: parquet, JSON Lines (.gz, .zst) or .txt, as batches of documents.
 
-Before: sources.py, which says what to read. After: slices.py, in a worker process.
-
 Damage (a bad line, text, row group or file) goes to `on_damage`, which raises it or leaves it out.
 """
 

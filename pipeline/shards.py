@@ -1,7 +1,5 @@
 """THE FORMAT: shard files and index.json. Write them, map them, read the index.
 
-Before: slices.py, which turns text into tokens. After: trainer/windows.py, which reads them.
-
 A shard is an llm.c / modded-nanogpt token file, little-endian throughout:
 
     offset  size     what

@@ -1,7 +1,5 @@
 """In a worker process: one slice of the source -> one train shard and one piece of val.
 
-Before: readers.py and tokenizer.py, which it calls. After: prepare.py, which runs many at a time.
-
 A slice is an independent task: read, encode, write into `.work/`, then a small record there, last.
 A slice is finished when its record says that it was made of the same pieces of the same files, so
 any number of kills gives the same bytes.

@@ -1,7 +1,5 @@
 """Where text comes from: a hub dataset or local files, in a fixed order, cut into slices.
 
-Before: the user's SOURCE. After: readers.py, which reads the slices that prepare.py hands out.
-
 resolve() finds the files, and a Plan cuts them into slices from metadata alone: no text is read.
 """
 
@@ -21,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
+from pipeline.errors import KEPT, DamageError, ForgeError, refusals
+from pipeline.files import files_in
+from pipeline.hub import open_on_hub, resolve_hub
 
 KINDS = {
     ".parquet": "parquet",
@@ -177,9 +177,7 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
         root = Path(glob.escape(name).split("[")[0] + "x").parent
         nothing = "no file matches"
     elif name.count("/") == 1 and not kind_of(name) and not name.startswith((".", "/", "~")):
-        from pipeline.downloads import resolve_hub
-
-        return resolve_hub(name, config, split, revision)
+        return of_hub(*resolve_hub(name, config, split, revision))
     else:
         fix = "give a path, or a hub dataset id of the form owner/name"
         raise ForgeError("no such file, folder or glob", where=name, fix=fix)
@@ -198,21 +196,16 @@ def resolve(name: str, config: str | None, split: str, revision: str | None) -> 
     return Source(path.name or name, kind, str(root.resolve()), files, not_read=others)
 
 
-def files_in(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, through links, too, but no hidden ones (copies of editors)."""
-
-    def fail(error: OSError) -> None:
-        raise refusal(error, "read a folder of the source", folder) from error
-
-    seen: dict[Path, str] = {}
-    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        before = seen.setdefault(Path(root).resolve(), root)
-        if before != root:
-            what = f"two ways through the source lead to one folder, the other is {before}"
-            raise ForgeError(what, where=root, fix="remove the link, or name files with a glob")
-        paths = (Path(root, name) for name in names if not name.startswith("."))
-        yield from (path for path in paths if path.is_file() or not path.exists())  # broken links
+def of_hub(found: list[tuple[str, int, str]], commit: dict[str, str]) -> Source:
+    """The files of a hub dataset, all of one kind."""
+    files = tuple(SourceFile(*each) for each in found)
+    name, kinds = commit["dataset"], {kind_of(file.name) for file in files}
+    if len(kinds) > 1 or None in kinds:
+        endings = sorted({"".join(Path(file.name).suffixes[-2:]) for file in files})
+        what = f"the split's files are not all of one known kind: {', '.join(endings)}"
+        fix = f"download them and give a glob of one kind; known endings: {SUFFIXES}"
+        raise ForgeError(what, where=name, fix=fix)
+    return Source(name, str(kinds.pop()), "", files, commit)
 
 
 def kind_of(name: str) -> str | None:
@@ -307,8 +300,6 @@ class Plan:
 def row_groups(source: Source, file: int, options: Options) -> list[Part]:
     """One part per row group of a parquet file; checks that its columns are there."""
     if source.hub:
-        from pipeline.downloads import open_on_hub
-
         where = f"datasets/{source.hub['dataset']}@{source.hub['revision']}/"
         where += source.files[file].name
         with damage("not a whole parquet file", where), open_on_hub(where) as remote:

@@ -1,7 +1,5 @@
 """GPT-2's byte-level BPE, both ways. The one place that knows tiktoken and the bulk encoder.
 
-Before: readers.py (text). After: slices.py (tokens into shards).
-
 tiktoken is the reference in both directions; gigatoken gives the same ids about 15 times faster and
 does the bulk work. (They differ at 72 letters that only the newest Unicode has, where a Han
 character follows, and nowhere else that a search of all code points found.) Both read

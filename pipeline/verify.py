@@ -1,7 +1,4 @@
-"""Every byte of a folder of shards against its index, and the figures of a shard from its tokens.
-
-Before: a finished folder (shards.py), or token files of others (foreign.py). After: cli.py.
-"""
+"""Checks every byte of a folder of shards against its index, and counts a shard from its tokens."""
 
 import hashlib
 import json

@@ -1,8 +1,4 @@
-"""Attention of one new token a row over its cache, as Triton kernels that sum in float32.
-
-Before: kernels.py, for how a kernel starts. After: decode.py and fast.py, which attend with these.
-Each reads a row's cache up to the row's length, however much memory there is behind it.
-"""
+"""Attention of one new token a row over its cache, as Triton kernels that sum in float32."""
 
 # ruff: noqa: N803  (Triton writes constants in capitals)
 

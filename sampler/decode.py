@@ -1,7 +1,5 @@
 """Decodes B rows of text, a token a step, with a KV cache in static memory.
 
-Before: load.py, which opens the model. After: generate.py, which fills the rows and reads them.
-
 Every row has its own length, and its text starts at position 0: prompts are padded on the right,
 where causal attention does not look, so a row's numbers do not depend on its neighbours, except in
 their last bits, which follow the batch's shape. On a GPU a whole step, the drawing included, is one

@@ -1,7 +1,4 @@
-"""Draws the next tokens from logits, by temperature, top-k, top-p, min-p and repetition penalty.
-
-Before: a model's logits, from decode.py. After: the tokens that generate.py reads.
-"""
+"""Draws the next tokens from logits, by temperature, top-k, top-p, min-p and repetition penalty."""
 
 import math
 from dataclasses import dataclass

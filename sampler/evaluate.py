@@ -1,7 +1,5 @@
 """forge-eval: compares models on the same tokens, by loss, bits per byte and multiple choice.
 
-Before: load.py, which opens the models, and a folder of shards. After: a person who compares.
-
 Losses come with a standard error over windows, and with that of the difference from the first model
 over the same windows, which is much smaller: most of the noise is the text's, not the model's.
 """

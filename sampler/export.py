@@ -1,7 +1,5 @@
 """forge-export: writes a checkpoint in transformers' layout, with its tokenizer and a model card.
 
-Before: load.py, which opens the run. After: transformers, and every program that reads its folders.
-
 The folder has config.json, generation_config.json, model.safetensors, tokenizer.json, vocab.json,
 merges.txt, tokenizer_config.json and README.md. Where transformers can load it, it must agree with
 our model, or no folder is kept.

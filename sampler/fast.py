@@ -1,8 +1,5 @@
 """A decode step in few Triton kernels: the models' logits, and drawing among the likeliest.
 
-Before: kernels.py and attention.py. After: decode.py, which takes these steps on a GPU; the numbers
-are those of trainer/model.py and draw.py.
-
 Generating one token reads all weights and computes almost nothing, so it takes the time of reading
 memory and of starting kernels: five a layer for one row, seven for GPT-2 with more rows, and two to
 draw.

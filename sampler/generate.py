@@ -1,7 +1,4 @@
-"""Generates texts from prompts: fills the decoder's rows, and reads them until each text ends.
-
-Before: decode.py, which draws the tokens. After: terminal.py, which shows the texts.
-"""
+"""Generates texts from prompts: fills the decoder's rows, and reads them until each text ends."""
 
 import codecs
 from collections import deque

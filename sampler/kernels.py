@@ -1,7 +1,5 @@
 """Matrices, norms and embeddings of a decode step, as Triton kernels that sum in float32.
 
-Before: attention.py, whose parts linear() joins. After: fast.py, which builds steps from them.
-
 From Hopper on, a kernel starts while the one before it ends (NVIDIA's programmatic dependent
 launch): before wait() it must not read anything that another kernel of the same step writes. So
 the weights of a matrix are on their way while the vector to multiply is still being computed. The

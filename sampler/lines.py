@@ -1,7 +1,4 @@
-"""Reads text files that have a prompt or a question on each line.
-
-Before: the file that the user names. After: terminal.py and evaluate.py.
-"""
+"""Reads text files that have a prompt or a question on each line."""
 
 from pathlib import Path
 

@@ -1,8 +1,4 @@
-"""Opens a model: a run, one of its checkpoints, an export, or any GPT-2 or Qwen3 folder.
-
-Before: trainer/checkpoint.py, or a folder that trainer/layouts.py reads. After: decode.py,
-evaluate.py and export.py.
-"""
+"""Opens a model: a run, one of its checkpoints, an export, or any GPT-2 or Qwen3 folder."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""forge-sample's input and output: prompts in, text or JSON lines out, and the interactive mode.
-
-Before: generate.py, which generates the texts. After: a person, or a program that reads JSON.
-"""
+"""forge-sample's input and output: prompts in, text or JSON lines out, and the interactive mode."""
 
 import contextlib
 import json

@@ -28,7 +28,7 @@ FALLING = Plan(6, 9, 1.0)
 
 def state(step: int, hours: float = 0.0, loss: float | None = None) -> State:
     counts = (step, step * 10, hours * 3600)
-    return State(MODEL, "float32", "", FALLING, *counts, validation_loss=loss)
+    return State(MODEL, "float32", "", "x", FALLING, *counts, validation_loss=loss)
 
 
 def test_the_rule_keeps_the_last_the_best_one_a_period_and_the_one_before_the_decay() -> None:
@@ -49,7 +49,7 @@ def test_the_rule_keeps_the_last_the_best_one_a_period_and_the_one_before_the_de
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     """Also where no plan is known yet, and with the sizes that a model leaves open."""
-    for saved in (state(1), State(MODEL, "bfloat16", "abc", Plan(), 2, 20, 0.5, "a/run")):
+    for saved in (state(1), State(MODEL, "bfloat16", "abc", "x", Plan(), 2, 20, 0.5, "a/run")):
         checkpoint.save(tmp_path, WEIGHTS, MOMENTS, saved)
         assert checkpoint.load_state(tmp_path, saved.step) == saved
 
@@ -59,12 +59,12 @@ def test_an_unproven_checkpoint_pushes_out_no_other(tmp_path: Path) -> None:
     for step in (6, 7, 8):
         assert written.save(WEIGHTS, MOMENTS, state(step)) is None
         assert step in checkpoint.steps(tmp_path)
-        assert written.last_good().endswith("whose weights may be ruined")
+        assert written.last_good().endswith("its weights may be ruined")
         written.prove()
     assert checkpoint.steps(tmp_path) == [6, 8]  # the last before the decay, and the last
     written.save(WEIGHTS, MOMENTS, state(9))
     assert checkpoint.steps(tmp_path) == [6, 8, 9]
-    assert "step_00000008; before --resume remove" in written.last_good()
+    assert "step_00000008; if it fails again, move" in written.last_good()
     written.save(WEIGHTS, MOMENTS, state(10, loss=3.0))  # its own evaluation proves it
     assert checkpoint.steps(tmp_path) == [6, 10]
 
@@ -108,7 +108,7 @@ def test_damage_to_any_file_is_found_and_the_older_good_checkpoint_named(
         checkpoint.load_state(tmp_path, 3)
     assert file in caught.value.what
     assert str(caught.value.where).endswith("step_00000003")
-    assert "--resume then continues from step 1" in str(caught.value.fix)
+    assert "--resume continues from step 1" in str(caught.value.fix)
 
 
 class Evil:

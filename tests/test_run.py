@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -50,7 +51,7 @@ def test_a_folder_with_other_things_is_no_place_for_a_run(
     (tmp_path / "mine.txt").write_text("mine")
     result = forge("train", "tiny", "--data", small_shards, "--out", tmp_path, *QUICK)
     assert result.exit_code == 1
-    assert "other things, and no run: mine.txt" in result.output
+    assert "contains other files and no run: mine.txt" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -147,16 +148,18 @@ def test_a_run_keeps_its_model_its_schedule_and_its_order(
     assert "--from" in result.output
 
 
-def test_a_model_edited_in_the_config_of_a_run_is_not_trained(
-    finished: Path, small_shards: Path, forge
+@pytest.mark.parametrize("edit", ["num_heads = 2", "max_steps = 16", "seed = 7"])
+def test_a_config_edited_in_the_run_is_not_trained(
+    edit: str, finished: Path, small_shards: Path, forge
 ) -> None:
     """Other heads keep every shape: nothing else would notice."""
     shutil.rmtree(finished / "checkpoints" / "step_00000008")
     path = finished / "config.toml"
-    path.write_text(path.read_text().replace("num_heads = 4", "num_heads = 2"))
+    key = edit.partition(" = ")[0]
+    path.write_text(re.sub(rf"^{key} = .*$", edit, path.read_text(), flags=re.MULTILINE))
     result = forge("train", path, "--data", small_shards, "--out", finished, "--resume")
     assert result.exit_code == 1
-    assert "is not its checkpoint's" in result.output
+    assert "was edited" in result.output
 
 
 def test_a_folder_whose_name_is_not_utf_8_is_refused(
@@ -167,6 +170,31 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused(
     assert result.exit_code == 1
     assert "not valid UTF-8" in result.output
     assert not run.exists()
+
+
+def test_a_checkpoint_is_all_that_a_resume_needs(
+    finished: Path, run: Path, small_shards: Path, forge
+) -> None:
+    shutil.rmtree(finished / "checkpoints" / "step_00000008")
+    (finished / "metrics.jsonl").unlink()
+    (finished / "README.md").unlink()
+    result = forge("train", "tiny", "--data", small_shards, "--out", finished, "--resume", *QUICK)
+    assert result.exit_code == 0, result.output
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [checkpoint.checkpoint_path(each, 8) / name for each in (finished, run)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_checkpoint_of_a_later_version_is_not_called_damaged(
+    finished: Path, small_shards: Path, forge
+) -> None:
+    path = checkpoint.checkpoint_path(finished, 8) / "state.json"
+    raw = json.loads(path.read_text()) | {"version": 3, "news": 1}
+    raw["checksums"]["state.json"] = checkpoint._own_checksum(raw)
+    path.write_text(json.dumps(raw))
+    result = forge("train", "tiny", "--data", small_shards, "--out", finished, "--resume", *QUICK)
+    assert result.exit_code == 1
+    assert "a later version" in result.output
 
 
 def test_what_a_kill_left_half_written_is_swept_away(

@@ -69,12 +69,19 @@ class LateInbox(Inbox):
 
 @pytest.fixture(params=[Inbox, LateInbox], ids=["cpu", "gpu"])
 def simulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(config: Config, seconds_of: list[float], evaluation: float, save: float) -> Any:
+    def run(
+        config: Config,
+        seconds_of: list[float],
+        evaluation: float,
+        save: float,
+        state: State | None = None,
+    ) -> Any:
         day, rates, saves = Day(), [], []
         monkeypatch.setattr(schedule, "time", day)
         monkeypatch.setattr(step_module, "time", day)
         monkeypatch.setattr(train, "Inbox", request.param)
-        clock, state = Clock(config, 0.0), State(config.model, "float32", "", first_plan(config))
+        state = state or State(config.model, "float32", "", "x", first_plan(config))
+        clock = Clock(config, 0.0, state.seconds)
 
         def step(setup: object, lr: float, votes: Votes) -> Tensor:
             day.now += seconds_of[len(rates)]
@@ -99,7 +106,7 @@ def simulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         signals = SimpleNamespace(stop="", take_save=lambda: False)
         checkpoints = SimpleNamespace(prove=lambda: None)
         train.run_steps(setup, state, clock, signals, lambda *_, **__: None, checkpoints)  # type: ignore[arg-type]
-        return SimpleNamespace(rates=rates, seconds=day.now, saves=saves, plan=state.plan)
+        return SimpleNamespace(rates=rates, seconds=clock.used, saves=saves, plan=state.plan)
 
     return run
 
@@ -140,6 +147,21 @@ def test_one_slow_evaluation_does_not_end_a_run(simulate: Any) -> None:
     config = replace(config, evaluate=often[0], checkpoint=often[1])
     done = simulate(config, [0.25] * 9000, evaluation=1.6, save=0.05)
     assert 0.95 * 360 < done.seconds <= 360
+    assert done.rates[-1] <= 0.02 * config.optimizer.peak_lr
+
+
+def test_slow_steps_after_a_resume_begin_no_decay_and_end_no_run(simulate: Any) -> None:
+    """A cold page cache, say; with a signal to save among them."""
+    config = wsd(budget_hours=1.0, decay_fraction=0.5)
+    slow = [10.0] * 8 + [1.0] * 9000
+    flat = State(config.model, "float32", "", "x", Plan(), 1200, 0, 1210.0)
+    done = simulate(config, slow, 4.0, 1.0, flat)
+    falls = next(n for n, (a, b) in enumerate(pairwise(done.rates), 1) if b < a)
+    assert 400 < falls < 650  # it is to begin at step 1,780 or so
+    falling = State(config.model, "float32", "", "x", Plan(1750, 3500), 2398, 0, 2430.0)
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=600))
+    done = simulate(config, slow, 4.0, 1.0, falling)  # a checkpoint after two steps
+    assert 3500 < done.seconds <= 3600
     assert done.rates[-1] <= 0.02 * config.optimizer.peak_lr
 
 

@@ -77,6 +77,19 @@ def test_no_module_imports_one_that_imports_it() -> None:
     assert [module for module in graph if "trainer.train" in graph[module]] == ["trainer.cli"]
 
 
+def test_what_one_reads_at_a_time_is_short() -> None:
+    """No file over 360 lines, no function but a kernel with 10 arguments, the loop in 45 lines."""
+    for path in (path for package in PACKAGES for path in (ROOT / package).glob("*.py")):
+        text = path.read_text()
+        assert text.count("\n") <= 360, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                is_kernel = any("triton" in ast.unparse(d) for d in node.decorator_list)
+                arguments = [a for a in node.args.args + node.args.kwonlyargs if a.arg != "self"]
+                assert is_kernel or len(arguments) < 10, f"{path.name}: {node.name}"
+                assert node.name != "run_steps" or node.end_lineno - node.lineno < 45
+
+
 def test_packages_import_nothing_by_themselves() -> None:
     assert all((ROOT / p / "__init__.py").read_text() == "" for p in PACKAGES)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, metrics_of
 from safetensors.torch import load_file
+from test_kept import copy_of
 
 from pipeline.files import hold
 from trainer import checkpoint, config_file, evaluate, train
@@ -300,7 +301,7 @@ def test_ruined_weights_end_a_run_and_push_out_no_sound_ones(
     assert [row["step"] for row in metrics_of(run, "skip")] == [6, 7, 8]
     assert checkpoint.steps(run) == [4, 5]  # 4 was sound, and nobody has shown that 5 is
     assert "the last good checkpoint: " + str(checkpoint.checkpoint_path(run, 4)) in result.output
-    assert f"remove {checkpoint.checkpoint_path(run, 5)}" in result.output
+    assert f"move {checkpoint.checkpoint_path(run, 5)} away" in result.output
 
 
 def test_a_run_that_ends_on_a_skipped_step_is_no_success(
@@ -317,7 +318,7 @@ def test_a_run_that_ends_on_a_skipped_step_is_no_success(
 
 
 def test_a_budget_of_hours_is_kept_by_the_real_clock(small_shards: Path, tmp_path: Path) -> None:
-    """Twelve seconds; killed and resumed, it has what is left of them since the checkpoint."""
+    """Twelve seconds; then it is complete."""
     run = tmp_path / "run"
     clocked = [f"--set=schedule.budget_hours={12 / 3600}", "--set=evaluate.every_steps=40"]
     settings = [s for s in QUICK if "max_steps" not in s] + clocked
@@ -351,6 +352,37 @@ def test_weights_of_a_run_begin_another(
     assert metrics_of(first, "evaluate")[0]["loss"] == pytest.approx(old[4], abs=1e-5)
     assert metrics_of(again, "step")[0]["lr"] == metrics_of(finished, "step")[0]["lr"]
     assert checkpoint.load_state(again, 8).weights_from == str(finished)
+
+
+def test_a_run_from_weights_is_resumed_without_naming_them(
+    finished: Path, small_shards: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its first step; and with other weights it is refused."""
+    arguments = ["train", "tiny", "--data", small_shards, "--out", tmp_path / "run", *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run_steps", lambda *_: sys.exit(9))
+        assert forge(*arguments, "--from", finished).exit_code == 9
+    other = forge(*arguments, "--resume", "--from", tmp_path / "other")
+    assert other.exit_code == 1
+    assert f"began with other weights: {finished}" in other.output
+    result = forge(*arguments, "--resume")
+    assert result.exit_code == 0, result.output
+    first, last = metrics_of(tmp_path / "run", "step")[0], metrics_of(finished, "step")[-1]
+    assert first["loss"] == pytest.approx(last["loss"], abs=0.3)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_weights_that_an_edited_config_does_not_describe_are_refused(
+    num_layers: int, small_shards: Path, tmp_path: Path, forge
+) -> None:
+    """Of a run of 1ed97cd, whose model stands in its config alone."""
+    source = copy_of("run_gpt2_1ed97cd", tmp_path)
+    path = source / "config.toml"
+    path.write_text(path.read_text().replace("num_layers = 2", f"num_layers = {num_layers}"))
+    arguments = ["--data", small_shards, "--out", tmp_path / "run", "--from", source]
+    result = forge("train", path, *arguments)
+    assert result.exit_code == 1
+    assert "another model or optimizer" in result.output
 
 
 def test_weights_in_transformers_layout_begin_a_run(
@@ -509,7 +541,7 @@ def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> 
         (["schedule.max_steps=5", "schedule.warmup_steps=6"], "the rate never gets to its peak"),
         (["schedule.max_steps=5", "schedule.warmup_steps=5"], None),
         (["schedule.max_steps=20", "schedule.shape=wsd", "schedule.decay_fraction=0.6"], "never"),
-        (["schedule.max_steps=100000"], "text that comes more than some four times"),
+        (["schedule.max_steps=100000"], "more than five epochs"),
     ],
 )
 def test_check_notes_what_is_seldom_meant(

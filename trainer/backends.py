@@ -1,4 +1,4 @@
-"""What is chosen once for a device: attention's kernels, and where torch.compile is put."""
+"""Choices per device: attention's kernels, and where torch.compile goes."""
 
 import functools
 from typing import Any

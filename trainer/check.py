@@ -84,7 +84,7 @@ def notes(config: Config, train_tokens: int) -> list[str]:
             "the rate never gets to its peak"
         )
     if (config.num_tokens() or 0) > MANY_EPOCHS * train_tokens:
-        found.append("text that comes more than some four times teaches little more")
+        found.append("more than five epochs: repeated text adds little")
     if idle := without_effect(config):
         found.append(f"without effect in this config: {', '.join(idle)}")
     return found

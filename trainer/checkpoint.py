@@ -42,21 +42,21 @@ VERSION = 2  # 1: without model, precision, vocabulary and plan
 
 @dataclass
 class State:
-    """Where a run stands: all that it needs beside tensors. The data's position is the step's."""
+    """Where a run stands: everything but the tensors. The position in the data is the step's."""
 
     model: ModelConfig
     precision: str  # of the weights that the model computes with
     vocabulary: str  # sha256 of its file
+    fixed: str  # checksum of the keys that a run keeps; "" before version 2
     plan: Plan
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of training, over all starts
     weights_from: str = ""  # where the run began, unless at random weights
     validation_loss: float | None = None  # of this very step, where it is finite
-    version: int = VERSION
 
     def advance(self, tokens: int) -> None:
-        """A step more, of so many tokens."""
+        """Count one more step."""
         self.step, self.tokens, self.validation_loss = self.step + 1, self.tokens + tokens, None
 
     @property
@@ -81,7 +81,7 @@ def find(path: Path, step: int | None = None) -> tuple[Path, int] | None:
     """
     check_utf8(path)
     if (path / STATE_FILE).is_file():
-        run, name = path.resolve().parent.parent, path.resolve().name
+        run, name = path.absolute().parent.parent, path.absolute().name
         number = name.removeprefix("step_")
         if step is not None:
             raise ForgeError(
@@ -89,7 +89,7 @@ def find(path: Path, step: int | None = None) -> tuple[Path, int] | None:
                 where=path,
                 fix="give one of them: the run and --checkpoint, or the checkpoint's folder",
             )
-        if not number.isdecimal() or checkpoint_path(run, int(number)) != path.resolve():
+        if not number.isdecimal() or checkpoint_path(run, int(number)) != path.absolute():
             raise ForgeError(
                 "a checkpoint outside of its run, which has the vocabulary",
                 where=path,
@@ -144,7 +144,7 @@ def save(run: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], st
 
 def _plain(state: State) -> dict[str, Any]:
     """For JSON: without keys that are absent, and null where a plan is not known yet."""
-    raw = asdict(state)
+    raw = {"version": VERSION, **asdict(state)}
     raw["model"] = {k: v for k, v in raw["model"].items() if v is not None}
     raw["plan"] = {k: None if v == math.inf else v for k, v in raw["plan"].items()}
     return raw
@@ -176,7 +176,7 @@ class Checkpoints:
     def save(
         self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: State
     ) -> str | None:
-        """Write a checkpoint; returns what the disk said if it did not take it."""
+        """Write a checkpoint; returns the error, if any."""
         try:
             save(self.run, weights, optimizer, state)
         except OSError as error:
@@ -200,7 +200,7 @@ class Checkpoints:
         )
         if self.unproven is not None:
             ruined = checkpoint_path(self.run, self.unproven)
-            said += f"; before --resume remove {ruined}, whose weights may be ruined"
+            said += f"; if it fails again, move {ruined} away: its weights may be ruined"
         return said
 
 
@@ -208,7 +208,9 @@ def prune(run: Path, options: CheckpointConfig) -> None:
     """Remove the checkpoints that the rule does not keep. Damaged ones stay, to be looked at."""
     known = known_states(run)
     for step in {state.step for state in known} - kept(known, options):
-        shutil.rmtree(checkpoint_path(run, step), ignore_errors=True)
+        path = checkpoint_path(run, step)
+        half = path.rename(path.with_name(path.name + ".partial"))  # a kill leaves no half of it
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def kept(states: list[State], options: CheckpointConfig) -> set[int]:
@@ -238,8 +240,8 @@ def known_states(run: Path) -> list[State]:
     """Of all checkpoints whose state.json can be read, in order."""
     known = []
     for step in steps(run):
-        with suppress(ForgeError):
-            known.append(load_state(run, step, ()))
+        with suppress(OSError, ValueError, ForgeError):
+            known.append(_state(run, step, ()))
     return known
 
 
@@ -258,12 +260,12 @@ def load_state(run: Path, step: int, files: tuple[str, ...] = WHOLE) -> State:
         for older in reversed([found for found in steps(run) if found < step]):
             with suppress(OSError, ValueError):
                 _state(run, older, WHOLE)
-                good = f" from step {older}; elsewhere, --checkpoint {older}"
+                good = f" from step {older}; to sample or export now, --checkpoint {older}"
                 break
         raise ForgeError(
             f"damaged checkpoint: {error}",
             where=checkpoint_path(run, step),
-            fix=f"to train, remove this folder: --resume then continues{good}",
+            fix=f"remove this folder, and --resume continues{good}",
         ) from error
 
 
@@ -275,11 +277,18 @@ def _state(run: Path, step: int, files: tuple[str, ...]) -> State:
         sums = raw.pop("checksums")
         if sums.get(STATE_FILE) != _own_checksum(raw | {"checksums": sums}):
             raise ValueError("checksum differs")
-        if "version" not in raw:  # 1, whose model stands in the run's config alone
+        version = raw.pop("version", 1)
+        if version > VERSION:
+            raise ForgeError(
+                f"a later version of this program made the checkpoint ({version})",
+                where=path,
+                fix="use that version",
+            )
+        if version == 1:  # whose model stands in the run's config alone
             model = read_toml(run / CONFIG_FILE)["model"]
             start = None if raw.pop("decayed") == 1 else -1.0
-            raw |= {"model": model, "plan": {"start": start}, "version": 1}
-            raw |= {"precision": "float32", "vocabulary": ""}
+            raw |= {"model": model, "plan": {"start": start}}
+            raw |= {"precision": "float32", "vocabulary": "", "fixed": ""}
         model = model_from_dict(raw.pop("model"), path)
         plan = {k: math.inf if v is None else v for k, v in raw.pop("plan").items()}
         state = State(model=model, plan=Plan(**plan), **raw)
@@ -317,7 +326,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _own_checksum(raw: dict[str, Any]) -> str:
-    """Of what state.json says, but for this checksum."""
+    """Checksum of state.json without itself."""
     others = {name: value for name, value in raw.get("checksums", {}).items() if name != STATE_FILE}
     text = json.dumps(raw | {"checksums": others}, sort_keys=True)
     return xxhash.xxh3_64(text.encode()).hexdigest()

@@ -63,7 +63,7 @@ def main(
     RUN/README.md names) --out RUN2.
     """
     end_with_launcher()  # before torch is imported, which takes seconds
-    # Settings of torch that it reads when it is imported, and that a user may have set otherwise.
+    # torch reads these when it is imported; a user's own values win.
     # Segments that grow leave no gaps on a card that is nearly full; compiled kernels are kept.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '/tmp')}/.cache")
@@ -77,6 +77,8 @@ def main(
     try:
         chosen = config_file.load(config, settings)
         name = Path(config).stem
+        if check and weights_from:
+            raise click.UsageError("--check and --from exclude each other")
         if check:
             checking.check(chosen, name, data)
         elif out is None:

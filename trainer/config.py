@@ -179,7 +179,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class GuardConfig:
     max_skipped_steps: Count = 10  # in a row; then the run stops
-    # Longest wait for another rank; torch counts it in milliseconds.
+    # Longest wait in a collective, rank 0's checkpoints included; torch counts milliseconds.
     timeout_seconds: Annotated[float, Bounds(0, 1_000_000, above=True)] = 300.0
 
 

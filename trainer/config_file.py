@@ -50,15 +50,18 @@ def to_toml(config: Config) -> str:
 
 def differences(before: Config, after: Config) -> list[str]:
     """The keys that differ, one per line."""
-    old, new = (
-        {f"{name}.{key}".strip("."): v for name, t in tables(c).items() for key, v in t.items()}
-        for c in (before, after)
-    )
+    old, new = flat(before), flat(after)
     return [
         f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
         for key in {**old, **new}
         if old.get(key) != new.get(key)
     ]
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The values by section.key, without absent ones."""
+    each = ((name, key, v) for name, t in tables(config).items() for key, v in t.items())
+    return {f"{name}.{key}".strip("."): value for name, key, value in each}
 
 
 def available() -> list[str]:
@@ -150,8 +153,10 @@ def drop_removed(values: dict[str, Any], path: Any, name: str) -> None:
         table = values.get(section)
         value = table.pop(key, default) if isinstance(table, dict) else default
         if value != default:
+            in_file = tomllib.loads(path.read_text(encoding="utf-8-sig")).get(section, {})
             lines = path.read_text(encoding="utf-8-sig").splitlines()
             found = [n for n, line in enumerate(lines, 1) if re.match(rf"\s*{key}\s*=", line)]
+            found = found if in_file.get(key) == value else []
             raise ForgeError(
                 f"{removed} = {json.dumps(value, default=str)} asks for something that was removed",
                 where=f"{name}, line {found[0]}" if found else f"--set {removed}",

@@ -1,8 +1,4 @@
-"""The kernels that are written by hand, in Triton.
-
-Before: the logits of cross_entropy.py, the outputs and gradients of fused.py, and the gradients of
-optimizer.py, on a GPU. After: those files again, which launch them.
-"""
+"""The kernels that are written by hand, in Triton."""
 
 # ruff: noqa: N803  (Triton writes constants in capitals)
 

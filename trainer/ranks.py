@@ -1,4 +1,4 @@
-"""This process among the others: its rank, its device, the group, and what all do together."""
+"""This process's rank, device and process group, and what all ranks do together."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. One process without torchrun is rank 0 of 1."""
+    """This process's place in the group. One process without torchrun is rank 0 of 1."""
 
     rank: int = 0
     local_rank: int = 0
@@ -31,7 +31,7 @@ class Ranks:
 
     @staticmethod
     def from_environment() -> "Ranks":
-        """As torchrun says; one process without WORLD_SIZE, whatever else is set.
+        """From torchrun's environment; one process without WORLD_SIZE, whatever else is set.
 
         ForgeError if there are several processes and a variable that they need is not set.
         """
@@ -84,7 +84,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float) ->
         yield
     except ForgeError:
         # All ranks have it and leave by themselves: the first to be gone has torchrun end the
-        # others, which are to say what happened, too.
+        # others, which must print their message first.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     except RuntimeError as error:
@@ -93,8 +93,8 @@ def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float) ->
         raise ForgeError(
             "lost contact with the other ranks",
             where=f"rank {ranks.rank}: {str(error).splitlines()[0][:160]}",
-            fix="look at the output of the rank that torchrun names; then the same command with "
-            "--resume",
+            fix="look at the output of the rank that torchrun names; if none failed, one took "
+            "longer than guard.timeout_seconds (a checkpoint to a slow disk, say). Then --resume",
         ) from error
     # Not after an error: it would wait for the ranks that are gone.
     dist.destroy_process_group()

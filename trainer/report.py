@@ -8,7 +8,7 @@ Whatever happens is a row, which every watcher is called with:
     seconds   of training, over all starts
 
 and more by its kind. metrics.jsonl has one row a line. To add a watcher: write a class with
-__call__(row), and name it in train.py.
+__call__(row), and name it in start.py.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -101,12 +102,12 @@ class Report:
 
 
 class Metrics:
-    """Appends to metrics.jsonl. Rows after `step`, where a run goes on, are of lost steps."""
+    """Appends to metrics.jsonl. On resume, drops rows after `step`: those steps are repeated."""
 
     def __init__(self, run: Path, step: int | None) -> None:
         """Raises OSError."""
         self.path = run / METRICS_FILE
-        self.cut = False  # whether the last line may have been written in part
+        self.cut = False  # whether the last line may be incomplete
         rows = read_metrics(run) if step is not None and self.path.exists() else []
         kept = [row for row in rows if row["step"] <= (step or 0)]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -212,7 +213,7 @@ Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabula
 
 
 class Readme:
-    """Keeps RUN/README.md, the page that a person reads first: what this is, how far it came."""
+    """Keeps RUN/README.md, which a person reads first: what the run is and how far it is."""
 
     def __init__(self, run: Path, name: str, config: Config, index: Index, state: State) -> None:
         self.run, self.name, self.config, self.index, self.state = run, name, config, index, state
@@ -232,7 +233,7 @@ class Readme:
             return
         path = self.run / "README.md"
         try:
-            write_whole(path, self.text().encode("utf-8", "replace"))
+            write_whole(path, self.text().encode("utf-8", "replace"), wait_for_disk=False)
         except OSError as error:  # a full disk must not end a day's training
             say(f"WARNING: {path} not written: {error}")
 
@@ -245,10 +246,9 @@ class Readme:
         num_tokens = index.total("num_tokens", "train")
         notes = ""
         if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:
-            notes += (
-                f"- To train it for longer: `--from {checkpoint.checkpoint_path(run, flat)}`, the "
-                "last checkpoint before the learning rate fell, with another --out\n"
-            )
+            path = quote(str(checkpoint.checkpoint_path(run, flat)))
+            notes += f"- To train it for longer: `--from {path}`, the last checkpoint before the "
+            notes += "learning rate fell, with another --out\n"
         sample = last.get("sample", {}).get("text", "")
         return PAGE.format(
             name=self.name,
@@ -268,8 +268,8 @@ class Readme:
             hardware=last.get("start", {}).get("hardware"),
             torch=torch.__version__,
             notes=notes,
-            run=run,
-            exported=f"{run if run.name else run.absolute().name}-hf",
+            run=quote(str(run)),
+            exported=quote(f"{run if run.name else run.absolute().name}-hf"),
             sample="> " + sample.replace("\n", "\n> ") if sample else "",
         )
 

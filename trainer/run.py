@@ -8,31 +8,34 @@ RUN/r50k_base.tiktoken    the vocabulary
 RUN/checkpoints/          weights and optimizer state (checkpoint.py)
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
+
+import xxhash
 
 from pipeline import shards
 from pipeline.errors import ForgeError
 from pipeline.files import check_utf8, write_whole
 from pipeline.shards import Index
 from trainer import checkpoint
-from trainer.checkpoint import CONFIG_FILE, State
+from trainer.checkpoint import CONFIG_FILE
 from trainer.config import Config
-from trainer.config_file import differences, to_toml
+from trainer.config_file import differences, flat, to_toml
 from trainer.config_file import load as load_config
 from trainer.ranks import Ranks, gather
 from trainer.report import METRICS_FILE, read_metrics, say
 
 DATA_FILE = "data_index.json"
-# What a run keeps for good: with another, its weights, its windows or its plan do not fit.
+# Keys that cannot change: weights, windows and plan depend on them.
 FIXED = ("model.", "schedule.", "seed:", "precision:", "batch.tokens_per_step:")
 # What a start that was killed at once may leave: the config, which makes it a run, comes last.
 BEFORE_CONFIG = {shards.VOCABULARY_FILE, DATA_FILE, METRICS_FILE}
 
 
 def check_out(run: Path) -> None:
-    """ForgeError when --out can be no run's folder."""
+    """ForgeError when --out cannot hold a run."""
     check_utf8(run)
     nearest = nearest_folder(run)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -45,7 +48,7 @@ def open_run(config: Config, index: Index, run: Path, resume: bool) -> int | Non
         others = (p for p in run.iterdir() if p.name not in BEFORE_CONFIG)
         if strange := next((p.name for p in others if p.suffix != ".partial"), None):
             raise ForgeError(
-                f"--out is a folder with other things, and no run: {strange}",
+                f"--out contains other files and no run: {strange}",
                 where=run,
                 fix="name another, or move them",
             )
@@ -60,28 +63,22 @@ def open_run(config: Config, index: Index, run: Path, resume: bool) -> int | Non
     log = read_metrics(run) if (run / METRICS_FILE).exists() else []
     if not found and any(row["kind"] == "checkpoint" for row in log):
         raise ForgeError(
-            f"the checkpoints are gone: {METRICS_FILE} tells of some",
+            f"the checkpoints are gone: {METRICS_FILE} lists some",
             where=run / checkpoint.FOLDER,
             fix="bring the folder back; or begin anew with another --out",
         )
     state = checkpoint.load_state(run, found[-1], ()) if found else None
-    if state and state.version != checkpoint.VERSION:
+    if state and not state.fixed:
         raise ForgeError(
             "an earlier version of forge-train made this run, and only that can resume it",
             where=run,
             fix=f"start a new run from its weights: --from {run} --out ANOTHER",
         )
-    check_same(config, index, run, state)
-    return state.step if state else None
-
-
-def check_same(config: Config, index: Index, run: Path, state: State | None) -> None:
-    """ForgeError when a run would continue with another model, schedule or text."""
     before = load_config(str(run / CONFIG_FILE))
     changes = differences(before, config)
     fixed = [change for change in changes if change.startswith(FIXED)]
-    if state and state.model.sizes() != config.model.sizes() and not fixed:
-        fixed = [f"model: that of {run / CONFIG_FILE} is not its checkpoint's"]
+    if state and state.fixed != fixed_checksum(config) and not fixed:
+        fixed = [f"{run / CONFIG_FILE} was edited"]
     if fixed:
         raise ForgeError(
             f"a run keeps its model, its schedule and its order of the text: {', '.join(fixed)}",
@@ -92,13 +89,20 @@ def check_same(config: Config, index: Index, run: Path, state: State | None) -> 
     ours = index.folder / shards.INDEX_FILE
     if (run / DATA_FILE).exists() and (run / DATA_FILE).read_bytes() != ours.read_bytes():
         raise ForgeError(
-            "the run was trained on other shards: the index is another",
+            "the run was trained on other shards, or the folder was extended: index.json differs",
             where=index.folder,
             fix=f"give the folder that it was trained on, or start a new run: --from {run} "
             "--out ANOTHER",
         )
     for change in changes:
         say(f"Changed since the last start: {change}")
+    return state.step if state else None
+
+
+def fixed_checksum(config: Config) -> str:
+    """Of the keys that a run keeps for good."""
+    kept = {key: value for key, value in flat(config).items() if f"{key}:".startswith(FIXED)}
+    return xxhash.xxh3_64(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def nearest_folder(run: Path) -> Path:
@@ -112,7 +116,7 @@ def check_same_shards(index: Index, ranks: Ranks) -> None:
     differing = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
     if differing:
         raise ForgeError(
-            f"the shards of rank {', '.join(differing)} are not those of rank 0: another index",
+            f"the shards of rank {', '.join(differing)} differ from those of rank 0: another index",
             where=f"{index.folder / shards.INDEX_FILE} on each machine",
             fix="copy one folder of shards to all machines",
         )

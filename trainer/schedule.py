@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from trainer.config import Config
 
 TIMED_STEPS = 64  # a step takes their median: one long pause does not change the plan
-FIRST_STEPS = 5  # to be timed before the first plan
+FIRST_STEPS = 24  # to be timed before a plan: the first ones after a start may be slow
 SPARE_FRACTION = 0.002  # of the budget, for what nothing else accounts for
 SPARE_SECONDS = 2.0  # that a process takes to end
-SPARE_STEPS = 1.5  # that a plan leaves free, so that the clock seldom cuts it short
+SPARE_STEPS = 1.5  # that a plan leaves free, so that the clock rarely ends it early
 HEARD_STEPS = 4  # that may still run after a vote to end: three are queued before it is heard
 NEAR_FRACTION = 0.02  # of the steps: a decay that would begin within them begins at once
-CUT_FACTOR = 0.01  # share of the peak at which the clock may cut a plan without a new one
+CUT_FACTOR = 0.02  # share of the peak at which the clock may cut a plan without a new one
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Plan:
     height: float = 1.0
 
     def factor(self, step: float) -> float:
-        """Share of the peak at `step`, but for the warm-up."""
+        """Share of the peak at `step`, ignoring the warm-up."""
         if step <= self.start:
             return self.height
         return self.height * max(0.0, (self.stop - step) / (self.stop - self.start))
 
 
 def first_plan(config: Config) -> Plan:
-    """What is known before the first step: everything, unless the clock ends the run."""
+    """The plan before the first step; open-ended for a budget of hours."""
     stop = config.num_steps()
     return Plan() if stop is None else Plan(decay_start(config, stop), stop)
 
@@ -82,7 +82,7 @@ class Clock:
         self.began = began - used_seconds
         self.steps: deque[float] = deque(maxlen=TIMED_STEPS)  # seconds
         self.evaluation: float | None = None  # seconds that the last one took
-        self.save = 0.0  # likewise a checkpoint
+        self.save = 0.0  # seconds that the last checkpoint took
         self.has_asked = False  # for a checkpoint with a new plan
 
     @property
@@ -120,18 +120,18 @@ class Clock:
             self.has_asked = self.plan_now(step, plan).start == step
         else:
             end = step + self.steps_left(step)
-            self.has_asked = end < plan.stop and plan.factor(end) > CUT_FACTOR
+            self.has_asked = end < plan.stop and plan.factor(end - HEARD_STEPS) > CUT_FACTOR
         return self.has_asked
 
     def revise(self, step: int, plan: Plan) -> Plan:
-        """plan_now(), which is to be saved: the next wish for a plan is about that one."""
+        """plan_now(), which will be saved; allows the next request."""
         self.has_asked = False
         return self.plan_now(step, plan)
 
     def plan_now(self, step: int, plan: Plan) -> Plan:
         """The plan from `step` on, by what a step takes now."""
         left = self.steps_left(step, saves=2)  # this plan's own checkpoint, and the last
-        if left == math.inf or step >= plan.stop:
+        if len(self.steps) < FIRST_STEPS or left == math.inf or step >= plan.stop:
             return plan
         stop = step + max(1, math.floor(left - SPARE_STEPS))
         stop = min(stop, self.config.num_steps() or stop)

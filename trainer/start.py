@@ -24,7 +24,7 @@ from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import Ranks, fill_from_first, from_first
 from trainer.report import Metrics, Readme, Report, Row, Terminal, amount, duration, hardware, say
-from trainer.run import check_room, write_files
+from trainer.run import check_room, fixed_checksum, write_files
 from trainer.schedule import Clock, first_plan
 from trainer.step import Setup
 from trainer.windows import Data, MicroBatches
@@ -46,22 +46,35 @@ def first_state(
     command: Command, data: Data, device: torch.device, step: int | None, ranks: Ranks
 ) -> State:
     """Where the run stands: that of the checkpoint at `step`, or before the first step."""
+    config, source = command.config, str(command.weights_from or "")
+
+    def resumed() -> State:
+        state = checkpoint.load_state(command.run, step or 0)
+        if source and source != state.weights_from:
+            raise ForgeError(
+                f"the run that is resumed began with other weights: "
+                f"{state.weights_from or 'random ones'}",
+                where=f"--from {source}",
+                fix="leave out --from, or name another --out",
+            )
+        return state
+
     if step is not None:
-        return from_first(ranks, lambda: checkpoint.load_state(command.run, step))
-    config, source = command.config, command.weights_from
+        return from_first(ranks, resumed)
     return State(
         config.model,
         str(compute_dtype(config, device)).removeprefix("torch."),
         data.index.tokenizer.get("sha256", ""),
+        fixed_checksum(config),
         first_plan(config),
-        weights_from=str(source or ""),
+        weights_from=source,
     )
 
 
 def prepare(
     command: Command, data: Data, device: torch.device, state: State, ranks: Ranks
 ) -> Setup:
-    """The model, its optimizer and its micro-batches; the weights random, if any load none."""
+    """The model with random weights, its optimizer and its micro-batches."""
     config = replace(command.config, precision=cast(Any, state.precision))
     cut = cut_here(config, ranks, device)
     model = build_model(config.model)
@@ -77,27 +90,26 @@ def prepare(
     return Setup(config, data, ranks, device, cut, model, optimizer, batches)
 
 
-def load_weights(setup: Setup, command: Command, state: State) -> None:
-    """Fill the optimizer and the model on all ranks with what rank 0 reads."""
-    optimizer = setup.optimizer
+def load_weights(setup: Setup, command: Command, step: int | None) -> None:
+    """Fill model and optimizer with the checkpoint at `step`, or with the weights of --from."""
+    optimizer, files = setup.optimizer, []
     masters = optimizer.views(optimizer.masters)
-    if state.step:
-        path, moments = checkpoint_path(command.run, state.step), optimizer.state()
-        for name, tensors in ((MODEL_FILE, masters), (OPTIMIZER_FILE, moments)):
-            file = path / name
-            fill_from_first(setup.ranks, partial(checkpoint.load_tensors, file, tensors), tensors)
+    if step is not None:
+        path, moments = checkpoint_path(command.run, step), optimizer.state()
+        files = [(path / MODEL_FILE, masters), (path / OPTIMIZER_FILE, moments)]
     elif command.weights_from is not None:
-        fill_from_first(setup.ranks, partial(read_source, command), masters)
+        fill_from_first(setup.ranks, partial(read_source, command, masters), masters)
+    for file, tensors in files:
+        fill_from_first(setup.ranks, partial(checkpoint.load_tensors, file, tensors), tensors)
     optimizer.copy_to_model()
 
 
-def read_source(command: Command) -> dict[str, Tensor]:
-    """The weights that --from names, by our names. ForgeError unless they are of this model."""
+def read_source(command: Command, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that --from names, for `masters`. ForgeError unless they are of this model."""
     source, wanted = command.weights_from, command.config.model
     assert source is not None
     if found := checkpoint.find(source):
         model = checkpoint.load_state(*found, (MODEL_FILE,)).model
-        tensors = checkpoint.read_tensors(checkpoint_path(*found) / MODEL_FILE)
     else:
         model, tensors = layouts.read_folder(source)
     sizes = [each.sizes() for each in (model, wanted)]
@@ -107,11 +119,15 @@ def read_source(command: Command) -> dict[str, Tensor]:
             where=source,
             fix="use a config with the same [model]",
         )
+    if found:
+        tensors = checkpoint.load_tensors(checkpoint_path(*found) / MODEL_FILE, masters)
     return tensors
 
 
-def open_report(setup: Setup, command: Command, state: State, clock: Clock) -> Report:
-    """Make RUN/ with all that is known before the first step; the watchers are rank 0's."""
+def open_report(
+    setup: Setup, command: Command, state: State, clock: Clock, step: int | None
+) -> Report:
+    """Create the run folder, or continue it after `step`. Only rank 0 has watchers."""
     config, run, ranks, cut = setup.config, command.run, setup.ranks, setup.cut
     index, watchers = setup.data.index, list[Callable[[Row], None]]()
     where = hardware(setup.device, ranks.world_size)
@@ -121,13 +137,13 @@ def open_report(setup: Setup, command: Command, state: State, clock: Clock) -> R
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved)
         check_room(run, num_bytes, config.checkpoint.keep_last)
         found = ""
-        if config.batch.micro_batch_size == "auto":  # and so it stays: the next may find more
+        if config.batch.micro_batch_size == "auto":  # and stays so: the next start may find another
             found = (
                 f"# On {where}: batch.micro_batch_size was found to be {cut.micro_batch_size}, "
                 f"with {cut.accumulation_steps} accumulation steps.\n"
             )
         try:
-            metrics = Metrics(run, state.step or None)
+            metrics = Metrics(run, step)
             write_files(run, command.config, index, found)
         except OSError as error:
             raise ForgeError(
@@ -137,7 +153,7 @@ def open_report(setup: Setup, command: Command, state: State, clock: Clock) -> R
             ) from error
         readme = Readme(run, command.name, config, index, state)
         watchers.extend((metrics, Terminal(config, state, clock), readme))
-        introduce(setup, command, state, where)
+        introduce(setup, command, state, where, step)
 
     from_first(ranks, make)
     report = Report(watchers, config, clock)
@@ -148,7 +164,7 @@ def open_report(setup: Setup, command: Command, state: State, clock: Clock) -> R
     return report
 
 
-def introduce(setup: Setup, command: Command, state: State, where: str) -> None:
+def introduce(setup: Setup, command: Command, state: State, where: str, step: int | None) -> None:
     """Say what begins, or continues, and what to look at."""
     config, cut, index = setup.config, setup.cut, setup.data.index
     num_tokens, budget = config.num_tokens(), config.schedule.budget_hours
@@ -161,7 +177,7 @@ def introduce(setup: Setup, command: Command, state: State, where: str) -> None:
         )
     if budget is not None:
         ends.append(f"{budget:g} hours, {duration(state.seconds)} of them used")
-    if state.step:
+    if step is not None:
         say(f"Resuming from step {state.step}.")
     say(
         f"{command.name}: {config.model.num_parameters():,} parameters on {where}"
@@ -178,7 +194,7 @@ def introduce(setup: Setup, command: Command, state: State, where: str) -> None:
 
 @contextmanager
 def clear_errors(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """What torch raises when it cannot go on, as a ForgeError."""
+    """Turns out-of-memory and compiler errors into ForgeErrors."""
     where = f"rank {ranks.rank}, {device}"
     try:
         yield
@@ -186,8 +202,8 @@ def clear_errors(ranks: Ranks, device: torch.device) -> Iterator[None]:
         raise ForgeError(
             "out of GPU memory",
             where=f"{where}: {str(error).splitlines()[0][:120]}",
-            fix="the same command with --resume --set batch.micro_batch_size=N, with an N below "
-            "that of RUN/config.toml's first line; tokens a step stay the same",
+            fix="the same command with --resume --set batch.micro_batch_size=N, N below the "
+            "micro-batch that the run said at its start; tokens a step stay the same",
         ) from error
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -18,7 +18,7 @@ from trainer.windows import Data, MicroBatches
 
 @dataclass(frozen=True)
 class Setup:
-    """What a start of a run works with, from its first step to its last."""
+    """Everything that stays fixed from start to exit."""
 
     config: Config
     data: Data
@@ -39,7 +39,7 @@ class Votes(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step came to; all but the seconds are the same on every rank."""
+    """The outcome of a step; all but the seconds are the same on every rank."""
 
     step: int
     lr: float
@@ -86,7 +86,7 @@ class Moment:
             self.event.record()
 
     def seconds_since(self, earlier: "Moment") -> float:
-        """Waits until the device has come this far."""
+        """Waits for the device to reach this point."""
         if self.event and earlier.event:
             self.event.synchronize()
             return float(earlier.event.elapsed_time(self.event)) / 1000
@@ -103,7 +103,7 @@ class Inbox:
 
     def push(self, step: int, lr: float, figures: Tensor) -> list[StepResult]:
         """Send a step's figures on their way; returns those of the one before (CPU: its own)."""
-        if figures.is_cuda:  # reading it directly would wait for all that is queued behind it, too
+        if figures.is_cuda:  # reading it directly would also wait for all that is queued later
             figures = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
         arrived = Moment(self.device)
         before = self.flush()

@@ -25,14 +25,14 @@ from trainer.start import Command, clear_errors, first_state, load_weights, open
 from trainer.step import Inbox, Setup, StepResult, Votes, train_step
 from trainer.windows import open_data
 
-ENDING_SECONDS = 5.0  # that a killed process may take to let go of its run
+ENDING_SECONDS = 5.0  # longest wait for a killed process to release the run
 
 
 def train(command: Command, started: float | None = None) -> None:
     """Train to the end of the schedule, or until a signal; writes everything under `run`.
 
-    `started` is the time.perf_counter() from which on the budget runs (else: now). Rank 0 decides
-    all that depends on the run folder, and alone writes it; the shards are read from each machine's
+    `started` is the time.perf_counter() from which on the budget runs (else: now). Only rank 0
+    reads and writes the run folder; the shards are read from each machine's
     own disk. Raises ForgeError, on every rank alike, for anything that a user can cause or cure.
     """
     started = time.perf_counter() if started is None else started
@@ -52,21 +52,23 @@ def train(command: Command, started: float | None = None) -> None:
         state = first_state(command, data, device, step, ranks)
         if step is not None and state.step >= state.plan.stop:
             if ranks.is_first:
-                say(f"The run is complete: {run}. To train it for longer: --from {run}")
+                say(f"The run is complete: {run}. Its README.md says how to train it for longer.")
             return
         setup = prepare(command, data, device, state, ranks)
-        load_weights(setup, command, state)
+        load_weights(setup, command, step)
         clock = Clock(config, started, state.seconds)
-        checkpoints = Checkpoints(run, config.checkpoint, step)
+        checkpoints = Checkpoints(run, config.checkpoint, None if state.validation_loss else step)
         signals = opened.enter_context(Signals())
-        report = open_report(setup, command, state, clock)
+        report = open_report(setup, command, state, clock, step)
         with setup.batches:
             if step is None:
+                if command.weights_from:  # so that --resume does not need --from
+                    save(setup, state, clock, report, checkpoints)
                 evaluate(setup, state, clock, report)
             run_steps(setup, state, clock, signals, report, checkpoints)
         is_complete = state.step >= state.plan.stop
         if not is_complete:
-            report("stop", state.step, signal=signals.stop or "of another rank")
+            report("stop", state.step, signal=signals.stop or "on another rank")
         if ranks.is_first:
             again = f"Stopped at step {state.step}; the same command with --resume continues."
             say(f"Done in {duration(clock.used)}: {run}" if is_complete else again)
@@ -131,7 +133,7 @@ def run_steps(
             inbox.restart()
     if unsaved or not heard.is_sound:
         raise ForgeError(
-            f"the last step is not saved: {unsaved or 'its loss or norm is not finite'}",
+            f"the last step is not saved: {unsaved or 'a loss or a norm is not finite'}",
             where=f"step {state.step} of {checkpoints.run}",
             fix=f"{'make room' if unsaved else 'lower optimizer.peak_lr'}, then the same command "
             f"with --resume; {from_first(setup.ranks, checkpoints.last_good)}",
@@ -176,7 +178,7 @@ def take_up(
 
 
 def speeds(setup: Setup, seconds: float) -> dict[str, float | None]:
-    """Figures of a step that took so long: tokens/s, MFU, the share that it waited for data."""
+    """Tokens/s, MFU, and the share of the time that the step waited for data."""
     waited = setup.batches.take_seconds_waited()
     speed, peak = setup.config.batch.tokens_per_step / seconds, peak_flops(setup.device)
     flops = speed * setup.config.model.flops_per_token() / setup.ranks.world_size
@@ -208,7 +210,7 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
 def save(
     setup: Setup, state: State, clock: Clock, report: Report, checkpoints: Checkpoints
 ) -> str | None:
-    """Save on rank 0, after comparing the weights of all ranks; returns what the disk said."""
+    """Save on rank 0, after comparing the weights of all ranks; returns the error, if any."""
     began = time.perf_counter()
     optimizer, ranks = setup.optimizer, setup.ranks
     sums = gather(ranks, int(optimizer.masters.view(torch.int32).sum(dtype=torch.int64)))

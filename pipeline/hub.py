@@ -1,0 +1,78 @@
+"""What a hub dataset holds, and pieces of its files."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import ForgeError
+
+
+def resolve_hub(
+    name: str, config: str | None, split: str, revision: str | None
+) -> tuple[list[tuple[str, int, str]], dict[str, str]]:
+    """The data files of a hub dataset at one commit, by the `datasets` library.
+
+    Returns (name, bytes, checksum) of each, and the commit that they are of.
+    """
+    import datasets
+    from datasets.utils.logging import disable_progress_bar
+    from huggingface_hub import HfFileSystem
+
+    disable_progress_bar()
+    try:
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        by_split = {str(key): files for key, files in (builder.config.data_files or {}).items()}
+    except Exception as error:  # the library raises a dozen unrelated types, network's included
+        what = f"cannot resolve the hub dataset: {type(error).__name__}: {error}"
+        fix = "check the id (or path), --config and the network; or give a folder of its files"
+        where = name + (f", config {config}" if config else "")
+        raise ForgeError(what, where=where, fix=fix) from error
+    if split not in by_split:
+        what = f"the dataset has no split {split!r} (it has {', '.join(by_split) or 'none'})"
+        raise ForgeError(what, where=name, fix="name one of them with --split")
+    hub = HfFileSystem()
+    paths = [str(path) for path in by_split[split]]
+    if any(not path.startswith("hf://") for path in paths):
+        what, fix = "the dataset's files do not lie on the hub", "download them; give their folder"
+        raise ForgeError(what, where=name, fix=fix)
+    with on_the_hub(name):
+        infos = {path: hub.info(path) for path in paths}
+        parsed: list[Any] = [hub.resolve_path(path) for path in paths]
+    files = [
+        (p.path_in_repo, int(infos[path]["size"]), hub_checksum(infos[path]))
+        for p, path in zip(parsed, paths, strict=True)
+    ]
+    commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
+    return files, commit | ({"config": config} if config else {})
+
+
+@contextmanager
+def on_the_hub(where: str) -> Iterator[None]:
+    """Makes trouble with the network a ForgeError; Arrow's errors are the file's, and pass."""
+    try:
+        yield
+    except (pa.ArrowException, MemoryError):
+        raise
+    except Exception as error:  # a dozen unrelated types
+        if type(error) is OSError:  # Arrow's as well; the network's are subclasses, or none
+            raise
+        what = f"cannot read from the hub: {type(error).__name__}: {error}"
+        fix = "check the network and HF_TOKEN and run the same command again"
+        raise ForgeError(what, where=where, fix=fix) from error
+
+
+@contextmanager
+def open_on_hub(path: str) -> Iterator[Any]:
+    """A file of the hub, to read pieces of."""
+    from huggingface_hub import HfFileSystem
+
+    with on_the_hub(path), HfFileSystem().open(path, "rb", block_size=2**20) as remote:
+        yield remote
+
+
+def hub_checksum(info: dict[str, Any]) -> str:
+    """sha256 of a large file, git's sha1 of a small one, as the hub lists them."""
+    lfs = info.get("lfs")
+    return str(lfs["sha256"] if lfs else info.get("blob_id") or "")
