@@ -162,7 +162,7 @@ def test_machines_whose_shards_differ_do_not_start(small_shards: Path, tmp_path:
     for process in processes:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 1
-        assert "the shards of rank 1 are not those of rank 0: another index" in output
+        assert "the shards of rank 1 differ from those of rank 0: another index" in output
     assert not any((tmp_path / node / "run").exists() for node in ("a", "b"))
 
 

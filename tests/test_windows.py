@@ -110,7 +110,7 @@ def test_a_shard_that_changes_while_training_is_an_error_and_no_signal(
         steps = (list(batches.of_step()) for _ in range(9))
         with pytest.raises(ForgeError, match=says) as caught:
             list(steps)
-    assert caught.value.where == path
+    assert str(caught.value.where) == str(path)
 
 
 def test_a_truncated_shard_is_found_before_the_first_step(windows: Windows, tmp_path: Path) -> None:
