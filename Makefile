@@ -29,7 +29,7 @@ demo: .venv/ready
 	$(BIN)/forge-prep tokenize $(DATA).jsonl --out $(DATA) --val-fraction 0.1 --overwrite
 	@echo; echo "== 3 of 5: look at them"
 	$(BIN)/forge-prep info $(DATA)
-	@echo; echo "== 4 of 5: train configs/forge_tiny.toml from scratch on $(RANKS) ranks, two minutes on two cores"
+	@echo; echo "== 4 of 5: train configs/forge_tiny.toml from scratch on $(RANKS) ranks: a good two minutes on two cores"
 	@rm -rf $(RUN)
 	$(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) --no-python $(BIN)/forge-train forge_tiny --data $(DATA) --out $(RUN)
 	@echo; echo "== 5 of 5: let it write"
