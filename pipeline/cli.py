@@ -339,7 +339,7 @@ class ProgressBar:
         self.bar.close()
 
     def update(self, progress: Any) -> None:
-        """Show a prepare.Progress. The clock runs from the first text on: start-up is no speed."""
+        """Show a prepare.Progress. The clock starts with the first text."""
         if self.bar.disable:
             return
         if self.first is None or progress.done_bytes == self.first.done_bytes:

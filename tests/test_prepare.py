@@ -1025,7 +1025,7 @@ def test_a_folder_that_cannot_be_locked_is_an_error_with_advice_that_fits(
 def test_want_of_memory_is_an_error_even_where_damage_is_left_out(
     tmp_path: Path, make_parquet
 ) -> None:
-    """A worker of its own with little memory: nothing is left out, and the next run goes on."""
+    """A worker of its own with little memory: nothing is left out, and the next run continues."""
     make_parquet(tmp_path / "in" / "a.parquet", ["small one", "small two"])
     large = ["before", "word and text " * 10**7, "after"]
     make_parquet(tmp_path / "in" / "b.parquet", large)

@@ -268,7 +268,9 @@ def test_sigusr1_saves_and_a_second_sigint_leaves_at_once(
     assert checkpoint.load_state(long, saved)
 
 
-def test_a_wish_to_save_before_the_first_step_is_kept(small_shards: Path, tmp_path: Path) -> None:
+def test_a_request_to_save_before_the_first_step_is_kept(
+    small_shards: Path, tmp_path: Path
+) -> None:
     """From the line on that names the process; the first evaluation takes a second."""
     command = [sys.executable, "-m", "trainer.cli", "tiny", "--data", str(small_shards), *QUICK]
     command += ["--out", str(tmp_path / "run"), "--set=evaluate.num_tokens=8192"]
@@ -544,7 +546,7 @@ def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> 
         (["schedule.max_steps=100000"], "more than five epochs"),
     ],
 )
-def test_check_notes_what_is_seldom_meant(
+def test_check_notes_likely_mistakes(
     small_shards: Path, forge, settings: list[str], note: str | None
 ) -> None:
     given = [f"--set={setting}" for setting in settings]

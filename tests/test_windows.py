@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def steps_of(windows: int, seed: int = 0) -> Config:
-    """A config whose steps take so many windows of 64 tokens."""
+    """A config whose steps take `windows` windows of 64 tokens."""
     settings = ("model.context_length=64", f"batch.tokens_per_step={64 * windows}", f"seed={seed}")
     return config_file.load("tiny", (*settings, "evaluate.num_tokens=64"))
 

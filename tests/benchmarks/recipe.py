@@ -202,7 +202,7 @@ class Bench:
         return rows
 
     def speed(self, arm: Arm, steps: int) -> float:
-        """Tokens/s, calibrated in a run of so many steps unless that is known."""
+        """Tokens/s, calibrated in a run of `steps`, unless known."""
         own = [setting for setting in self.settings(arm) if not SPEEDLESS.match(setting)]
         key = {"calibration": arm.values(), "settings": own, "hardware": self.hardware}
         for line in self.known():
@@ -253,7 +253,9 @@ class Bench:
         failed = 0
         for number, (arm, seconds, seed) in enumerate(todo):
             if within and self.elapsed + seconds + OVERHEAD_SECONDS > within:
-                self.say(f"{len(todo) - number} runs are left: the same command goes on with them")
+                self.say(
+                    f"{len(todo) - number} runs are left: the same command continues with them"
+                )
                 break
             try:
                 self.measure(arm, seconds, seed, calibration_steps)
@@ -288,7 +290,9 @@ def numbers(text: str) -> list[float]:
 @click.option("--val-tokens", default=524_288, show_default=True)
 @click.option("--evaluations", default=24, show_default=True, help="In each run.")
 @click.option("--calibration-steps", default=48, show_default=True)
-@click.option("--within", type=float, help="Begin no run that would end after so many seconds.")
+@click.option(
+    "--within", type=float, help="Start no run that would end later than this many seconds."
+)
 @click.option("--report", "only_report", is_flag=True, help="Train nothing: table and curves.")
 @click.option(
     "--results",

@@ -207,7 +207,7 @@ def main(
                 table.show("forge-sample without its kernels", ours, work, math.inf, math.inf)
                 decode.has_kernels = chosen
             table.show("a loop without a cache", without_cache, work, 2, seconds)
-            table.show("transformers generate, as it comes", theirs, work, 2, seconds)
+            table.show("transformers generate, its defaults", theirs, work, 2, seconds)
             if is_gpu:
                 label = "transformers generate, static and compiled"
                 table.show(label, theirs_compiled, work, 120, 60)
