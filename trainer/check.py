@@ -83,7 +83,8 @@ def notes(config: Config, train_tokens: int) -> list[str]:
             f"schedule.warmup_steps ({warmup:,}) is too long for {num_steps:,} steps: "
             "the rate never gets to its peak"
         )
-    if (config.num_tokens() or 0) > MANY_EPOCHS * train_tokens:
+    is_timed = config.schedule.budget_hours is not None
+    if not is_timed and (config.num_tokens() or 0) > MANY_EPOCHS * train_tokens:
         found.append("more than five epochs: repeated text adds little")
     if idle := without_effect(config):
         found.append(f"without effect in this config: {', '.join(idle)}")

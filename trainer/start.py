@@ -16,14 +16,14 @@ from torch import Tensor
 from pipeline.errors import ForgeError
 from trainer import checkpoint, layouts
 from trainer.backends import compile_model, load_libraries
-from trainer.check import notes
+from trainer.check import notes, until
 from trainer.checkpoint import MODEL_FILE, OPTIMIZER_FILE, State, checkpoint_path
 from trainer.config import Config
 from trainer.memory import cut_here
 from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import Ranks, fill_from_first, from_first
-from trainer.report import Metrics, Readme, Report, Row, Terminal, amount, duration, hardware, say
+from trainer.report import Metrics, Readme, Report, Row, Terminal, duration, hardware, say
 from trainer.run import check_room, fixed_checksum, write_files
 from trainer.schedule import Clock, first_plan
 from trainer.step import Setup
@@ -167,16 +167,8 @@ def open_report(
 def introduce(setup: Setup, command: Command, state: State, where: str, step: int | None) -> None:
     """Say what begins, or continues, and what to look at."""
     config, cut, index = setup.config, setup.cut, setup.data.index
-    num_tokens, budget = config.num_tokens(), config.schedule.budget_hours
     train_tokens = index.total("num_tokens", "train")
-    ends = []
-    if num_tokens is not None:
-        ends.append(
-            f"{config.num_steps():,} steps, {amount(num_tokens)} tokens, "
-            f"{num_tokens / train_tokens:.2f} epochs"
-        )
-    if budget is not None:
-        ends.append(f"{budget:g} hours, {duration(state.seconds)} of them used")
+    used = f" ({duration(state.seconds)} used)" if state.seconds else ""
     if step is not None:
         say(f"Resuming from step {state.step}.")
     say(
@@ -185,7 +177,7 @@ def introduce(setup: Setup, command: Command, state: State, where: str, step: in
         + f"\n{config.batch.tokens_per_step:,} tokens a step = {cut.micro_batch_size} windows of "
         f"{config.model.context_length} x {cut.accumulation_steps} accumulation steps x "
         f"{setup.ranks.world_size} ranks\n"
-        f"{' or '.join(ends)}, from {index.folder}\n"
+        f"steps: {until(config, train_tokens)}{used}, of {index.folder}\n"
         f"Save now: kill -USR1 {os.getpid()}"
     )
     for note in notes(config, train_tokens):
