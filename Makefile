@@ -38,7 +38,7 @@ demo: .venv/ready
 	@echo "Next: source .venv/bin/activate"
 	@echo "      forge-sample $(RUN) --prompt 'If the argument is'"
 	@echo "      forge-export $(RUN) $(RUN)-hf"
-	@echo "      and the real job, step by step: README.md, 'A real model in a day'"
+	@echo "      and the real job: README.md, 'A model in a day'"
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

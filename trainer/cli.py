@@ -60,7 +60,7 @@ def main(
 
     schedule.budget_hours=24 ends a run by the clock. To train a finished one for longer, begin
     another with its weights: --from RUN (or the checkpoint before its learning rate fell, which
-    RUN/README.md names) --out RUN2.
+    RUN/README.md names) --out RUN2 --set seed=2, which gives the text in another order.
     """
     end_with_launcher()  # before torch is imported, which takes seconds
     # torch reads these when it is imported; a user's own values win.

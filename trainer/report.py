@@ -248,7 +248,7 @@ class Readme:
         if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:
             path = quote(str(checkpoint.checkpoint_path(run, flat)))
             notes += f"- To train it for longer: `--from {path}`, the last checkpoint before the "
-            notes += "learning rate fell, with another --out\n"
+            notes += "learning rate fell, with another --out, and --set seed=2 for another order\n"
         sample = last.get("sample", {}).get("text", "")
         return PAGE.format(
             name=self.name,

@@ -177,7 +177,7 @@ def introduce(setup: Setup, command: Command, state: State, where: str, step: in
         + f"\n{config.batch.tokens_per_step:,} tokens a step = {cut.micro_batch_size} windows of "
         f"{config.model.context_length} x {cut.accumulation_steps} accumulation steps x "
         f"{setup.ranks.world_size} ranks\n"
-        f"steps: {until(config, train_tokens)}{used}, of {index.folder}\n"
+        f"steps: {until(config, train_tokens)}{used}, from {index.folder}\n"
         f"Save now: kill -USR1 {os.getpid()}"
     )
     for note in notes(config, train_tokens):

@@ -52,7 +52,7 @@ def train(command: Command, started: float | None = None) -> None:
         state = first_state(command, data, device, step, ranks)
         if step is not None and state.step >= state.plan.stop:
             if ranks.is_first:
-                say(f"The run is complete: {run}. Its README.md says how to train it for longer.")
+                say(f"The run is complete: {run}. To train on: --from it, with another --out.")
             return
         setup = prepare(command, data, device, state, ranks)
         load_weights(setup, command, step)
