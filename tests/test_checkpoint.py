@@ -19,32 +19,22 @@ from trainer.schedule import Plan
 
 WEIGHTS = {"w": torch.arange(100_000.0), "b": torch.ones(3)}
 MOMENTS = {"exp_avg.w": torch.zeros(100_000), "step.0": torch.tensor(7.0)}
-OPTIONS = CheckpointConfig(keep_last=2, keep_every_hours=2.0)
+OPTIONS = CheckpointConfig(keep_last=2)
 
 
 MODEL = ModelConfig(num_layers=1, num_heads=1, embedding_size=8)
 FALLING = Plan(6, 9, 1.0)
 
 
-def state(step: int, hours: float = 0.0, loss: float | None = None) -> State:
-    counts = (step, step * 10, hours * 3600)
-    return State(MODEL, "float32", "", "x", FALLING, *counts, validation_loss=loss)
+def state(step: int, loss: float | None = None) -> State:
+    return State(MODEL, "float32", "", "x", FALLING, step, step * 10, validation_loss=loss)
 
 
-def test_the_rule_keeps_the_last_the_best_one_a_period_and_the_one_before_the_decay() -> None:
-    states = [
-        state(1, 0.5),
-        state(2, 1.5, loss=3.0),  # the best
-        state(3, 2.5),  # the first after 2 hours
-        state(4, 3.5, loss=3.5),
-        state(5, 4.5),  # the first after 4 hours
-        state(6, 5.0),  # the last before the decay
-        state(7, 5.2),
-        state(8, 5.4),
-        state(9, 5.6, loss=3.2),
-    ]
-    assert kept(states, OPTIONS) == {2, 3, 5, 6, 8, 9}
-    assert kept(states, CheckpointConfig(keep_last=1, keep_every_hours=99.0)) == {2, 6, 9}
+def test_the_rule_keeps_the_last_the_best_and_the_one_before_the_decay() -> None:
+    losses = {2: 3.0, 4: 3.5, 9: 3.2}
+    states = [state(step, loss=losses.get(step)) for step in range(1, 10)]  # FALLING begins at 6
+    assert kept(states, OPTIONS) == {2, 6, 8, 9}
+    assert kept(states, CheckpointConfig(keep_last=1)) == {2, 6, 9}
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -55,7 +45,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_an_unproven_checkpoint_pushes_out_no_other(tmp_path: Path) -> None:
-    written = Checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_every_hours=99.0))
+    written = Checkpoints(tmp_path, CheckpointConfig(keep_last=1))
     for step in (6, 7, 8):
         assert written.save(WEIGHTS, MOMENTS, state(step)) is None
         assert step in checkpoint.steps(tmp_path)

@@ -8,7 +8,6 @@ import pytest
 
 from pipeline.errors import ForgeError
 from trainer import config_file as configs
-from trainer.check import evaluation_share, without_effect
 from trainer.memory import cut_step, divisors, estimate_bytes
 
 
@@ -26,8 +25,8 @@ def test_a_config_is_found_from_any_folder(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_set_changes_one_key_in_tomls_notation() -> None:
-    config = configs.load("tiny", ("optimizer.peak_lr=3e-4", "compile=block", "seed=7"))
-    assert (config.optimizer.peak_lr, config.compile, config.seed) == (3e-4, "block", 7)
+    config = configs.load("tiny", ("optimizer.peak_lr=3e-4", "compile=full", "seed=7"))
+    assert (config.optimizer.peak_lr, config.compile, config.seed) == (3e-4, "full", 7)
 
 
 def test_all_problems_are_reported_together_with_what_was_meant() -> None:
@@ -56,11 +55,11 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
     [
         ("model.num_heads=3", "multiple of model.num_heads"),
         ("batch.tokens_per_step=1000", "multiple of model.context_length"),
-        ("optimizer.peak_lr=0", "more than 0"),
-        ("optimizer.peak_lr=nan", "more than 0"),
+        ("optimizer.peak_lr=0", "greater than 0"),
+        ("optimizer.peak_lr=nan", "greater than 0"),
         ("batch.micro_batch_size=-1", "a whole number of at least 1"),
         ("schedule.max_steps=0", "a whole number of at least 1"),
-        ("schedule.decay_fraction=0", "more than 0 and at most 1"),
+        ("schedule.decay_fraction=0", "greater than 0 and at most 1"),
         ("optimizer.betas=[0.9,1]", "at least 0"),
         ("optimizer.betas=[0.9]", "list of 2 numbers"),
         ("model.vocab_size=70000", "at most 65,536"),
@@ -68,7 +67,7 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("model.family=qwen3", "model.bias must be false"),
         ("optimizer.muon_weight_decay=-1", "muon_weight_decay must be a number of at least 0"),
         ("peak_lr=3e-4", "did you mean optimizer.peak_lr?"),
-        ("optimizer.peak_lr=-1", "must be a number of more than 0, not -1"),
+        ("optimizer.peak_lr=-1", "must be a number greater than 0, not -1"),
         ("optimizer.muon_warmup_steps=-1", "a whole number of at least 0"),
         ("nonsense", "key=value"),
         ("seed=1\nmodel.bias=false", "takes one value"),
@@ -90,7 +89,7 @@ def test_values_that_make_no_sense_are_refused(setting: str, says: str) -> None:
         ("model.num_kv_heads=4", "multiple of model.num_kv_heads"),
         ("model.head_size=63", "must be even"),
         ("model.mlp_size=0", "at least 1"),
-        ("model.rope_theta=-1", "more than 0"),
+        ("model.rope_theta=-1", "greater than 0"),
     ],
 )
 def test_values_that_the_modern_family_cannot_have_are_refused(setting: str, says: str) -> None:
@@ -153,11 +152,6 @@ def test_the_memory_estimate_knows_what_fits_24_gib(name: str, fits: bool) -> No
     assert (estimate_bytes(configs.load(name), 1) < 23 * 2**30) == fits
 
 
-@pytest.mark.parametrize("name", [name for name in configs.available() if "tiny" not in name])
-def test_evaluation_takes_less_than_a_fiftieth_of_the_time(name: str) -> None:
-    assert 0 < evaluation_share(configs.load(name)) < 0.02
-
-
 def test_flops_follow_the_published_formula() -> None:
     # 6 * (12 L C^2 + V C) + 12 L C T with L = 12, C = 768, T = 1024, V = 50257
     assert configs.load("gpt2").model.flops_per_token() == 854_438_400
@@ -165,14 +159,6 @@ def test_flops_follow_the_published_formula() -> None:
     modern = configs.load("forge_124m").model
     gains = 12 * (2 * 768 + 2 * 128) + 768
     assert modern.flops_per_token() == 6 * (modern.num_parameters() - gains) + 12 * 12 * 768 * 1024
-
-
-def test_keys_without_effect_are_named() -> None:
-    assert without_effect(configs.load("gpt2")) == without_effect(configs.load("forge_350m")) == []
-    given = ("optimizer.muon_lr=0.05", "schedule.decay_fraction=0.5")
-    muon, decay = without_effect(configs.load("gpt2", given))
-    assert muon == 'muon_lr (optimizer.name = "adamw")'
-    assert "decay_fraction" in decay
 
 
 def test_a_removed_key_is_ignored_at_its_default_and_else_its_line_is_named(tmp_path: Path) -> None:

@@ -35,15 +35,9 @@ def load_libraries(model: ModelConfig, device: torch.device, dtype: torch.dtype)
 
 def compile_model(model: GPT2 | Qwen3, config: Config, device: torch.device) -> None:
     """Put fused.py's trunk in place where it serves; else torch.compile, as the config asks."""
-    how = config.compile
-    if how == "auto":
-        how = "full" if device.type == "cuda" else "off"
-    if how == "off":
+    if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
         return
     if isinstance(model, Qwen3) and fused.available(config, device):
         model.trunk = functools.partial(fused.hidden, model)
-    elif how == "full":
-        model.trunk = torch.compile(model.hidden, dynamic=False)
     else:
-        for block in model.h:
-            block.compile(dynamic=False)
+        model.trunk = torch.compile(model.hidden, dynamic=False)

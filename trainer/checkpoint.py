@@ -216,18 +216,15 @@ def prune(run: Path, options: CheckpointConfig) -> None:
 def kept(states: list[State], options: CheckpointConfig) -> set[int]:
     """Steps of the checkpoints to keep, of `states` in order.
 
-    The last keep_last; the first in each keep_every_hours of training; the best by validation
-    loss; and the last before the learning rate's decay, from which a longer run can begin.
+    The last keep_last; the best by validation loss; and the last before the learning rate's decay,
+    from which a longer run can begin.
     """
     chosen = {state.step for state in states[-options.keep_last :]}
     chosen |= {state.step for state in [s for s in states if s.is_before_decay][-1:]}
     losses = {s.step: s.validation_loss for s in states if s.validation_loss is not None}
     if losses:
         chosen.add(min(losses, key=lambda step: losses[step]))
-    periods: dict[int, int] = {}
-    for state in states:
-        periods.setdefault(int(state.seconds / 3600 / options.keep_every_hours), state.step)
-    return chosen | {step for period, step in periods.items() if period > 0}
+    return chosen
 
 
 def before_decay(run: Path) -> int | None:

@@ -20,10 +20,10 @@ class Bounds:
     def checked(self, value: float) -> float:
         """`value`; TypeError that says what is allowed."""
         if not self.low <= value <= self.high or (self.above and value == self.low):
-            least = f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
-            most = "" if self.high == float_info.max else f" and at most {self.high:,}"
             noun = "a whole number" if isinstance(value, int) else "a number"
-            raise TypeError(f"{noun} of {least}{most}")
+            least = "greater than" if self.above else "of at least"
+            most = "" if self.high == float_info.max else f" and at most {self.high:,}"
+            raise TypeError(f"{noun} {least} {self.low:g}{most}")
         return value
 
 
@@ -33,6 +33,11 @@ Positive = Annotated[float, Bounds(0, above=True)]
 NotNegative = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
 Beta = Annotated[float, Bounds(0, math.nextafter(1, 0))]
+
+
+def counted(count: int, noun: str) -> str:
+    """1 file, 2 files."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def indivisible(names: tuple[str, str], value: int, divisor: int) -> list[str]:
@@ -173,7 +178,6 @@ class EvaluateConfig:
 class CheckpointConfig:
     every_steps: Count = 1000
     keep_last: Count = 2
-    keep_every_hours: Positive = 6.0  # and one for each period of training
 
 
 @dataclass(frozen=True)
@@ -195,9 +199,9 @@ class Config:
     checkpoint: CheckpointConfig
     guard: GuardConfig
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 1337
-    # auto: full on a GPU, off on a CPU. block compiles one block for all, so it starts sooner.
-    # Nothing is compiled where fused.py's kernels run (qwen3 in bfloat16, Triton).
-    compile: Literal["auto", "full", "block", "off"] = "auto"
+    # auto: full on a GPU, off on a CPU. Nothing is compiled where fused.py's kernels run (qwen3 in
+    # bfloat16, Triton).
+    compile: Literal["auto", "full", "off"] = "auto"
     # Of the weights that the model computes with; auto: bfloat16, or float32 on a CPU and on GPUs
     # before Ampere. Masters, moments and sums are always float32.
     precision: Literal["auto", "bfloat16", "float32"] = "auto"

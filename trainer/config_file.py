@@ -13,13 +13,14 @@ from sys import float_info
 from typing import Annotated, Any, Literal
 
 from pipeline.errors import ForgeError
-from trainer.config import Config, ModelConfig
+from trainer.config import Config, ModelConfig, counted
 
 # Keys that earlier versions had, with their defaults: ignored at these, refused at other values.
 REMOVED = {
     "batch.doublings": 0,
     "batch.doubling_steps": 100,
     "schedule.count_downtime": False,
+    "checkpoint.keep_every_hours": 6.0,
     "guard.spike_zscore": None,
     "guard.spike_window_steps": 128,
 }
@@ -107,9 +108,8 @@ def checked(cls: Any, values: dict[str, Any], prefix: str, where: object, fix: s
     built = build(cls, values, prefix, problems)
     problems = problems or built.conflicts()
     if problems:
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        what = "\n    ".join([f"the config has {count}:", *problems])
-        raise ForgeError(what, where=where, fix=fix)
+        first = f"the config has {counted(len(problems), 'problem')}:"
+        raise ForgeError("\n    ".join([first, *problems]), where=where, fix=fix)
     return built
 
 

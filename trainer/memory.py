@@ -39,6 +39,17 @@ class Cut:
     estimated_bytes: int
 
 
+def muon_weights(config: Config) -> int:
+    """Numbers in the matrices that are Muon's."""
+    model = config.model
+    return model.num_layers * model.layer_weights() if config.optimizer.name == "muon" else 0
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """On the disk: masters and moments in float32."""
+    return 12 * config.model.num_parameters() - 4 * muon_weights(config)
+
+
 def estimate_bytes(config: Config, micro_batch_size: int) -> int:
     """Peak bytes on one GPU: a bfloat16, compiled step."""
     model = config.model
@@ -49,7 +60,7 @@ def estimate_bytes(config: Config, micro_batch_size: int) -> int:
     head = LOGIT_BYTES * min(tokens, HEAD_CHUNK["cuda"]) * model.vocab_size
     head += HEAD_BYTES * model.vocab_size * model.embedding_size
     activations = model.num_layers * layer + max(head, BACKWARD_LAYERS * layer)
-    by_muon = model.num_layers * model.layer_weights() if config.optimizer.name == "muon" else 0
+    by_muon = muon_weights(config)
     state = STATE_BYTES * (model.num_parameters() - by_muon) + MUON_BYTES * by_muon
     return int(state + max(activations, MUON_UPDATE_BYTES * by_muon))
 

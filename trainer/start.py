@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.errors import ForgeError
 from trainer import checkpoint, layouts
 from trainer.backends import compile_model, load_libraries
-from trainer.check import notes, until
+from trainer.check import describe
 from trainer.checkpoint import MODEL_FILE, OPTIMIZER_FILE, State, checkpoint_path
 from trainer.config import Config
 from trainer.memory import cut_here
@@ -153,7 +153,12 @@ def open_report(
             ) from error
         readme = Readme(run, command.name, config, index, state)
         watchers.extend((metrics, Terminal(config, state, clock), readme))
-        introduce(setup, command, state, where, step)
+        if step is not None:
+            say(f"Resuming from step {state.step}, after {duration(state.seconds)} of training.")
+        elif state.weights_from:
+            say(f"Beginning with the weights of {state.weights_from}.")
+        say(describe(config, command.name, index, cut, ranks))
+        say(f"Save now: kill -USR1 {os.getpid()}")
 
     from_first(ranks, make)
     report = Report(watchers, config, clock)
@@ -162,26 +167,6 @@ def open_report(
         "start", state.step, world_size=ranks.world_size, hardware=where, **asdict(cut), **process
     )
     return report
-
-
-def introduce(setup: Setup, command: Command, state: State, where: str, step: int | None) -> None:
-    """Say what begins, or continues, and what to look at."""
-    config, cut, index = setup.config, setup.cut, setup.data.index
-    train_tokens = index.total("num_tokens", "train")
-    used = f" ({duration(state.seconds)} used)" if state.seconds else ""
-    if step is not None:
-        say(f"Resuming from step {state.step}.")
-    say(
-        f"{command.name}: {config.model.num_parameters():,} parameters on {where}"
-        + (f", from {state.weights_from}" if state.weights_from else "")
-        + f"\n{config.batch.tokens_per_step:,} tokens a step = {cut.micro_batch_size} windows of "
-        f"{config.model.context_length} x {cut.accumulation_steps} accumulation steps x "
-        f"{setup.ranks.world_size} ranks\n"
-        f"steps: {until(config, train_tokens)}{used}, from {index.folder}\n"
-        f"Save now: kill -USR1 {os.getpid()}"
-    )
-    for note in notes(config, train_tokens):
-        say(f"Note: {note}")
 
 
 @contextmanager

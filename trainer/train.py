@@ -23,7 +23,7 @@ from trainer.schedule import Clock, learning_rate
 from trainer.signals import Signals
 from trainer.start import Command, clear_errors, first_state, load_weights, open_report, prepare
 from trainer.step import Inbox, Setup, StepResult, Votes, train_step
-from trainer.windows import open_data
+from trainer.windows import check_amount, open_data
 
 ENDING_SECONDS = 5.0  # longest wait for a killed process to release the run
 
@@ -44,6 +44,7 @@ def train(command: Command, started: float | None = None) -> None:
         opened.enter_context(clear_errors(ranks, device))
         opened.enter_context(attention_backends(device))
         data = on_all(ranks, lambda: open_data(config, command.data))
+        check_amount(config, data)
         check_same_shards(data.index, ranks)
         check_same_folder(run, ranks)
         from_first(ranks, lambda: check_out(run))

@@ -7,14 +7,12 @@ positions, where W is its number of windows, and the ranks share them out. So th
 state, and the same step holds the same windows on 1, 2 or 8 ranks.
 """
 
-import contextlib
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +21,14 @@ import torch
 from pipeline import shards
 from pipeline.errors import ForgeError
 from pipeline.shards import Index
-from trainer.config import Config
+from trainer.config import Config, counted
 from trainer.ranks import Ranks
 
 Ids = npt.NDArray[np.int64]
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (B, T) int64
 
 FEISTEL_ROUNDS = 6
+VERIFY = "run forge-prep verify on its folder"
 
 
 class Windows:
@@ -48,11 +47,8 @@ class Windows:
             path = self.index.folder / shard.file
             self._map(number)
             if shard.head_checksum and shards.head_checksum(path) != shard.head_checksum:
-                raise ForgeError(
-                    "the shard has changed since the index was written: its first 4 KiB differ",
-                    where=path,
-                    fix="restore the file, or make the folder again with forge-prep tokenize",
-                )
+                what = "the shard has changed since the index was written: its first 4 KiB differ"
+                raise ForgeError(what, where=path, fix=VERIFY)
 
     def read(self, windows: Ids) -> npt.NDArray[np.uint16]:
         """The tokens of n windows: (n, T + 1) uint16.
@@ -69,11 +65,9 @@ class Windows:
                 start = (windows[row] - before) * self.context_length
                 out[row] = tokens[start : start + self.context_length + 1]
             if out[in_shard == number].max() >= shards.VOCAB_SIZE:
-                raise ForgeError(
-                    f"a token is outside the vocabulary of {shards.VOCAB_SIZE:,}",
-                    where=self.index.folder / self.shards[number].file,
-                    fix="run forge-prep verify on its folder",
-                )
+                what = f"a token is outside the vocabulary of {shards.VOCAB_SIZE:,}"
+                path = self.index.folder / self.shards[number].file
+                raise ForgeError(what, where=path, fix=VERIFY)
         return out
 
     def _map(self, number: int) -> shards.Tokens:
@@ -81,11 +75,8 @@ class Windows:
         shard = self.shards[number]
         path = self.index.folder / shard.file
         if shards.check_header(path) != shard.num_tokens:
-            raise ForgeError(
-                f"the shard does not have the {shard.num_tokens:,} tokens of the index",
-                where=path,
-                fix="run forge-prep verify on its folder",
-            )
+            what = f"the shard does not have the {shard.num_tokens:,} tokens of the index"
+            raise ForgeError(what, where=path, fix=VERIFY)
         return shards.map_shard(path, shard.num_tokens)
 
 
@@ -100,22 +91,12 @@ class Data:
 
 
 def open_data(config: Config, folder: Path) -> Data:
-    """find_data(), with as much as the config asks for."""
-    data = find_data(config, folder)
-    check_amount(config, data)
-    return data
-
-
-def find_data(config: Config, folder: Path) -> Data:
     """Open and check a folder of shards. ForgeError if it cannot serve this model."""
     index = shards.load_index(folder)
-    if index.tokenizer["vocab_size"] > config.model.vocab_size:
-        raise ForgeError(
-            f"the shards have {index.tokenizer['vocab_size']:,} token ids, the model "
-            f"{config.model.vocab_size:,}",
-            where=folder,
-            fix="--set model.vocab_size=50257",
-        )
+    num_ids, vocab_size = index.tokenizer["vocab_size"], config.model.vocab_size
+    if num_ids > vocab_size:
+        what = f"the shards have {num_ids:,} token ids, the model {vocab_size:,}"
+        raise ForgeError(what, where=folder, fix=f"--set model.vocab_size={num_ids}")
     vocabulary = shards.read_vocabulary(folder / shards.VOCABULARY_FILE)
     train, val = (Windows(index, split, config.model.context_length) for split in shards.SPLITS)
     train.check()
@@ -125,22 +106,20 @@ def find_data(config: Config, folder: Path) -> Data:
 
 def check_amount(config: Config, data: Data) -> None:
     """ForgeError unless there are windows for a step and for an evaluation."""
-    per_evaluation = config.evaluate.num_tokens // config.model.context_length
-    for windows, wanted, key in (
-        (data.train, config.windows_per_step(), "batch.tokens_per_step"),
-        (data.val, per_evaluation, "evaluate.num_tokens"),
+    problems, length = [], config.model.context_length
+    for windows, num_tokens, key in (
+        (data.train, config.batch.tokens_per_step, "batch.tokens_per_step"),
+        (data.val, config.evaluate.num_tokens, "evaluate.num_tokens"),
     ):
-        if windows.num_windows < wanted:
-            most = windows.num_windows * config.model.context_length
-            raise ForgeError(
-                f"{key} asks for {wanted:,} windows, the {windows.split} split has "
-                f"{windows.num_windows:,}",
-                where=data.index.folder,
-                fix=f"--set {key}={most} at most"
-                if most
-                else "tokenize more text, or with a "
-                f"{'larger' if windows is data.val else 'smaller'} --val-fraction",
+        if windows.num_windows * length < num_tokens:
+            problems.append(
+                f"{key} asks for {counted(num_tokens // length, 'window')}, and the "
+                f"{windows.split} split has {windows.num_windows:,}: it can be at most "
+                f"{windows.num_windows * length}"
             )
+    if problems:
+        fix = "lower it with --set, or tokenize more text, or with another --val-fraction"
+        raise ForgeError("\n".join(problems), where=data.index.folder, fix=fix)
 
 
 def permute(numbers: Ids, size: int, key: tuple[int, int]) -> Ids:
@@ -197,7 +176,7 @@ def to_device(windows: npt.NDArray[np.uint16], device: torch.device) -> MicroBat
 class MicroBatches:
     """This rank's micro-batches of `size` windows, read ahead by a thread.
 
-    The thread only looks ahead: what comes depends on the arguments alone.
+    The thread only looks ahead: which windows come depends on the arguments alone.
     """
 
     def __init__(
@@ -209,33 +188,29 @@ class MicroBatches:
         ranks: Ranks,
         device: torch.device,
     ) -> None:
-        self.windows, self.device = windows, device
-        self.positions = (config, size, ranks)
-        self.step, self.seed = first_step, config.seed
+        self.windows, self.config, self.device = windows, config, device
+        self.size, self.ranks = size, ranks
         self.accumulation_steps = config.windows_per_step() // ranks.world_size // size
+        self.next = first_step * self.accumulation_steps  # micro-batch that is read next
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = deque[Future[MicroBatch]]()
         self.seconds_waited = 0.0  # by the trainer, since take_seconds_waited()
-        # A whole step ahead: the thread gets Python's lock when the trainer waits for the GPU.
-        self.ready: queue.Queue[Any] = queue.Queue(self.accumulation_steps + 1)
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self._read_ahead, daemon=True)
 
     def __enter__(self) -> "MicroBatches":
-        self.thread.start()
+        self._read_ahead()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stopping.set()
-        self.thread.join(timeout=5)  # unless the disk holds it
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
     def of_step(self) -> Iterator[MicroBatch]:
         """The micro-batches of the next step. ForgeError when a shard cannot be read."""
         for _ in range(self.accumulation_steps):
             started = time.perf_counter()
-            item = self.ready.get()
+            micro_batch = self.ahead.popleft().result()
             self.seconds_waited += time.perf_counter() - started
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            self._read_ahead()
+            yield micro_batch
 
     def take_seconds_waited(self) -> float:
         """Seconds that the trainer has waited for micro-batches since the last call."""
@@ -243,20 +218,13 @@ class MicroBatches:
         return waited
 
     def _read_ahead(self) -> None:
-        try:
-            while True:
-                for positions in step_positions(self.step, *self.positions):
-                    chosen = windows_at(positions, self.windows.num_windows, self.seed)
-                    if not self._put(to_device(self.windows.read(chosen), self.device)):
-                        return
-                self.step += 1
-        except BaseException as error:
-            self._put(error)
+        """A step and one more: the thread gets Python's lock when the trainer waits for the GPU."""
+        while len(self.ahead) < self.accumulation_steps + 2:
+            self.ahead.append(self.thread.submit(self._read, self.next))
+            self.next += 1
 
-    def _put(self, item: MicroBatch | BaseException) -> bool:
-        """Whether it was taken; waits as long as the queue is full and someone reads."""
-        while not self.stopping.is_set():
-            with contextlib.suppress(queue.Full):
-                self.ready.put(item, timeout=0.1)
-                return True
-        return False
+    def _read(self, number: int) -> MicroBatch:
+        step, part = divmod(number, self.accumulation_steps)
+        positions = step_positions(step, self.config, self.size, self.ranks)[part]
+        chosen = windows_at(positions, self.windows.num_windows, self.config.seed)
+        return to_device(self.windows.read(chosen), self.device)

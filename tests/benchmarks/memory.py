@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.memory --data DIR [--configs gpt2,gpt2_medium,gpt2_large]
 
-Each row is forge-train for a few steps in a process that may take 23.0 GiB of the GPU. "predicted"
-is what `forge-train --check` says on this card. For gpt2_xl, which does not fit, the row says so.
+Each row is forge-train for a few steps in a process that may take 23.0 GiB of the GPU. For gpt2_xl,
+which does not fit, the row says so.
 """
 
 import os
@@ -16,7 +16,7 @@ import click
 import torch
 
 from pipeline.errors import ForgeError
-from trainer import check, config_file
+from trainer import config_file
 from trainer import train as trainer
 from trainer.report import read_metrics
 from trainer.start import Command
@@ -48,12 +48,10 @@ def main(
         return
     if not torch.cuda.is_available():
         raise click.ClickException("this benchmark needs a GPU")
-    measured = check.measure(torch.device("cuda"), torch.bfloat16)
-    torch.cuda.empty_cache()
     click.echo(f"{torch.cuda.get_device_name()}, at most {gib} GiB; torch {torch.__version__}")
     click.echo(
         f"{'config':14}{'micro-batch':>14}{'estimated':>11}{'peak':>8} GiB{'ratio':>7}"
-        f"{'predicted':>12}{'tokens/s':>10}{'data wait':>11}"
+        f"{'tokens/s':>10}{'data wait':>11}"
     )
     more = (
         f"schedule.max_steps={steps}",
@@ -84,11 +82,10 @@ def main(
         speed = sorted(row["tokens_per_second"] for row in taken)[len(taken) // 2]
         peak = max(row["peak_memory_bytes"] for row in rows if row["kind"] == "evaluate")
         size, estimated = start["micro_batch_size"], start["estimated_bytes"]
-        predicted = measured.tokens_per_second(config_file.load(name, settings).model, size)
         click.echo(
             f"{name:14}{size:>9} x {start['accumulation_steps']:<3}"
             f"{estimated / 2**30:>10.2f}{peak / 2**30:>8.2f}    {estimated / peak:>7.3f}"
-            f"{predicted:>12,.0f}{speed:>10,.0f}{max(row['data_wait'] for row in taken):>11.2%}"
+            f"{speed:>10,.0f}{max(row['data_wait'] for row in taken):>11.2%}"
         )
 
 
