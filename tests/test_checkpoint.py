@@ -27,7 +27,7 @@ FALLING = Plan(6, 9, 1.0)
 
 
 def state(step: int, loss: float | None = None) -> State:
-    return State(MODEL, "float32", "", "x", FALLING, step, step * 10, validation_loss=loss)
+    return State(MODEL, "float32", "", {}, FALLING, step, step * 10, validation_loss=loss)
 
 
 def test_the_rule_keeps_the_last_the_best_and_the_one_before_the_decay() -> None:
@@ -39,7 +39,10 @@ def test_the_rule_keeps_the_last_the_best_and_the_one_before_the_decay() -> None
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     """Also where no plan is known yet, and with the sizes that a model leaves open."""
-    for saved in (state(1), State(MODEL, "bfloat16", "abc", "x", Plan(), 2, 20, 0.5, "a/run")):
+    for saved in (
+        state(1),
+        State(MODEL, "bfloat16", "abc", {"seed": 7}, Plan(), 2, 20, 0.5, "a/run"),
+    ):
         checkpoint.save(tmp_path, WEIGHTS, MOMENTS, saved)
         assert checkpoint.load_state(tmp_path, saved.step) == saved
 

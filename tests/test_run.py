@@ -101,7 +101,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_made(
     (half / "model.safetensors").write_bytes(bytes(10**6))
     free = shutil.disk_usage(tmp_path).free
     check_room(tmp_path, (free + 10**6) // 3 - 10**7, 2)
-    with pytest.raises(ForgeError, match="GB left"):
+    with pytest.raises(ForgeError, match="GB of disk are left"):
         check_room(tmp_path, (free + 10**6) // 3 + 10**7, 2)
     assert 3 * 12 * parameters == pytest.approx(0.06e9, abs=0.005e9)
 
@@ -156,10 +156,10 @@ def test_a_config_edited_in_the_run_is_not_trained(
     shutil.rmtree(finished / "checkpoints" / "step_00000008")
     path = finished / "config.toml"
     key = edit.partition(" = ")[0]
-    path.write_text(re.sub(rf"^{key} = .*$", edit, path.read_text(), flags=re.MULTILINE))
+    path.write_text(re.sub(rf"\b{key} = .*", edit, path.read_text()))
     result = forge("train", path, "--data", small_shards, "--out", finished, "--resume")
     assert result.exit_code == 1
-    assert "was edited" in result.output
+    assert f"{key}: " in result.output
 
 
 def test_a_folder_whose_name_is_not_utf_8_is_refused(
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_a_later_version_is_not_called_damaged(
     finished: Path, small_shards: Path, forge
 ) -> None:
     path = checkpoint.checkpoint_path(finished, 8) / "state.json"
-    raw = json.loads(path.read_text()) | {"version": 3, "news": 1}
+    raw = json.loads(path.read_text()) | {"version": 4, "news": 1}
     raw["checksums"]["state.json"] = checkpoint._own_checksum(raw)
     path.write_text(json.dumps(raw))
     result = forge("train", "tiny", "--data", small_shards, "--out", finished, "--resume", *QUICK)

@@ -80,7 +80,7 @@ def simulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(schedule, "time", day)
         monkeypatch.setattr(step_module, "time", day)
         monkeypatch.setattr(train, "Inbox", request.param)
-        state = state or State(config.model, "float32", "", "x", first_plan(config))
+        state = state or State(config.model, "float32", "", {}, first_plan(config))
         clock = Clock(config, 0.0, state.seconds)
 
         def step(setup: object, lr: float, votes: Votes) -> Tensor:
@@ -154,11 +154,11 @@ def test_slow_steps_after_a_resume_begin_no_decay_and_end_no_run(simulate: Any) 
     """A cold page cache, say; with a signal to save among them."""
     config = wsd(budget_hours=1.0, decay_fraction=0.5)
     slow = [10.0] * 8 + [1.0] * 9000
-    flat = State(config.model, "float32", "", "x", Plan(), 1200, 0, 1210.0)
+    flat = State(config.model, "float32", "", {}, Plan(), 1200, 0, 1210.0)
     done = simulate(config, slow, 4.0, 1.0, flat)
     falls = next(n for n, (a, b) in enumerate(pairwise(done.rates), 1) if b < a)
     assert 400 < falls < 650  # it is to begin at step 1,780 or so
-    falling = State(config.model, "float32", "", "x", Plan(1750, 3500), 2398, 0, 2430.0)
+    falling = State(config.model, "float32", "", {}, Plan(1750, 3500), 2398, 0, 2430.0)
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=600))
     done = simulate(config, slow, 4.0, 1.0, falling)  # a checkpoint after two steps
     assert 3500 < done.seconds <= 3600

@@ -37,7 +37,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 WHOLE = (MODEL_FILE, OPTIMIZER_FILE)
 CONFIG_FILE = "config.toml"  # of the run
-VERSION = 2  # 1: without model, precision, vocabulary and plan
+VERSION = 3  # 2: without config; 1: also without model, precision, vocabulary and plan
 
 
 @dataclass
@@ -47,7 +47,7 @@ class State:
     model: ModelConfig
     precision: str  # of the weights that the model computes with
     vocabulary: str  # sha256 of its file
-    fixed: str  # checksum of the keys that a run keeps; "" before version 2
+    config: dict[str, Any]  # by section.key; empty before version 3
     plan: Plan
     step: int = 0
     tokens: int = 0
@@ -84,17 +84,12 @@ def find(path: Path, step: int | None = None) -> tuple[Path, int] | None:
         run, name = path.absolute().parent.parent, path.absolute().name
         number = name.removeprefix("step_")
         if step is not None:
-            raise ForgeError(
-                "both a checkpoint's folder and --checkpoint",
-                where=path,
-                fix="give one of them: the run and --checkpoint, or the checkpoint's folder",
-            )
+            what = "both a checkpoint's folder and --checkpoint"
+            raise ForgeError(what, where=path, fix="give the run and --checkpoint, or the folder")
         if not number.isdecimal() or checkpoint_path(run, int(number)) != path.absolute():
-            raise ForgeError(
-                "a checkpoint outside of its run, which has the vocabulary",
-                where=path,
-                fix=f"put it back as RUN/{FOLDER}/step_N, or copy the whole run",
-            )
+            what = "a checkpoint outside of its run, which has the vocabulary"
+            fix = f"put it back as RUN/{FOLDER}/step_N, or copy the whole run"
+            raise ForgeError(what, where=path, fix=fix)
         return run, int(number)
     if not (path / CONFIG_FILE).is_file():
         return None
@@ -102,11 +97,8 @@ def find(path: Path, step: int | None = None) -> tuple[Path, int] | None:
     if not found:
         raise ForgeError("the run has no checkpoint yet", where=path, fix="wait for the first one")
     if step is not None and step not in found:
-        raise ForgeError(
-            f"the run has no checkpoint of step {step}",
-            where=path,
-            fix=f"--checkpoint {' or '.join(map(str, found))}",
-        )
+        fix = f"--checkpoint {' or '.join(map(str, found))}"
+        raise ForgeError(f"the run has no checkpoint of step {step}", where=path, fix=fix)
     return path, found[-1] if step is None else step
 
 
@@ -170,8 +162,8 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, options: CheckpointConfig, unproven: int | None = None) -> None:
-        """`unproven` is the step of a checkpoint that is resumed from."""
-        self.run, self.options, self.unproven = run, options, unproven
+        self.run, self.options = run, options
+        self.unproven = unproven  # step of the checkpoint that a resumed run continues from
 
     def save(
         self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: State
@@ -195,19 +187,17 @@ class Checkpoints:
     def last_good(self) -> str:
         """For people: the checkpoint to continue from, and the one that may be ruined."""
         good = [step for step in steps(self.run) if step != self.unproven]
-        said = (
-            f"the last good checkpoint: {checkpoint_path(self.run, good[-1]) if good else 'none'}"
-        )
-        if self.unproven is not None:
-            ruined = checkpoint_path(self.run, self.unproven)
-            said += f"; if it fails again, move {ruined} away: its weights may be ruined"
-        return said
+        said = f"last good checkpoint: {checkpoint_path(self.run, good[-1]) if good else 'none'}"
+        if self.unproven is None:
+            return said
+        ruined = checkpoint_path(self.run, self.unproven)
+        return f"{said}; if it fails again, move {ruined} away: its weights may be ruined"
 
 
 def prune(run: Path, options: CheckpointConfig) -> None:
     """Remove the checkpoints that the rule does not keep. Damaged ones stay, to be looked at."""
-    known = known_states(run)
-    for step in {state.step for state in known} - kept(known, options):
+    states = known_states(run)
+    for step in {state.step for state in states} - kept(states, options):
         path = checkpoint_path(run, step)
         half = path.rename(path.with_name(path.name + ".partial"))  # a kill leaves no half of it
         shutil.rmtree(half, ignore_errors=True)
@@ -221,10 +211,8 @@ def kept(states: list[State], options: CheckpointConfig) -> set[int]:
     """
     chosen = {state.step for state in states[-options.keep_last :]}
     chosen |= {state.step for state in [s for s in states if s.is_before_decay][-1:]}
-    losses = {s.step: s.validation_loss for s in states if s.validation_loss is not None}
-    if losses:
-        chosen.add(min(losses, key=lambda step: losses[step]))
-    return chosen
+    losses = [(s.validation_loss, s.step) for s in states if s.validation_loss is not None]
+    return chosen | {step for _, step in sorted(losses)[:1]}
 
 
 def before_decay(run: Path) -> int | None:
@@ -259,11 +247,9 @@ def load_state(run: Path, step: int, files: tuple[str, ...] = WHOLE) -> State:
                 _state(run, older, WHOLE)
                 good = f" from step {older}; to sample or export now, --checkpoint {older}"
                 break
-        raise ForgeError(
-            f"damaged checkpoint: {error}",
-            where=checkpoint_path(run, step),
-            fix=f"remove this folder, and --resume continues{good}",
-        ) from error
+        fix = f"remove this folder, and --resume continues{good}"
+        what, where = f"damaged checkpoint: {error}", checkpoint_path(run, step)
+        raise ForgeError(what, where=where, fix=fix) from error
 
 
 def _state(run: Path, step: int, files: tuple[str, ...]) -> State:
@@ -276,16 +262,16 @@ def _state(run: Path, step: int, files: tuple[str, ...]) -> State:
             raise ValueError("checksum differs")
         version = raw.pop("version", 1)
         if version > VERSION:
-            raise ForgeError(
-                f"a later version of this program made the checkpoint ({version})",
-                where=path,
-                fix="use that version",
-            )
+            what = "a later version of this program made the checkpoint"
+            raise ForgeError(what, where=path, fix="use that version")
         if version == 1:  # whose model stands in the run's config alone
             model = read_toml(run / CONFIG_FILE)["model"]
             start = None if raw.pop("decayed") == 1 else -1.0
             raw |= {"model": model, "plan": {"start": start}}
-            raw |= {"precision": "float32", "vocabulary": "", "fixed": ""}
+            raw |= {"precision": "float32", "vocabulary": ""}
+        if version < 3:
+            raw.pop("fixed", None)
+            raw["config"] = {}
         model = model_from_dict(raw.pop("model"), path)
         plan = {k: math.inf if v is None else v for k, v in raw.pop("plan").items()}
         state = State(model=model, plan=Plan(**plan), **raw)
@@ -300,15 +286,10 @@ def _state(run: Path, step: int, files: tuple[str, ...]) -> State:
 def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a safetensors file; ForgeError unless names and shapes are those wanted."""
     tensors = read_tensors(path)
-    differing = {k for k in {*tensors, *wanted} if k not in tensors or k not in wanted}
-    differing |= {k for k in {*tensors} & {*wanted} if tensors[k].shape != wanted[k].shape}
-    if differing:
-        raise ForgeError(
-            "the checkpoint is of another model or optimizer; differing: "
-            f"{', '.join(sorted(differing)[:5])}",
-            where=path,
-            fix="use the config that the run was made with",
-        )
+    found, known = ({(k, t.shape) for k, t in each.items()} for each in (tensors, wanted))
+    if differing := sorted({name for name, _ in found ^ known}):
+        what = f"the checkpoint is of another model or optimizer: {', '.join(differing[:5])}"
+        raise ForgeError(what, where=path, fix="use the config that the run was made with")
     return tensors
 
 
@@ -317,9 +298,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ForgeError(
-            f"cannot read tensors: {error}", where=path, fix="copy the checkpoint again"
-        ) from error
+        what = f"cannot read tensors: {error}"
+        raise ForgeError(what, where=path, fix="copy or download the folder again") from error
 
 
 def _own_checksum(raw: dict[str, Any]) -> str:

@@ -30,8 +30,7 @@ from trainer.signals import end_with_launcher
     "weights_from",
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="Begin with the weights of a run (its latest checkpoint), of one of its checkpoints, or "
-    "of a local folder in transformers' layout. CONFIG's [model] must be theirs.",
+    help="Begin with the weights of a run, a checkpoint, or a folder in transformers' layout.",
 )
 @click.option("--check", is_flag=True, help="Check config and data, print the plan, train nothing.")
 @click.version_option(package_name="llm-forge")
@@ -50,17 +49,15 @@ def main(
     gpt2_medium, gpt2_large, gpt2_xl) or a .toml path.
 
     \b
-    On two GPUs (the dashes before forge-train are torchrun's):
+    On two GPUs (the options before forge-train are torchrun's):
       torchrun --standalone --nproc_per_node=2 --no-python forge-train gpt2 --data DIR --out RUN
-    On one GPU or CPU:
-      forge-train gpt2 --data DIR --out RUN
 
     Ctrl-C saves a checkpoint and leaves; a second one leaves at once. The same command with
-    --resume continues. Exit code 0 also means that the run was complete already.
+    --resume continues; exit code 0 also means that the run was complete already.
+    schedule.budget_hours=24 ends a run by the clock.
 
-    schedule.budget_hours=24 ends a run by the clock. To train a finished one for longer, begin
-    another with its weights: --from RUN (or the checkpoint before its learning rate fell, which
-    RUN/README.md names) --out RUN2 --set seed=2, which gives the text in another order.
+    To train a finished run for longer, begin another with its weights: --from RUN --out RUN2.
+    RUN/README.md names the best checkpoint for that.
     """
     end_with_launcher()  # before torch is imported, which takes seconds
     # torch reads these when it is imported; a user's own values win.
@@ -71,18 +68,17 @@ def main(
     started = time.perf_counter()  # importing torch is part of the time that a run takes
     from trainer import check as checking
     from trainer import config_file
-    from trainer.start import Command
+    from trainer.run import Command
     from trainer.train import train
 
+    if check and weights_from:
+        raise click.UsageError("--check and --from exclude each other")
+    if out is None and not check:
+        raise click.UsageError("--out is missing: the folder for the run (or add --check)")
     try:
-        chosen = config_file.load(config, settings)
-        name = Path(config).stem
-        if check and weights_from:
-            raise click.UsageError("--check and --from exclude each other")
-        if check:
+        chosen, name = config_file.load(config, settings), Path(config).stem
+        if check or out is None:
             checking.check(chosen, name, data)
-        elif out is None:
-            raise click.UsageError("--out is missing: the folder for the run (or add --check)")
         else:
             train(Command(chosen, name, data, out, resume, weights_from), started)
     except ForgeError as error:

@@ -28,41 +28,28 @@ EDIT = "edit the file, or --set section.key=value"
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
-def tables(config: Config) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML file without absent keys; "" has the keys outside of any table."""
-    values = dataclasses.asdict(config)
-    top = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    found = {"": top, **{name: table for name, table in values.items() if name not in top}}
-    return {
-        name: {key: value for key, value in table.items() if value is not None}
-        for name, table in found.items()
-    }
+def flat(config: Config) -> dict[str, Any]:
+    """The values by section.key, without absent ones, as JSON and TOML have them."""
+    found: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        section = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {}
+        found |= section or {name: value}
+    return {k: list(v) if type(v) is tuple else v for k, v in found.items() if v is not None}
 
 
 def to_toml(config: Config) -> str:
     """The resolved config as a TOML file that load() reads back to an equal Config."""
-    lines = []
-    for name, table in tables(config).items():
-        lines += ["", f"[{name}]"] if name else []
-        # JSON writes these values as TOML does.
-        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-    return "\n".join(lines) + "\n"
+    # JSON writes these values as TOML does.
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in flat(config).items())
 
 
-def differences(before: Config, after: Config) -> list[str]:
-    """The keys that differ, one per line."""
-    old, new = flat(before), flat(after)
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The keys of two flat() configs that differ, one per line."""
     return [
-        f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
+        f"{key}: {before.get(key, 'none')} -> {after.get(key, 'none')}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
     ]
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """The values by section.key, without absent ones."""
-    each = ((name, key, v) for name, t in tables(config).items() for key, v in t.items())
-    return {f"{name}.{key}".strip("."): value for name, key, value in each}
 
 
 def available() -> list[str]:
@@ -83,11 +70,8 @@ def load(name: str, settings: tuple[str, ...] = ()) -> Config:
     if not path.is_file():
         known = available()
         close = [f"did you mean {each}? " for each in difflib.get_close_matches(name, known, 1)]
-        raise ForgeError(
-            f"no such config{' file' * is_path}",
-            where=name,
-            fix=f"{''.join(close)}give the path of a .toml file, or one of: {', '.join(known)}",
-        )
+        fix = f"{''.join(close)}give the path of a .toml file, or one of: {', '.join(known)}"
+        raise ForgeError(f"no such config{' file' * is_path}", where=name, fix=fix)
     values = read_toml(path)
     for setting in settings:
         apply_setting(values, setting)
@@ -118,11 +102,8 @@ def read_toml(path: Any) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ForgeError(
-            f"cannot read the config: {error}",
-            where=path,
-            fix="correct it, or give the name of a config",
-        ) from error
+        fix = "correct it, or give the name of a config"
+        raise ForgeError(f"cannot read the config: {error}", where=path, fix=fix) from error
 
 
 def apply_setting(values: dict[str, Any], setting: str) -> None:
@@ -133,11 +114,9 @@ def apply_setting(values: dict[str, Any], setting: str) -> None:
     except (ValueError, RecursionError):
         parsed = {"value": text}  # a bare word is a string
     if not equals or len(parsed) > 1 or isinstance(parsed["value"], dict):
-        raise ForgeError(
-            "--set takes one value, as section.key=value",
-            where=f"--set {setting}",
-            fix="give each key a --set of its own, such as --set optimizer.peak_lr=3e-4",
-        )
+        fix = "give each key a --set of its own, such as --set optimizer.peak_lr=3e-4"
+        what = "--set takes one value, as section.key=value"
+        raise ForgeError(what, where=f"--set {setting}", fix=fix)
     *sections, last = key.strip().split(".")
     for section in sections:
         if not isinstance(values.get(section), dict):
@@ -153,15 +132,11 @@ def drop_removed(values: dict[str, Any], path: Any, name: str) -> None:
         table = values.get(section)
         value = table.pop(key, default) if isinstance(table, dict) else default
         if value != default:
-            in_file = tomllib.loads(path.read_text(encoding="utf-8-sig")).get(section, {})
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-            found = [n for n, line in enumerate(lines, 1) if re.match(rf"\s*{key}\s*=", line)]
-            found = found if in_file.get(key) == value else []
-            raise ForgeError(
-                f"{removed} = {json.dumps(value, default=str)} asks for something that was removed",
-                where=f"{name}, line {found[0]}" if found else f"--set {removed}",
-                fix="delete it",
-            )
+            is_here = re.compile(rf"\s*({section}\.)?{key}\s*=").match
+            found = [f", line {number}" for number, line in enumerate(lines, 1) if is_here(line)]
+            what = f"{removed} = {json.dumps(value, default=str)}: this feature was removed"
+            raise ForgeError(what, where="".join([name, *found]), fix="delete it, or its --set")
 
 
 def build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:

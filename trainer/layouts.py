@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import shards
 from pipeline.errors import ForgeError
+from trainer import checkpoint
 from trainer.config import ModelConfig
 from trainer.config_file import model_from_dict
 from trainer.model import LAYER_NORM_EPS, RMS_NORM_EPS, Fused, LanguageModel, build_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 AGAIN = "download or copy the folder again"
 # Keys of config.json that change what is computed: transformers' default, and the values that we
 # compute, of which exports have the first.
@@ -68,16 +66,11 @@ SIZES = {
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
     },
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "attention_dropout": 0.0},
 }
-PUBLISHED = (
-    "give a GPT-2 or Qwen3 model with GPT-2's tokenizer, as it was published, or as forge-export "
-    "writes it"
-)
+PUBLISHED = "give a GPT-2 or Qwen3 model with GPT-2's tokenizer, as published or as exported"
 NAMES = {
     "gpt2": {"^": "transformer."},
     "qwen3": {
@@ -171,13 +164,12 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """
     where = folder / CONFIG_FILE
     if not where.is_file():
-        raise ForgeError(
-            "no model there" if folder.exists() else "no such folder",
-            where=folder,
-            fix="give a run of forge-train (the folder named with --out), one of its checkpoints, "
-            "or a folder in transformers' GPT-2 or Qwen3 layout (to download a model of the hub: "
-            "hf download NAME --local-dir FOLDER)",
+        fix = (
+            "give a run of forge-train (its --out), one of its checkpoints, or a folder in "
+            "transformers' GPT-2 or Qwen3 layout (hf download NAME --local-dir FOLDER)"
         )
+        what = "no model there" if folder.exists() else "no such folder"
+        raise ForgeError(what, where=folder, fix=fix)
     config = read_config(read_json(where), where)
     with torch.device("meta"):  # for names and shapes alone
         model = build_model(config)
@@ -197,27 +189,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of the folder, under the names that they are stored with."""
-    files = [WEIGHTS_FILE]
     if not (folder / WEIGHTS_FILE).is_file():
-        if not (folder / INDEX_FILE).is_file():
-            pickled = ", only pickled weights, which can run any program when opened"
-            raise ForgeError(
-                f"no {WEIGHTS_FILE}{pickled * any(folder.glob('*.bin'))}",
-                where=folder,
-                fix="convert them with transformers: save_pretrained(FOLDER) writes safetensors",
-            )
-        places = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(places, dict):
-            raise ForgeError("no weight_map", where=folder / INDEX_FILE, fix=AGAIN)
-        files = sorted({*map(str, places.values())})
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        try:
-            tensors |= load_file(folder / name)
-        except (OSError, SafetensorError) as error:
-            problem = f"cannot read weights: {error}"
-            raise ForgeError(problem, where=folder / name, fix=AGAIN) from error
-    return tensors
+        pickled = ", only pickled weights, which can run any program when opened"
+        what = f"no {WEIGHTS_FILE}{pickled * any(folder.glob('*.bin'))}"
+        fix = "make one with transformers: save_pretrained(FOLDER, max_shard_size='100GB')"
+        raise ForgeError(what, where=folder, fix=fix)
+    return checkpoint.read_tensors(folder / WEIGHTS_FILE)
 
 
 def our_weights(model: LanguageModel, tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
@@ -255,11 +232,8 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
     """The model that a config.json describes; ForgeError unless we compute it exactly."""
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FIXED:
-        raise ForgeError(
-            f"a model of type {family!r}; only GPT-2's and Qwen3's layouts can be read",
-            where=where,
-            fix=PUBLISHED,
-        )
+        what = f"a model of type {family!r}; only GPT-2's and Qwen3's layouts can be read"
+        raise ForgeError(what, where=where, fix=PUBLISHED)
     rope = config.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     if family == "gpt2":  # which was published without some of its sizes
@@ -279,12 +253,8 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
     if family == "gpt2" and config.get("n_inner") not in (None, model.mlp_dim()):
         problems.append(f"n_inner is {config['n_inner']!r}")
     if model.vocab_size < shards.VOCAB_SIZE:
-        tokens = f"GPT-2's tokenizer has {shards.VOCAB_SIZE} tokens"
-        problems.append(f"vocab_size is {model.vocab_size}, and {tokens}")
+        problems.append(f"vocab_size is {model.vocab_size}, not {shards.VOCAB_SIZE} or more")
     if problems:
-        raise ForgeError(
-            f"not the architecture that {family} was published with: {', '.join(problems)}",
-            where=where,
-            fix=PUBLISHED,
-        )
+        what = f"not the architecture that {family} was published with: {', '.join(problems)}"
+        raise ForgeError(what, where=where, fix=PUBLISHED)
     return model

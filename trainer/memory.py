@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import ForgeError
-from trainer.config import Config
+from trainer.config import Config, counted
 from trainer.cross_entropy import HEAD_CHUNK
 from trainer.ranks import Ranks
 
@@ -89,30 +89,26 @@ def cut_step(config: Config, world_size: int, limit: float | None = None) -> Cut
     sizes = divisors(share)
     if windows % world_size:
         counts = ", ".join(str(n) for n in divisors(windows) if n <= 64)
-        raise ForgeError(
-            f"{windows} windows a step cannot be shared out evenly among {world_size} ranks",
-            where="batch.tokens_per_step",
-            fix=f"use one of {counts} ranks, or --set batch.tokens_per_step=...",
-        )
+        every = counted(windows, "window")
+        what = f"{every} a step cannot be shared out evenly among {world_size} ranks"
+        fix = f"start one of {counts} processes, or --set batch.tokens_per_step=..."
+        raise ForgeError(what, where="batch.tokens_per_step", fix=fix)
     if given != "auto":
         if given not in sizes:
-            raise ForgeError(
-                f"a micro-batch of {given} does not divide a rank's {share} windows a step",
-                where="batch.micro_batch_size",
-                fix=f"use one of {', '.join(map(str, sizes))}",
-            )
+            every = counted(share, "window")
+            what = f"a micro-batch of {given} does not divide a rank's {every} a step"
+            fix = f"use one of {', '.join(map(str, sizes))}"
+            raise ForgeError(what, where="batch.micro_batch_size", fix=fix)
         fits = [given]
     elif limit is None:
         fits = [n for n in sizes if n == 1 or n * config.model.context_length <= CPU_TOKENS]
     else:
         fits = [n for n in sizes if estimate_bytes(config, n) <= limit]
         if not fits:
-            raise ForgeError(
-                f"not even a micro-batch of 1 fits: it takes about "
-                f"{estimate_bytes(config, 1) / 2**30:.1f} GiB of {limit / 2**30:.1f} on each GPU",
-                where="batch.micro_batch_size",
-                fix="train a smaller model, or end other programs on the GPU",
-            )
+            needed, free = estimate_bytes(config, 1) / 2**30, limit / 2**30
+            what = f"a micro-batch of 1 takes about {needed:.1f} GiB, of {free:.1f} on each GPU"
+            fix = "train a smaller model, or end other programs on the GPU"
+            raise ForgeError(what, where="batch.micro_batch_size", fix=fix)
     size = max(fits)
     return Cut(size, share // size, estimate_bytes(config, size))
 

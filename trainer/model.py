@@ -52,8 +52,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        """Nothing, as in Linear."""
+    reset_parameters = Linear.reset_parameters
 
 
 class Fused(Linear):
@@ -122,8 +121,7 @@ class LanguageModel(nn.Module, ABC):
             list(pool.map(fill, *zip(*self.named_parameters(), strict=True)))
 
     @abstractmethod
-    def init_std(self, name: str, weight: Tensor) -> float:
-        """The standard deviation of a matrix's initial weights."""
+    def init_std(self, name: str, weight: Tensor) -> float: ...
 
     @abstractmethod
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -42,11 +42,9 @@ class Ranks:
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         except (KeyError, ValueError) as error:
             wrong = f"{error} is not set" if isinstance(error, KeyError) else str(error)
-            raise ForgeError(
-                f"one of WORLD_SIZE={os.environ['WORLD_SIZE']} processes, but {wrong}",
-                where="the environment",
-                fix="start the processes with torchrun; or unset WORLD_SIZE, for a single one",
-            ) from error
+            what = f"one of WORLD_SIZE={os.environ['WORLD_SIZE']} processes, but {wrong}"
+            fix = "start the processes with torchrun; or unset WORLD_SIZE, for a single one"
+            raise ForgeError(what, where="the environment", fix=fix) from error
         return Ranks(*values)
 
     def device(self) -> torch.device:
@@ -54,12 +52,9 @@ class Ranks:
         if not torch.cuda.is_available():
             return torch.device("cpu")
         if self.local_rank >= torch.cuda.device_count():
-            raise ForgeError(
-                f"no GPU for local rank {self.local_rank}: the machine has "
-                f"{torch.cuda.device_count()}",
-                where=f"rank {self.rank}",
-                fix="start as many processes as there are GPUs: torchrun --nproc_per_node=N",
-            )
+            what = f"more local ranks than GPUs: the machine has {torch.cuda.device_count()}"
+            fix = "start as many processes as there are GPUs: torchrun --nproc_per_node=N"
+            raise ForgeError(what, where=f"rank {self.rank}", fix=fix)
         return torch.device("cuda", self.local_rank)
 
 
@@ -67,53 +62,67 @@ class Ranks:
 def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float) -> Iterator[None]:
     """Join the other ranks and leave them cleanly: NCCL between GPUs, gloo between CPUs.
 
-    ForgeError when others go away. torchrun names the rank that failed, and the collective's
-    time-out ends one that hangs.
+    Errors of torch that a user can cure become ForgeErrors. torchrun names the rank that failed,
+    and the collective's time-out ends one that hangs.
     """
-    if device.type == "cuda":
+    is_gpu, is_alone = device.type == "cuda", ranks.world_size == 1
+    if is_gpu:
         torch.cuda.set_device(device)
-    if ranks.world_size == 1:
-        yield
-        return
-    check_own_store()
-    # GPUs get gloo, too: what is decided on the host is shared without the GPU.
-    backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    timeout = timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        if not is_alone:
+            check_own_store()
+            # GPUs get gloo, too: what is decided on the host is shared without the GPU.
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
+                timeout=timedelta(seconds=timeout_seconds),
+                device_id=device if is_gpu else None,
+            )
         yield
     except ForgeError:
-        # All ranks have it and leave by themselves: the first to be gone has torchrun end the
-        # others, which must print their message first.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not is_alone:  # the first to leave has torchrun end the others, which print theirs first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("gloo", "NCCL", "nccl", "client socket")):
+        if (known := explained(error, ranks)) is None:
             raise
-        raise ForgeError(
-            "lost contact with the other ranks",
-            where=f"rank {ranks.rank}: {str(error).splitlines()[0][:160]}",
-            fix="look at the output of the rank that torchrun names; if none failed, one took "
-            "longer than guard.timeout_seconds (a checkpoint to a slow disk, say). Then --resume",
-        ) from error
-    # Not after an error: it would wait for the ranks that are gone.
-    dist.destroy_process_group()
+        raise known from error
+    if not is_alone:  # and not after an error: it would wait for the ranks that are gone
+        dist.destroy_process_group()
+
+
+def explained(error: RuntimeError, ranks: Ranks) -> ForgeError | None:
+    """What a user can do about an error of torch, None if nothing is known."""
+    lines = str(error).strip().splitlines()
+    where = f"rank {ranks.rank}: {''.join(lines[:1])[:160]}"
+    if isinstance(error, torch.OutOfMemoryError):
+        fix = (
+            "the same command with --resume --set batch.micro_batch_size=N, N below the "
+            "micro-batch that the run said at its start; tokens a step stay the same"
+        )
+        return ForgeError("out of GPU memory", where=where, fix=fix)
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        fix = "install a C compiler, such as gcc, if that is missing; or --resume --set compile=off"
+        return ForgeError(f"torch.compile failed: {' '.join(lines[:2])}", where=where, fix=fix)
+    if any(sign in str(error) for sign in ("gloo", "NCCL", "nccl", "client socket")):
+        fix = (
+            "look at the output of the rank that torchrun names; if none failed, one took longer "
+            "than guard.timeout_seconds (a checkpoint to a slow disk, say). Then --resume"
+        )
+        return ForgeError("lost contact with the other ranks", where=where, fix=fix)
+    return None
 
 
 def check_own_store() -> None:
     """ForgeError where torchrun would restart the ranks, and they could not meet again.
 
-    torchrun keeps one store for all its restarts, and the ranks before left their addresses in it:
-    who reads those waits for the dead (pytorch issue 135712). With a store of its own, each start
-    begins without them.
+    torchrun keeps one store for all its restarts, and the ranks before left their addresses in it
+    (pytorch issue 135712). With a store of its own, each start begins without them.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise ForgeError(
-            f"torchrun may restart the ranks ({restarts} times), which could not meet again",
-            where="the environment of torchrun",
-            fix=f"export {OWN_STORE}=1 before the same command",
-        )
+        what = "torchrun may restart the ranks, which could not meet again"
+        fix = f"export {OWN_STORE}=1 before the same command"
+        raise ForgeError(what, where=f"--max-restarts={restarts}", fix=fix)
 
 
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
@@ -123,42 +132,27 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return tensor
 
 
+def on_all(ranks: Ranks, action: Callable[[], T]) -> list[T]:
+    """What `action` returns on each rank, on every rank. A ForgeError of one is raised on all."""
+    mine: T | ForgeError
+    try:
+        mine = action()
+    except ForgeError as error:
+        mine = error
+    results: list[T | ForgeError] = [mine] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(results, mine)
+    if isinstance(mine, ForgeError):
+        raise mine
+    for rank, result in enumerate(results):
+        if isinstance(result, ForgeError):
+            raise ForgeError(f"rank {rank}: {result.what}", where=result.where, fix=result.fix)
+    return cast(list[T], results)
+
+
 def from_first(ranks: Ranks, action: Callable[[], T]) -> T:
     """What `action` returns on rank 0, on every rank. Its ForgeError is raised on every rank."""
-    result: list[T | ForgeError] = [ForgeError("rank 0 did not answer")]
-    if ranks.is_first:
-        try:
-            result = [action()]
-        except ForgeError as error:
-            result = [error]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(result, src=0)
-    if isinstance(result[0], ForgeError):
-        raise result[0]
-    return result[0]
-
-
-def on_all(ranks: Ranks, action: Callable[[], T]) -> T:
-    """What `action` returns on this rank. A ForgeError on any rank is raised on every rank."""
-    problem: ForgeError | None = None
-    try:
-        result = action()
-    except ForgeError as error:
-        problem = error
-    for rank, other in enumerate(gather(ranks, problem)):
-        if other and rank != ranks.rank and problem is None:
-            raise ForgeError(f"rank {rank}: {other.what}", where=other.where, fix=other.fix)
-    if problem:
-        raise problem
-    return result
-
-
-def gather(ranks: Ranks, value: T) -> list[T]:
-    """Each rank's value, by rank, on every rank."""
-    values = [value] * ranks.world_size
-    if ranks.world_size > 1:
-        dist.all_gather_object(values, value)
-    return values
+    return on_all(ranks, lambda: action() if ranks.is_first else cast(T, None))[0]
 
 
 def fill_from_first(
@@ -169,11 +163,7 @@ def fill_from_first(
     Its ForgeError is raised on every rank.
     """
     found: dict[str, torch.Tensor] = {}
-
-    def keep() -> None:
-        found.update(read())
-
-    from_first(ranks, keep)
+    from_first(ranks, lambda: found.update(read()))
     for name, tensor in tensors.items():
         if ranks.is_first:
             tensor.copy_(found.pop(name))

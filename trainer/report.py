@@ -108,12 +108,12 @@ class Metrics:
         """Raises OSError."""
         self.path = run / METRICS_FILE
         self.cut = False  # whether the last line may be incomplete
-        rows = read_metrics(run) if step is not None and self.path.exists() else []
+        rows = read_metrics(run) if step is not None else []
         kept = [row for row in rows if row["step"] <= (step or 0)]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def __call__(self, row: Row) -> None:
-        brief = {key: _brief(value) for key, value in row.items()}
+        brief = {k: _brief(v) if isinstance(v, float) else v for k, v in row.items()}
         try:
             with self.path.open("a") as file:
                 file.write("\n" * self.cut + json.dumps(brief) + "\n")
@@ -125,8 +125,8 @@ class Metrics:
 
 def read_metrics(run: Path) -> list[Row]:
     """The rows of a run's metrics.jsonl, without damaged ones: a kill cuts the last in half."""
-    rows: list[Row] = []
-    for line in (run / METRICS_FILE).read_bytes().splitlines():
+    rows, path = list[Row](), run / METRICS_FILE
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and all(isinstance(row.get(k), ALWAYS[k]) for k in ALWAYS):
@@ -134,10 +134,8 @@ def read_metrics(run: Path) -> list[Row]:
     return rows
 
 
-def _brief(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+def _brief(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 class Terminal:
@@ -154,8 +152,8 @@ class Terminal:
         elif kind == "skip":
             say(f"{at}  loss {row['loss']}, norm {row['norm']}: not finite, update skipped")
         elif kind == "evaluate":
-            loss, bits = row["loss"], row["bits_per_byte"]
-            say(f"{at}  validation loss {loss:.4f}  bits per byte {bits:.4f}")
+            bits = f"bits per byte {row['bits_per_byte']:.4f}"
+            say(f"{at}  validation loss {row['loss']:.4f}  {bits}")
         elif kind == "sample":
             say("  | " + re.sub(r"\s*\n\s*", "\n  | ", row["text"].strip()))
         elif kind == "checkpoint":
@@ -188,93 +186,77 @@ class Terminal:
         return "?" if left == math.inf else duration(max(0.0, left))
 
 
-PAGE = """\
-# {name}, trained from {source}
-
-| model | time | steps | tokens | parameters | loss |
-|---|---|---|---|---|---|
-| {name} | {time} | {steps} | {tokens} | {parameters} | {loss} |
-
-Loss is the mean over the fixed validation tokens, in nats a token.
-
-- Validation loss {first} -> {loss}, {bits} bits a byte; training loss {train_loss}
-- Data: {data}, {epochs:.2f} epochs of {num_tokens:,} tokens
-- Optimizer: {optimizer}
-- Hardware: {hardware}; torch {torch}
-{notes}
-Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), `checkpoints/`
-(safetensors).
-
-    forge-sample {run}
-    forge-export {run} {exported}
-
-{sample}
-"""
-
-
 class Readme:
     """Keeps RUN/README.md, which a person reads first: what the run is and how far it is."""
 
     def __init__(self, run: Path, name: str, config: Config, index: Index, state: State) -> None:
         self.run, self.name, self.config, self.index, self.state = run, name, config, index, state
-        self.first: Row = {}  # the first evaluation
+        self.first: Row | None = None  # the first evaluation
         self.last: dict[str, Row] = {}  # the last row of each kind
         for row in read_metrics(run):
             self.note(row)
 
     def note(self, row: Row) -> None:
         self.last[row["kind"]] = row
-        if row["kind"] == "evaluate" and not self.first:
-            self.first = row
+        if row["kind"] == "evaluate":
+            self.first = self.first or row
 
     def __call__(self, row: Row) -> None:
         self.note(row)
         if row["kind"] not in ("evaluate", "sample", "checkpoint", "stop"):
             return
-        path = self.run / "README.md"
+        text = self.text().encode("utf-8", "replace")
         try:
-            write_whole(path, self.text().encode("utf-8", "replace"), wait_for_disk=False)
+            write_whole(self.run / "README.md", text, wait_for_disk=False)
         except OSError as error:  # a full disk must not end a day's training
-            say(f"WARNING: {path} not written: {error}")
+            say(f"WARNING: README.md not written: {error}")
 
     def text(self) -> str:
         config, index, run, last = self.config, self.index, self.run, self.last
         now = max(last.values(), key=lambda row: int(row["step"]))
-        stop, first, evaluated = self.state.plan.stop, self.first, last.get("evaluate", {})
-        train_loss = last.get("step", {}).get("loss")
+        evaluated, taken, stop = last.get("evaluate"), last.get("step"), self.state.plan.stop
+        steps = f"{now['step']:,}" + ("" if stop == math.inf else f" of {stop:,.0f}")
+        loss, num_tokens = _number(evaluated, "loss"), index.total("num_tokens", "train")
         revision = (index.source.get("hub") or {}).get("revision")
-        num_tokens = index.total("num_tokens", "train")
-        notes = ""
+        sample = last.get("sample", {}).get("text", "").replace("\n", "\n> ")
+        longer = ""
         if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:
             path = quote(str(checkpoint.checkpoint_path(run, flat)))
-            notes += f"- To train it for longer: `--from {path}`, the last checkpoint before the "
-            notes += "learning rate fell, with another --out, and --set seed=2 for another order\n"
-        sample = last.get("sample", {}).get("text", "")
-        return PAGE.format(
-            name=self.name,
-            source=self.state.weights_from or "scratch",
-            time=duration(now["seconds"]),
-            steps=f"{now['step']:,}" + ("" if stop == math.inf else f" of {stop:,.0f}"),
-            tokens=amount(now["tokens"]),
-            parameters=amount(config.model.num_parameters()),
-            loss=_number(evaluated.get("loss")) if evaluated else "-",
-            first=_number(first.get("loss")),
-            bits=_number(evaluated.get("bits_per_byte")),
-            train_loss=_number(train_loss) if "step" in last else "-",
-            data=index.source["name"] + (f" at {revision}" if revision else ""),
-            epochs=now["tokens"] / max(1, num_tokens),
-            num_tokens=num_tokens,
-            optimizer=config.optimizer.describe(),
-            hardware=last.get("start", {}).get("hardware"),
-            torch=torch.__version__,
-            notes=notes,
-            run=quote(str(run)),
-            exported=quote(f"{run if run.name else run.absolute().name}-hf"),
-            sample="> " + sample.replace("\n", "\n> ") if sample else "",
-        )
+            longer = f"""\
+- To train it for longer: `--from {path}`, the last checkpoint before the learning rate fell, with
+  another --out, and --set seed=2 for another order
+"""
+        return f"""\
+# {self.name}, trained from {self.state.weights_from or "scratch"}
+
+| model | time | steps | tokens | parameters | loss |
+|---|---|---|---|---|---|
+| {self.name} | {duration(now["seconds"])} | {steps} | {amount(now["tokens"])} \
+| {amount(config.model.num_parameters())} | {loss} |
+
+Loss is the mean over the fixed validation tokens, in nats a token.
+
+- Validation loss {_number(self.first, "loss")} -> {loss}, {_number(evaluated, "bits_per_byte")} \
+bits a byte; training loss {_number(taken, "loss")}
+- Data: {index.source["name"]}{f" at {revision}" if revision else ""}, \
+{now["tokens"] / max(1, num_tokens):.2f} epochs of {num_tokens:,} tokens
+- Optimizer: {config.optimizer.describe()}
+- Hardware: {last.get("start", {}).get("hardware")}; torch {torch.__version__}
+{longer}
+Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), `checkpoints/`
+(safetensors).
+
+    forge-sample {quote(str(run))}
+    forge-export {quote(str(run))} {quote(f"{run if run.name else run.absolute().name}-hf")}
+
+> {sample}
+"""
 
 
-def _number(value: float | None) -> str:
+def _number(row: Row | None, key: str) -> str:
+    if row is None:
+        return "-"
+    value = row[key]
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 

@@ -8,132 +8,95 @@ RUN/r50k_base.tiktoken    the vocabulary
 RUN/checkpoints/          weights and optimizer state (checkpoint.py)
 """
 
-import json
-import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-
-import xxhash
 
 from pipeline import shards
 from pipeline.errors import ForgeError
-from pipeline.files import check_utf8, write_whole
+from pipeline.files import write_whole
 from pipeline.shards import Index
 from trainer import checkpoint
-from trainer.checkpoint import CONFIG_FILE
+from trainer.checkpoint import CONFIG_FILE, State
 from trainer.config import Config
 from trainer.config_file import differences, flat, to_toml
-from trainer.config_file import load as load_config
-from trainer.ranks import Ranks, gather
+from trainer.ranks import Ranks, on_all
 from trainer.report import METRICS_FILE, read_metrics, say
 
 DATA_FILE = "data_index.json"
 # Keys that cannot change: weights, windows and plan depend on them.
-FIXED = ("model.", "schedule.", "seed:", "precision:", "batch.tokens_per_step:")
+FIXED = ("--from:", "model.", "schedule.", "seed:", "precision:", "batch.tokens_per_step:")
 # What a start that was killed at once may leave: the config, which makes it a run, comes last.
 BEFORE_CONFIG = {shards.VOCABULARY_FILE, DATA_FILE, METRICS_FILE}
 
 
-def check_out(run: Path) -> None:
-    """ForgeError when --out cannot hold a run."""
-    check_utf8(run)
-    nearest = nearest_folder(run)
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ForgeError("--out cannot be made or written there", where=nearest, fix="name another")
+@dataclass(frozen=True)
+class Command:
+    """What the user asked for."""
+
+    config: Config
+    name: str  # of the config
+    data: Path
+    run: Path
+    resume: bool = False
+    weights_from: Path | None = None  # a run, a checkpoint, a folder of transformers
 
 
-def open_run(config: Config, index: Index, run: Path, resume: bool) -> int | None:
-    """The step to resume from; None for a new run. ForgeError if neither may be. Writes nothing."""
+def open_run(command: Command, index: Index) -> State | None:
+    """Where the run stands; None for a new one. ForgeError if neither may be. Writes nothing."""
+    run, source = command.run, command.weights_from
     if not (run / CONFIG_FILE).is_file():
         others = (p for p in run.iterdir() if p.name not in BEFORE_CONFIG)
         if strange := next((p.name for p in others if p.suffix != ".partial"), None):
-            raise ForgeError(
-                f"--out contains other files and no run: {strange}",
-                where=run,
-                fix="name another, or move them",
-            )
+            what = f"--out contains other files and no run: {strange}"
+            raise ForgeError(what, where=run, fix="name another, or move them")
         return None
-    if not resume:
-        raise ForgeError(
-            "--out holds a run already",
-            where=run,
-            fix="add --resume to continue it, or name another --out",
-        )
+    if not command.resume:
+        fix = "add --resume to continue it, or name another --out"
+        raise ForgeError("--out holds a run already", where=run, fix=fix)
     found = checkpoint.steps(run)
-    log = read_metrics(run) if (run / METRICS_FILE).exists() else []
-    if not found and any(row["kind"] == "checkpoint" for row in log):
-        raise ForgeError(
-            f"the checkpoints are gone: {METRICS_FILE} lists some",
-            where=run / checkpoint.FOLDER,
-            fix="bring the folder back; or begin anew with another --out",
-        )
-    state = checkpoint.load_state(run, found[-1], ()) if found else None
-    if state and not state.fixed:
-        raise ForgeError(
-            "an earlier version of forge-train made this run, and only that can resume it",
-            where=run,
-            fix=f"start a new run from its weights: --from {run} --out ANOTHER",
-        )
-    before = load_config(str(run / CONFIG_FILE))
-    changes = differences(before, config)
-    fixed = [change for change in changes if change.startswith(FIXED)]
-    if state and state.fixed != fixed_checksum(config) and not fixed:
-        fixed = [f"{run / CONFIG_FILE} was edited"]
-    if fixed:
-        raise ForgeError(
-            f"a run keeps its model, its schedule and its order of the text: {', '.join(fixed)}",
-            where=run / CONFIG_FILE,
-            fix="use the same config; or start a new run, with --from for its weights: "
-            f"--from {run} --out ANOTHER",
-        )
-    ours = index.folder / shards.INDEX_FILE
-    if (run / DATA_FILE).exists() and (run / DATA_FILE).read_bytes() != ours.read_bytes():
-        raise ForgeError(
-            "the run was trained on other shards, or the folder was extended: index.json differs",
-            where=index.folder,
-            fix=f"give the folder that it was trained on, or start a new run: --from {run} "
-            "--out ANOTHER",
-        )
+    if not found:
+        if any(row["kind"] == "checkpoint" for row in read_metrics(run)):
+            what = f"the checkpoints are gone: {METRICS_FILE} lists some"
+            fix = "bring the folder back, or begin anew with another --out"
+            raise ForgeError(what, where=run / checkpoint.FOLDER, fix=fix)
+        return None
+    state = checkpoint.load_state(run, found[-1])
+    anew = f"start a new run from its weights: --from {run} --out ANOTHER"
+    if not state.config:
+        what = "an earlier version of forge-train made this run, and only that can resume it"
+        raise ForgeError(what, where=run, fix=anew)
+    changes = differences(state.config, flat(command.config))
+    if source and str(source) != state.weights_from:
+        changes.append(f"--from: {state.weights_from or 'none'} -> {source}")
+    if fixed := [change for change in changes if change.startswith(FIXED)]:
+        what = f"a run keeps its model, its schedule and its order of the text: {', '.join(fixed)}"
+        raise ForgeError(what, where=run, fix=f"use the same config, or {anew}")
+    if (run / DATA_FILE).read_bytes() != (index.folder / shards.INDEX_FILE).read_bytes():
+        what = "the run was trained on other shards, or these were extended: index.json differs"
+        raise ForgeError(what, where=index.folder, fix=f"give the same folder, or {anew}")
     for change in changes:
         say(f"Changed since the last start: {change}")
-    return state.step if state else None
+    return state
 
 
-def fixed_checksum(config: Config) -> str:
-    """Of the keys that a run keeps for good."""
-    kept = {key: value for key, value in flat(config).items() if f"{key}:".startswith(FIXED)}
-    return xxhash.xxh3_64(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def nearest_folder(run: Path) -> Path:
-    """RUN/, or the nearest folder above it that exists."""
-    return next(path for path in (run, *run.absolute().parents) if path.exists())
-
-
-def check_same_shards(index: Index, ranks: Ranks) -> None:
-    """ForgeError unless all ranks' folders have the same index.json."""
-    hashes = gather(ranks, index.sha256)
-    differing = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
-    if differing:
-        raise ForgeError(
-            f"the shards of rank {', '.join(differing)} differ from those of rank 0: another index",
-            where=f"{index.folder / shards.INDEX_FILE} on each machine",
-            fix="copy one folder of shards to all machines",
-        )
-
-
-def check_same_folder(run: Path, ranks: Ranks) -> None:
-    """ForgeError when another machine holds the run, and rank 0's does not.
+def check_machines(run: Path, index: Index, ranks: Ranks) -> None:
+    """ForgeError unless all machines have the same shards, and rank 0's the run, if any has it.
 
     torchrun may number the machines anew at each start.
     """
-    seen = gather(ranks, (run / CONFIG_FILE).is_file())
-    if any(seen) and not seen[0]:
-        raise ForgeError(
-            f"the run is on the machine of rank {seen.index(True)}, not on that of rank 0",
-            where=run,
-            fix="copy it to rank 0's machine, or use a folder that all machines share",
+    here = index.sha256, (run / CONFIG_FILE).is_file()
+    hashes, has_run = zip(*on_all(ranks, lambda: here), strict=True)
+    if differing := [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]:
+        what = (
+            f"the shards of rank {', '.join(differing)} differ from those of rank 0: another index"
         )
+        where = f"{index.folder / shards.INDEX_FILE} on each machine"
+        raise ForgeError(what, where=where, fix="copy one folder of shards to all machines")
+    if any(has_run) and not has_run[0]:
+        what = f"the run is on the machine of rank {has_run.index(True)}, not on that of rank 0"
+        fix = "copy it to rank 0's machine, or use a folder that all machines share"
+        raise ForgeError(what, where=run, fix=fix)
 
 
 def check_room(run: Path, num_bytes: int, keep_last: int) -> None:
@@ -141,16 +104,12 @@ def check_room(run: Path, num_bytes: int, keep_last: int) -> None:
 
     The checkpoints that RUN/ has already make room for the next ones.
     """
-    needed = (keep_last + 1) * num_bytes
     folder = run / checkpoint.FOLDER
-    needed -= sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    free = shutil.disk_usage(nearest_folder(folder)).free
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    needed, free = (keep_last + 1) * num_bytes - there, shutil.disk_usage(run).free
     if free < needed:
-        raise ForgeError(
-            f"the disk has {free / 1e9:.2f} GB left, and checkpoints take {needed / 1e9:.2f} more",
-            where=run,
-            fix="make room, or lower checkpoint.keep_last",
-        )
+        what = f"{free / 1e9:.2f} GB of disk are left, and checkpoints take {needed / 1e9:.2f} more"
+        raise ForgeError(what, where=run, fix="make room, or lower checkpoint.keep_last")
 
 
 def write_files(run: Path, config: Config, index: Index, found: str) -> None:

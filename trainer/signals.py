@@ -11,7 +11,7 @@ SAME_PRESS_SECONDS = 1.0  # torchrun passes on the Ctrl-C that the terminal has 
 
 
 class Signals:
-    """SIGINT, SIGTERM, SIGHUP: save after the step at hand and leave. SIGUSR1: save.
+    """SIGINT, SIGTERM, SIGHUP: save after the current step and leave. SIGUSR1: save.
 
     A second SIGINT ends the process at once; checkpoints are whole or absent all the same.
     """
@@ -45,7 +45,7 @@ class Signals:
         elif not self.stop:
             self.stop, self.stopped_at = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self.stopped_at > SAME_PRESS_SECONDS:
-            os.write(sys.stderr.fileno(), b"Leaving now; --resume continues.\n")
+            os.write(sys.stderr.fileno(), b"Leaving now, at the last checkpoint.\n")
             os._exit(128 + signal.SIGINT)
 
 

@@ -2,10 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,61 +12,34 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, refusals
 from trainer import checkpoint, layouts
 from trainer.backends import compile_model, load_libraries
 from trainer.check import describe
 from trainer.checkpoint import MODEL_FILE, OPTIMIZER_FILE, State, checkpoint_path
-from trainer.config import Config
-from trainer.memory import cut_here
+from trainer.config import ModelConfig
+from trainer.config_file import flat
+from trainer.memory import checkpoint_bytes, cut_here
 from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import Ranks, fill_from_first, from_first
 from trainer.report import Metrics, Readme, Report, Row, Terminal, duration, hardware, say
-from trainer.run import check_room, fixed_checksum, write_files
+from trainer.run import Command, check_room, write_files
 from trainer.schedule import Clock, first_plan
 from trainer.step import Setup
 from trainer.windows import Data, MicroBatches
 
 
-@dataclass(frozen=True)
-class Command:
-    """What the user asked for."""
-
-    config: Config
-    name: str  # of the config
-    data: Path
-    run: Path
-    resume: bool = False
-    weights_from: Path | None = None  # a run, a checkpoint, a folder of transformers
-
-
-def first_state(
-    command: Command, data: Data, device: torch.device, step: int | None, ranks: Ranks
-) -> State:
-    """Where the run stands: that of the checkpoint at `step`, or before the first step."""
-    config, source = command.config, str(command.weights_from or "")
-
-    def resumed() -> State:
-        state = checkpoint.load_state(command.run, step or 0)
-        if source and source != state.weights_from:
-            raise ForgeError(
-                f"the run that is resumed began with other weights: "
-                f"{state.weights_from or 'random ones'}",
-                where=f"--from {source}",
-                fix="leave out --from, or name another --out",
-            )
-        return state
-
-    if step is not None:
-        return from_first(ranks, resumed)
+def new_state(command: Command, data: Data, device: torch.device) -> State:
+    """Before the first step."""
+    config = command.config
     return State(
         config.model,
         str(compute_dtype(config, device)).removeprefix("torch."),
         data.index.tokenizer.get("sha256", ""),
-        fixed_checksum(config),
+        flat(config),
         first_plan(config),
-        weights_from=source,
+        weights_from=str(command.weights_from or ""),
     )
 
 
@@ -90,70 +62,55 @@ def prepare(
     return Setup(config, data, ranks, device, cut, model, optimizer, batches)
 
 
-def load_weights(setup: Setup, command: Command, step: int | None) -> None:
-    """Fill model and optimizer with the checkpoint at `step`, or with the weights of --from."""
-    optimizer, files = setup.optimizer, []
-    masters = optimizer.views(optimizer.masters)
-    if step is not None:
-        path, moments = checkpoint_path(command.run, step), optimizer.state()
-        files = [(path / MODEL_FILE, masters), (path / OPTIMIZER_FILE, moments)]
+def load_weights(setup: Setup, command: Command, state: State, is_new: bool) -> None:
+    """Fill model and optimizer with the run's checkpoint, or with the weights of --from."""
+    optimizer = setup.optimizer
+    masters, moments = optimizer.views(optimizer.masters), optimizer.state()
+    if not is_new:
+        path = checkpoint_path(command.run, state.step)
+        for file, tensors in ((MODEL_FILE, masters), (OPTIMIZER_FILE, moments)):
+            read = partial(checkpoint.load_tensors, path / file, tensors)
+            fill_from_first(setup.ranks, read, tensors)
     elif command.weights_from is not None:
-        fill_from_first(setup.ranks, partial(read_source, command, masters), masters)
-    for file, tensors in files:
-        fill_from_first(setup.ranks, partial(checkpoint.load_tensors, file, tensors), tensors)
+        read = partial(read_source, command.weights_from, setup.config.model, masters)
+        fill_from_first(setup.ranks, read, masters)
     optimizer.copy_to_model()
 
 
-def read_source(command: Command, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_source(source: Path, wanted: ModelConfig, masters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that --from names, for `masters`. ForgeError unless they are of this model."""
-    source, wanted = command.weights_from, command.config.model
-    assert source is not None
     if found := checkpoint.find(source):
         model = checkpoint.load_state(*found, (MODEL_FILE,)).model
     else:
         model, tensors = layouts.read_folder(source)
-    sizes = [each.sizes() for each in (model, wanted)]
-    if differing := [f"{k}: {sizes[0][k]} -> {v}" for k, v in sizes[1].items() if sizes[0][k] != v]:
-        raise ForgeError(
-            f"the weights are of another model: {', '.join(differing)}",
-            where=source,
-            fix="use a config with the same [model]",
-        )
+    theirs, ours = model.sizes(), wanted.sizes()
+    if differing := [f"{k}: {theirs[k]} -> {v}" for k, v in ours.items() if theirs[k] != v]:
+        what = f"the weights are of another model: {', '.join(differing)}"
+        raise ForgeError(what, where=source, fix="use a config with the same [model]")
     if found:
         tensors = checkpoint.load_tensors(checkpoint_path(*found) / MODEL_FILE, masters)
     return tensors
 
 
-def open_report(
-    setup: Setup, command: Command, state: State, clock: Clock, step: int | None
-) -> Report:
-    """Create the run folder, or continue it after `step`. Only rank 0 has watchers."""
+def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_new: bool) -> Report:
+    """Create the run folder, or continue it. Only rank 0 has watchers."""
     config, run, ranks, cut = setup.config, command.run, setup.ranks, setup.cut
     index, watchers = setup.data.index, list[Callable[[Row], None]]()
     where = hardware(setup.device, ranks.world_size)
 
     def make() -> None:
-        saved = (setup.optimizer.masters, *setup.optimizer.state().values())
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved)
-        check_room(run, num_bytes, config.checkpoint.keep_last)
+        check_room(run, checkpoint_bytes(config), config.checkpoint.keep_last)
         found = ""
         if config.batch.micro_batch_size == "auto":  # and stays so: the next start may find another
             found = (
-                f"# On {where}: batch.micro_batch_size was found to be {cut.micro_batch_size}, "
-                f"with {cut.accumulation_steps} accumulation steps.\n"
+                f"# On {where}: batch.micro_batch_size was found to be {cut.micro_batch_size}.\n"
             )
-        try:
-            metrics = Metrics(run, step)
+        with refusals("write the run folder", run, "or choose another --out"):
+            metrics = Metrics(run, None if is_new else state.step)
             write_files(run, command.config, index, found)
-        except OSError as error:
-            raise ForgeError(
-                f"cannot write the run folder: {error.strerror}",
-                where=error.filename,
-                fix="name another --out, or make it writable",
-            ) from error
         readme = Readme(run, command.name, config, index, state)
         watchers.extend((metrics, Terminal(config, state, clock), readme))
-        if step is not None:
+        if not is_new:
             say(f"Resuming from step {state.step}, after {duration(state.seconds)} of training.")
         elif state.weights_from:
             say(f"Beginning with the weights of {state.weights_from}.")
@@ -163,31 +120,6 @@ def open_report(
     from_first(ranks, make)
     report = Report(watchers, config, clock)
     process = {"process": os.getpid(), "started_at": int(time.time())}
-    report(
-        "start", state.step, world_size=ranks.world_size, hardware=where, **asdict(cut), **process
-    )
+    here = {"world_size": ranks.world_size, "hardware": where, **asdict(cut), **process}
+    report("start", state.step, **here)
     return report
-
-
-@contextmanager
-def clear_errors(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Turns out-of-memory and compiler errors into ForgeErrors."""
-    where = f"rank {ranks.rank}, {device}"
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ForgeError(
-            "out of GPU memory",
-            where=f"{where}: {str(error).splitlines()[0][:120]}",
-            fix="the same command with --resume --set batch.micro_batch_size=N, N below the "
-            "micro-batch that the run said at its start; tokens a step stay the same",
-        ) from error
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        raise ForgeError(
-            f"torch.compile failed: {' '.join(str(error).strip().splitlines()[:2])}",
-            where=where,
-            fix="install a C compiler, such as gcc, if that is missing; or do without: "
-            "--resume --set compile=off",
-        ) from error

@@ -31,7 +31,7 @@ class Setup:
 
 
 class Votes(NamedTuple):
-    """What one rank wants; what any of them wants, all do."""
+    """One rank's requests; all ranks do what any of them asks for."""
 
     stop: bool = False
     save: bool = False

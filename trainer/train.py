@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipeline.errors import ForgeError
-from pipeline.files import hold
+from pipeline.files import check_utf8, hold
 from trainer.backends import attention_backends
 from trainer.checkpoint import Checkpoints, State
+from trainer.config import counted
 from trainer.evaluate import sample_text, validation_loss
-from trainer.ranks import Ranks, from_first, gather, on_all, process_group
+from trainer.ranks import Ranks, from_first, on_all, process_group
 from trainer.report import Report, duration, peak_flops, say
-from trainer.run import check_out, check_same_folder, check_same_shards, open_run
+from trainer.run import Command, check_machines, open_run
 from trainer.schedule import Clock, learning_rate
 from trainer.signals import Signals
-from trainer.start import Command, clear_errors, first_state, load_weights, open_report, prepare
+from trainer.start import load_weights, new_state, open_report, prepare
 from trainer.step import Inbox, Setup, StepResult, Votes, train_step
 from trainer.windows import check_amount, open_data
 
@@ -31,9 +32,9 @@ ENDING_SECONDS = 5.0  # longest wait for a killed process to release the run
 def train(command: Command, started: float | None = None) -> None:
     """Train to the end of the schedule, or until a signal; writes everything under `run`.
 
-    `started` is the time.perf_counter() from which on the budget runs (else: now). Only rank 0
-    reads and writes the run folder; the shards are read from each machine's
-    own disk. Raises ForgeError, on every rank alike, for anything that a user can cause or cure.
+    `started` is the time.perf_counter() at which the budget begins (else: now). Only rank 0 reads
+    and writes the run folder; each machine has its own shards. Raises ForgeError, on every rank,
+    for anything that a user can cause or cure.
     """
     started = time.perf_counter() if started is None else started
     config, run, ranks = command.config, command.run, Ranks.from_environment()
@@ -41,28 +42,31 @@ def train(command: Command, started: float | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     with ExitStack() as opened:
         opened.enter_context(process_group(ranks, device, config.guard.timeout_seconds))
-        opened.enter_context(clear_errors(ranks, device))
         opened.enter_context(attention_backends(device))
-        data = on_all(ranks, lambda: open_data(config, command.data))
+        data = on_all(ranks, lambda: open_data(config, command.data))[ranks.rank]
+        check_machines(run, data.index, ranks)
         check_amount(config, data)
-        check_same_shards(data.index, ranks)
-        check_same_folder(run, ranks)
-        from_first(ranks, lambda: check_out(run))
-        from_first(ranks, lambda: opened.enter_context(hold(run, "forge-train", ENDING_SECONDS)))
-        step = from_first(ranks, lambda: open_run(config, data.index, run, command.resume))
-        state = first_state(command, data, device, step, ranks)
-        if step is not None and state.step >= state.plan.stop:
+
+        def open_folder() -> State | None:
+            check_utf8(run)
+            opened.enter_context(hold(run, "forge-train", ENDING_SECONDS))
+            return open_run(command, data.index)
+
+        resumed = from_first(ranks, open_folder)
+        is_new, state = resumed is None, resumed or new_state(command, data, device)
+        if state.step >= state.plan.stop:
             if ranks.is_first:
                 say(f"The run is complete: {run}. To train on: --from it, with another --out.")
             return
         setup = prepare(command, data, device, state, ranks)
-        load_weights(setup, command, step)
+        load_weights(setup, command, state, is_new)
         clock = Clock(config, started, state.seconds)
-        checkpoints = Checkpoints(run, config.checkpoint, None if state.validation_loss else step)
+        is_unproven = not is_new and state.validation_loss is None
+        checkpoints = Checkpoints(run, config.checkpoint, state.step if is_unproven else None)
         signals = opened.enter_context(Signals())
-        report = open_report(setup, command, state, clock, step)
+        report = open_report(setup, command, state, clock, is_new)
         with setup.batches:
-            if step is None:
+            if is_new:
                 if command.weights_from:  # so that --resume does not need --from
                     save(setup, state, clock, report, checkpoints)
                 evaluate(setup, state, clock, report)
@@ -71,8 +75,8 @@ def train(command: Command, started: float | None = None) -> None:
         if not is_complete:
             report("stop", state.step, signal=signals.stop or "on another rank")
         if ranks.is_first:
-            again = f"Stopped at step {state.step}; the same command with --resume continues."
-            say(f"Done in {duration(clock.used)}: {run}" if is_complete else again)
+            stopped = f"Stopped at step {state.step}; the same command with --resume continues."
+            say(f"Done in {duration(clock.used)}: {run}" if is_complete else stopped)
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -133,16 +137,19 @@ def run_steps(
         if not inbox.waiting:  # all is read, and something else may have been done since
             inbox.restart()
     if unsaved or not heard.is_sound:
-        raise ForgeError(
-            f"the last step is not saved: {unsaved or 'a loss or a norm is not finite'}",
-            where=f"step {state.step} of {checkpoints.run}",
-            fix=f"{'make room' if unsaved else 'lower optimizer.peak_lr'}, then the same command "
-            f"with --resume; {from_first(setup.ranks, checkpoints.last_good)}",
-        )
+        what = f"the last step is not saved: {unsaved or 'a loss or a norm is not finite'}"
+        cure = "make room" if unsaved else "lower optimizer.peak_lr"
+        raise failure(what, state.step, f"{cure}, then --resume", setup, checkpoints)
+
+
+def failure(what: str, step: int, cure: str, setup: Setup, checkpoints: Checkpoints) -> ForgeError:
+    """An error that names the checkpoint to continue from; for all ranks to raise together."""
+    fix = f"{cure}; {from_first(setup.ranks, checkpoints.last_good)}"
+    return ForgeError(what, where=f"step {step} of {checkpoints.run}", fix=fix)
 
 
 def vote(setup: Setup, state: State, clock: Clock, signals: Signals) -> Votes:
-    """What this rank wants; the clock is rank 0's."""
+    """This rank's vote; the clock is rank 0's."""
     is_first = setup.ranks.is_first
     return Votes(
         bool(signals.stop),
@@ -171,11 +178,10 @@ def take_up(
         if result.is_sound and setup.ranks.is_first:
             checkpoints.prove()
         if heard.skipped >= setup.config.guard.max_skipped_steps:
-            raise ForgeError(
-                f"{heard.skipped} steps in a row were not finite",
-                where=f"step {result.step} of {checkpoints.run}",
-                fix="lower optimizer.peak_lr; " + from_first(setup.ranks, checkpoints.last_good),
+            what = (
+                f"the loss or the norm of {counted(heard.skipped, 'step')} in a row was not finite"
             )
+            raise failure(what, result.step, "lower optimizer.peak_lr", setup, checkpoints)
 
 
 def speeds(setup: Setup, seconds: float) -> dict[str, float | None]:
@@ -214,14 +220,12 @@ def save(
     """Save on rank 0, after comparing the weights of all ranks; returns the error, if any."""
     began = time.perf_counter()
     optimizer, ranks = setup.optimizer, setup.ranks
-    sums = gather(ranks, int(optimizer.masters.view(torch.int32).sum(dtype=torch.int64)))
+    total = int(optimizer.masters.view(torch.int32).sum(dtype=torch.int64))
+    sums = on_all(ranks, lambda: total)
     if len(set(sums)) > 1:
-        listed = ", ".join(f"rank {rank}: {total:x}" for rank, total in enumerate(sums))
-        raise ForgeError(
-            f"the weights are no longer the same on all ranks ({listed})",
-            where=f"step {state.step} of {checkpoints.run}",
-            fix="suspect a GPU or its memory; " + from_first(ranks, checkpoints.last_good),
-        )
+        listed = ", ".join(f"rank {rank}: {found:x}" for rank, found in enumerate(sums))
+        what = f"the weights are no longer the same on all ranks ({listed})"
+        raise failure(what, state.step, "suspect a GPU or its memory", setup, checkpoints)
     state.seconds = clock.used
     masters = optimizer.views(optimizer.masters)
     problem = from_first(ranks, lambda: checkpoints.save(masters, optimizer.state(), state))

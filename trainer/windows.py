@@ -82,7 +82,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Data:
-    """The two splits, checked, and the bytes of each token (V,) for bits per byte."""
+    """The two splits, checked, and each token's bytes (V,), for bits per byte."""
 
     index: Index
     train: Windows

@@ -19,7 +19,7 @@ from pipeline.errors import ForgeError
 from trainer import config_file
 from trainer import train as trainer
 from trainer.report import read_metrics
-from trainer.start import Command
+from trainer.run import Command
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from trainer import backends, config_file
 from trainer.optimizer import Optimizer
 from trainer.ranks import Ranks, process_group
-from trainer.start import Command, first_state, prepare
+from trainer.run import Command
+from trainer.start import new_state, prepare
 from trainer.step import Votes, train_step
 from trainer.windows import open_data
 
@@ -79,7 +80,7 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
         process_group(ranks, device, chosen.guard.timeout_seconds),
         backends.attention_backends(device),
     ):
-        state = first_state(command, opened, device, None, ranks)
+        state = new_state(command, opened, device)
         setup = prepare(command, opened, device, state, ranks)
         cut = setup.cut
         with setup.batches:
