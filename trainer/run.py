@@ -9,7 +9,7 @@ RUN/checkpoints/          weights and optimizer state (checkpoint.py)
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import shards
@@ -77,7 +77,7 @@ def open_run(command: Command, index: Index) -> State | None:
         raise ForgeError(what, where=index.folder, fix=f"give the same folder, or {anew}")
     for change in changes:
         say(f"Changed since the last start: {change}")
-    return state
+    return replace(state, config=flat(command.config))
 
 
 def check_machines(run: Path, index: Index, ranks: Ranks) -> None:

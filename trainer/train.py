@@ -178,9 +178,7 @@ def take_up(
         if result.is_sound and setup.ranks.is_first:
             checkpoints.prove()
         if heard.skipped >= setup.config.guard.max_skipped_steps:
-            what = (
-                f"the loss or the norm of {counted(heard.skipped, 'step')} in a row was not finite"
-            )
+            what = f"{counted(heard.skipped, 'step')} in a row not finite"
             raise failure(what, result.step, "lower optimizer.peak_lr", setup, checkpoints)
 
 
