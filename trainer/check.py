@@ -8,7 +8,7 @@ from trainer.config import Config, counted
 from trainer.memory import Cut, checkpoint_bytes, cut_here
 from trainer.ranks import Ranks
 from trainer.report import amount, hardware, say
-from trainer.windows import check_amount, open_data
+from trainer.windows import check_amount, open_data, with_epochs
 
 MANY_EPOCHS = 5  # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models"
 
@@ -17,6 +17,7 @@ def check(config: Config, name: str, folder: Path) -> None:
     """Print the plan on rank 0. ForgeError that names all that keeps it from being trained."""
     ranks, problems = Ranks.from_environment(), []
     data, device = open_data(config, folder), ranks.device()
+    config = with_epochs(config, data)
     try:
         text = describe(config, name, data.index, cut_here(config, ranks, device), ranks)
         if ranks.is_first:

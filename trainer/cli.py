@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -43,10 +44,10 @@ def main(
     weights_from: Path | None,
     check: bool,
 ) -> None:
-    """Train a model from scratch on a folder of shards.
+    """Train a model on a folder of shards: from scratch, or --from weights that exist.
 
     CONFIG is the name of a config (tiny, forge_tiny; forge_124m, forge_350m, forge_770m; gpt2,
-    gpt2_medium, gpt2_large, gpt2_xl) or a .toml path.
+    gpt2_medium, gpt2_large, gpt2_xl; chat) or a .toml path.
 
     \b
     On two GPUs (the options before forge-train are torchrun's):
@@ -57,7 +58,8 @@ def main(
     schedule.budget_hours=24 ends a run by the clock.
 
     To train a finished run for longer, begin another with its weights: --from RUN --out RUN2.
-    RUN/README.md names the best checkpoint for that.
+    RUN/README.md names the best checkpoint for that. To talk to it, tune it on conversations
+    (forge-prep chat makes DIR): forge-train chat --from RUN --data DIR --out RUN2.
     """
     end_with_launcher()  # before torch is imported, which takes seconds
     # torch reads these when it is imported; a user's own values win.
@@ -69,14 +71,14 @@ def main(
     from trainer import check as checking
     from trainer import config_file
     from trainer.run import Command
+    from trainer.start import model_to_tune
     from trainer.train import train
 
-    if check and weights_from:
-        raise click.UsageError("--check and --from exclude each other")
     if out is None and not check:
         raise click.UsageError("--out is missing: the folder for the run (or add --check)")
     try:
-        chosen, name = config_file.load(config, settings), Path(config).stem
+        find_model = partial(model_to_tune, config, weights_from, data)
+        chosen, name = config_file.load(config, settings, find_model), Path(config).stem
         if check or out is None:
             checking.check(chosen, name, data)
         else:

@@ -33,6 +33,7 @@ Positive = Annotated[float, Bounds(0, above=True)]
 NotNegative = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
 Beta = Annotated[float, Bounds(0, math.nextafter(1, 0))]
+ENDS = ("max_steps", "max_tokens", "max_epochs", "budget_hours")  # of the schedule
 
 
 def counted(count: int, noun: str) -> str:
@@ -158,8 +159,9 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class ScheduleConfig:
     warmup_steps: CountOrZero
-    max_steps: Count | None = None  # the run ends at the first of the three
+    max_steps: Count | None = None  # the run ends at the first of these
     max_tokens: Count | None = None
+    max_epochs: Positive | None = None  # of the shards
     budget_hours: Positive | None = None  # wall clock, with the last evaluation and checkpoint
     shape: Literal["auto", "cosine", "wsd"] = "auto"  # auto: wsd with budget_hours, else cosine
     final_lr_fraction: Share = 0.1  # of peak_lr, where the cosine ends
@@ -217,9 +219,9 @@ class Config:
             names = name, "model.context_length"
             problems += indivisible(names, tokens, self.model.context_length)
         budget_hours = self.schedule.budget_hours
-        if self.num_steps() is None and budget_hours is None:
-            ends = "schedule.max_steps, schedule.max_tokens or schedule.budget_hours"
-            problems.append(f"{ends} must say when to end")
+        if not any(getattr(self.schedule, name) for name in ENDS):
+            keys = ", ".join(f"schedule.{name}" for name in ENDS)
+            problems.append(f"one of {keys} must say when to end")
         if budget_hours is not None and self.shape() == "cosine":
             problems.append('schedule.shape = "cosine" is not for schedule.budget_hours: use "wsd"')
         return problems
@@ -228,7 +230,10 @@ class Config:
         return self.batch.tokens_per_step // self.model.context_length
 
     def num_steps(self) -> int | None:
-        """Steps of the run at most; None if only the clock ends it."""
+        """Steps of the run at most; None if only the clock ends it.
+
+        max_epochs counts once the data is known: windows.with_epochs().
+        """
         max_steps, max_tokens = self.schedule.max_steps, self.schedule.max_tokens
         by_tokens = max_tokens and -(-max_tokens // self.batch.tokens_per_step)
         return min((limit for limit in (max_steps, by_tokens) if limit), default=None)

@@ -7,6 +7,7 @@ import re
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from sys import float_info
@@ -55,15 +56,22 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def available() -> list[str]:
     """Names of the configs that come with the program, smallest model first."""
     named = [f for f in files("configs").iterdir() if f.name.endswith(".toml")]
-    models = {f.name[:-5]: tomllib.loads(f.read_text(encoding="utf-8"))["model"] for f in named}
-    return sorted(models, key=lambda n: models[n]["num_layers"] * models[n]["embedding_size"] ** 2)
+    read = {f.name[:-5]: tomllib.loads(f.read_text(encoding="utf-8")) for f in named}
+    models = {name: values["model"] for name, values in read.items() if "model" in values}
+    names = sorted(models, key=lambda n: models[n]["num_layers"] * models[n]["embedding_size"] ** 2)
+    return names + sorted({*read} - {*names})
 
 
-def load(name: str, settings: tuple[str, ...] = ()) -> Config:
+def load(
+    name: str,
+    settings: tuple[str, ...] = (),
+    find_model: Callable[[], ModelConfig] | None = None,
+) -> Config:
     """Config by name (from configs/, whatever the working directory) or by path.
 
     `settings` are `section.key=value` strings, the value in TOML's notation, quotes optional.
-    Raises ForgeError that lists every problem.
+    `find_model` gives the model where the file has none, as chat.toml. Raises ForgeError that lists
+    every problem.
     """
     is_path = name.endswith(".toml") or "/" in name
     path: Any = Path(name) if is_path else files("configs") / f"{name}.toml"
@@ -73,6 +81,9 @@ def load(name: str, settings: tuple[str, ...] = ()) -> Config:
         fix = f"{''.join(close)}give the path of a .toml file, or one of: {', '.join(known)}"
         raise ForgeError(f"no such config{' file' * is_path}", where=name, fix=fix)
     values = read_toml(path)
+    if "model" not in values and find_model:
+        model = dataclasses.asdict(find_model())
+        values["model"] = {key: value for key, value in model.items() if value is not None}
     for setting in settings:
         apply_setting(values, setting)
     drop_removed(values, path, name)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from pipeline import shards
+from pipeline import chatml, shards
 from trainer.config import Config
 from trainer.cross_entropy import IGNORED
 from trainer.model import LanguageModel
@@ -13,6 +13,7 @@ from trainer.ranks import Ranks, on_all, sum_over_ranks
 from trainer.windows import Data, to_device, windows_at
 
 VALIDATION_SEED = 0  # one choice of validation windows for every run
+OPENINGS = 64  # conversations, of which the shortest question is asked
 
 
 @torch.no_grad()
@@ -29,41 +30,53 @@ def validation_loss(
     mine = np.arange(ranks.rank, count, ranks.world_size)
     mine = windows_at(mine, data.val.num_windows, VALIDATION_SEED)
     token_bytes = torch.tensor([len(token) for token in data.vocabulary], device=device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
 
     def add_mine() -> None:
         for first in range(0, len(mine), micro_batch_size):
             batch = data.val.read(mine[first : first + micro_batch_size])
             # The last one is filled up: torch.compile would compile another shape anew.
             full = np.resize(batch, (micro_batch_size, length + 1))
-            inputs, targets = to_device(full, device)
-            sums[1] += token_bytes[targets[: len(batch)]].sum()
+            inputs, targets = to_device(full, device, data.val.is_chat)
             is_real = torch.arange(micro_batch_size, device=device)[:, None] < len(batch)
             targets = torch.where(is_real, targets, IGNORED)
+            scored = targets[targets != IGNORED]
+            sums[1] += len(scored)
+            sums[2] += token_bytes[scored].sum()
             with torch.enable_grad():  # as in training, or it would be compiled again
                 x = model.trunk(inputs).detach()  # frees the graph at once
             sums[0] += model.loss(x, targets)
 
     on_all(ranks, add_mine)
-    nats, num_bytes = sum_over_ranks(sums, ranks).tolist()
-    return nats / (count * length), nats / math.log(2) / num_bytes
+    nats, num_tokens, num_bytes = sum_over_ranks(sums, ranks).tolist()
+    return nats / num_tokens, nats / math.log(2) / num_bytes
+
+
+def opening(data: Data) -> list[int]:
+    """What a sample begins with: <|endoftext|>, or a short question of the validation split."""
+    if not data.val.is_chat:
+        return [shards.EOT_TOKEN]
+    windows = data.val.read(np.arange(min(OPENINGS, data.val.num_windows)))
+    first: list[list[int]] = [w[: np.argmax(chatml.trained(w))].tolist() for w in windows]
+    return min(first, key=len)
 
 
 @torch.no_grad()
-def sample_text(model: LanguageModel, vocabulary: list[bytes], num_tokens: int, step: int) -> str:
-    """A short text after <|endoftext|>, at temperature 0.8."""
-    device = next(model.parameters()).device
+def sample_text(model: LanguageModel, data: Data, num_tokens: int, step: int) -> str:
+    """A short text, of conversations an answer, at temperature 0.8."""
+    device, begun = next(model.parameters()).device, opening(data)
     generator = torch.Generator().manual_seed(step)
-    length = min(num_tokens, model.config.context_length - 1)
-    tokens = torch.full((1, length + 1), shards.EOT_TOKEN, device=device)
-    text = b""
+    length = min(len(begun) + num_tokens, model.config.context_length)
+    tokens = torch.full((1, length), shards.EOT_TOKEN, device=device)
+    tokens[0, : len(begun)] = torch.tensor(begun)
+    text = b"".join(data.vocabulary[token] for token in begun)
     # Always the full length, as attention is causal: new shapes would cost a GPU more.
-    for n in range(length):
-        logits = model.logits(model.hidden(tokens)[:, n]).float().cpu() / 0.8
-        logits[:, shards.VOCAB_SIZE :] = -math.inf  # rows that a config may have added
+    for n in range(len(begun), length):
+        logits = model.logits(model.hidden(tokens)[:, n - 1]).float().cpu() / 0.8
+        logits[:, len(data.vocabulary) :] = -math.inf  # rows that a config may have added
         token = torch.multinomial(logits.softmax(-1), 1, generator=generator).item()
-        tokens[0, n + 1] = token
-        text += vocabulary[int(token)]
-        if token == shards.EOT_TOKEN:
+        tokens[0, n] = token
+        text += data.vocabulary[int(token)]
+        if token in (shards.EOT_TOKEN, chatml.IM_END):
             break
     return text.decode("utf-8", "replace")

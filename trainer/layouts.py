@@ -162,6 +162,14 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     The weights keep their stored type, and may be views that are not contiguous. Raises ForgeError
     unless we compute the model exactly.
     """
+    config = read_model(folder)
+    with torch.device("meta"):  # for names and shapes alone
+        model = build_model(config)
+    return config, our_weights(model, read_tensors(folder), folder)
+
+
+def read_model(folder: Path) -> ModelConfig:
+    """The model of a folder in transformers' layout; ForgeError unless we compute it exactly."""
     where = folder / CONFIG_FILE
     if not where.is_file():
         fix = (
@@ -170,10 +178,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         )
         what = "no model there" if folder.exists() else "no such folder"
         raise ForgeError(what, where=folder, fix=fix)
-    config = read_config(read_json(where), where)
-    with torch.device("meta"):  # for names and shapes alone
-        model = build_model(config)
-    return config, our_weights(model, read_tensors(folder), folder)
+    return read_config(read_json(where), where)
 
 
 def read_json(path: Path) -> dict[str, Any]:

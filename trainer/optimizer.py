@@ -109,7 +109,7 @@ class Optimizer:
             dist.all_reduce(sent)
             self.gradients.copy_(sent)
 
-    def update(self, lr: float, num_tokens: int, is_sound: Tensor) -> Tensor:
+    def update(self, lr: float, num_tokens: Tensor, is_sound: Tensor) -> Tensor:
         """One update of all masters and the model, by the gradient's mean over `num_tokens`.
 
         Returns the gradient's norm, and clips it to max_norm. Where `is_sound` (a bool on the

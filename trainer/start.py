@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ForgeError, refusals
+from pipeline.shards import load_index
 from trainer import checkpoint, layouts
 from trainer.backends import compile_model, load_libraries
 from trainer.check import describe
@@ -29,10 +30,15 @@ from trainer.schedule import Clock, first_plan
 from trainer.step import Setup
 from trainer.windows import Data, MicroBatches
 
+EMBEDDING = "wte.weight"
+
 
 def new_state(command: Command, data: Data, device: torch.device) -> State:
-    """Before the first step."""
+    """Before the first step. ForgeError for conversations without a model to tune."""
     config = command.config
+    if data.train.is_chat and command.weights_from is None:
+        what = "conversations tune a model that was trained on text before"
+        raise ForgeError(what, where=data.index.folder, fix="forge-train chat --from RUN")
     return State(
         config.model,
         str(compute_dtype(config, device)).removeprefix("torch."),
@@ -77,19 +83,47 @@ def load_weights(setup: Setup, command: Command, state: State, is_new: bool) -> 
     optimizer.copy_to_model()
 
 
+def model_to_tune(name: str, source: Path | None, data: Path) -> ModelConfig:
+    """The model of --from, with a row of the embedding for each of chat's tokens.
+
+    It is for a config without a model, of that name. ForgeError unless `data` is of conversations.
+    """
+    index = load_index(data)
+    if source is None:
+        what, fix = "the config has no model of its own", "--from RUN, the run that is to be tuned"
+        raise ForgeError(what, where=name, fix=fix)
+    if index.chat is None:
+        fix = "make a folder of conversations: forge-prep chat SOURCE --out DIR"
+        raise ForgeError("a folder of text, not of conversations", where=data, fix=fix)
+    if found := checkpoint.find(source):
+        model = checkpoint.load_state(*found, ()).model
+    else:
+        model = layouts.read_model(source)
+    return replace(model, vocab_size=max(model.vocab_size, index.tokenizer["vocab_size"]))
+
+
 def read_source(source: Path, wanted: ModelConfig, masters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that --from names, for `masters`. ForgeError unless they are of this model."""
+    """The weights that --from names, for `masters`. ForgeError unless they are of this model.
+
+    An embedding with fewer tokens than the config's gets the mean of its rows for the new ones.
+    """
     if found := checkpoint.find(source):
         model = checkpoint.load_state(*found, (MODEL_FILE,)).model
     else:
         model, tensors = layouts.read_folder(source)
     theirs, ours = model.sizes(), wanted.sizes()
+    if model.vocab_size < wanted.vocab_size:
+        theirs["vocab_size"] = wanted.vocab_size
     if differing := [f"{k}: {theirs[k]} -> {v}" for k, v in ours.items() if theirs[k] != v]:
         what = f"the weights are of another model: {', '.join(differing)}"
         raise ForgeError(what, where=source, fix="use a config with the same [model]")
     if found:
-        tensors = checkpoint.load_tensors(checkpoint_path(*found) / MODEL_FILE, masters)
-    return tensors
+        rows = torch.empty(model.vocab_size, model.embedding_size, device="meta")
+        path = checkpoint_path(*found) / MODEL_FILE
+        tensors = checkpoint.load_tensors(path, masters | {EMBEDDING: rows})
+    rows = tensors[EMBEDDING]
+    new = rows.mean(0, keepdim=True).expand(wanted.vocab_size - len(rows), -1)
+    return tensors | {EMBEDDING: torch.cat([rows, new])}
 
 
 def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_new: bool) -> Report:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
+from trainer.cross_entropy import IGNORED
 from trainer.memory import Cut
 from trainer.model import LanguageModel
 from trainer.optimizer import Optimizer
@@ -61,18 +62,19 @@ def train_step(setup: Setup, lr: float, votes: Votes) -> Tensor:
     ForgeError when this rank cannot read its windows.
     """
     model, optimizer = setup.model, setup.optimizer
-    num_tokens = setup.config.batch.tokens_per_step
-    total = torch.zeros((), device=setup.device)
+    total, count = torch.zeros(2, device=setup.device)  # of losses, and of tokens with one
     for inputs, targets in setup.batches.of_step():
         loss = model(inputs, targets)  # a sum over tokens: the optimizer divides, in float32
         loss.backward()
         optimizer.collect()
         total += loss.detach()
+        count += (targets != IGNORED).sum()
     optimizer.reduce()
-    mine = [total / num_tokens, *(torch.full_like(total, float(vote)) for vote in votes)]
-    shared = sum_over_ranks(torch.stack(mine), setup.ranks)
-    norm = optimizer.update(lr, num_tokens, is_sound=torch.isfinite(shared[0]))
-    return torch.cat([shared, norm.reshape(1)])
+    mine = [total, count, *(torch.full_like(total, float(vote)) for vote in votes)]
+    total, count, *heard = sum_over_ranks(torch.stack(mine), setup.ranks)
+    loss = total / count
+    norm = optimizer.update(lr, count, is_sound=torch.isfinite(loss))
+    return torch.stack([loss, *heard, norm])
 
 
 class Moment:

@@ -24,7 +24,7 @@ from trainer.schedule import Clock, learning_rate
 from trainer.signals import Signals
 from trainer.start import load_weights, new_state, open_report, prepare
 from trainer.step import Inbox, Setup, StepResult, Votes, train_step
-from trainer.windows import check_amount, open_data
+from trainer.windows import check_amount, open_data, with_epochs
 
 ENDING_SECONDS = 5.0  # longest wait for a killed process to release the run
 
@@ -44,6 +44,8 @@ def train(command: Command, started: float | None = None) -> None:
         opened.enter_context(process_group(ranks, device, config.guard.timeout_seconds))
         opened.enter_context(attention_backends(device))
         data = on_all(ranks, lambda: open_data(config, command.data))[ranks.rank]
+        config = with_epochs(config, data)
+        command = replace(command, config=config)
         check_machines(run, data.index, ranks)
         check_amount(config, data)
 
@@ -200,7 +202,7 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     text, num_tokens = "", config.evaluate.sample_tokens
     if setup.ranks.is_first and num_tokens and state.step and math.isfinite(loss):
-        text = sample_text(model, setup.data.vocabulary, num_tokens, state.step)
+        text = sample_text(model, setup.data, num_tokens, state.step)
     took = time.perf_counter() - began
     if state.step:  # the one before the first step compiles
         clock.evaluation = took

@@ -7,21 +7,23 @@ positions, where W is its number of windows, and the ranks share them out. So th
 state, and the same step holds the same windows on 1, 2 or 8 ranks.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import shards
+from pipeline import chatml, shards
 from pipeline.errors import ForgeError
 from pipeline.shards import Index
 from trainer.config import Config, counted
+from trainer.cross_entropy import IGNORED
 from trainer.ranks import Ranks
 
 Ids = npt.NDArray[np.int64]
@@ -36,7 +38,8 @@ class Windows:
 
     def __init__(self, index: Index, split: str, context_length: int) -> None:
         self.index, self.split, self.context_length = index, split, context_length
-        self.shards = index.of(split)
+        self.shards, self.num_ids = index.of(split), index.tokenizer["vocab_size"]
+        self.is_chat = index.chat is not None
         per_shard = [max(0, shard.num_tokens - 1) // context_length for shard in self.shards]
         self.ends = np.cumsum(per_shard, dtype=np.int64)  # windows up to and with each shard
         self.num_windows = int(self.ends[-1]) if per_shard else 0
@@ -64,8 +67,8 @@ class Windows:
             for row in np.flatnonzero(in_shard == number):
                 start = (windows[row] - before) * self.context_length
                 out[row] = tokens[start : start + self.context_length + 1]
-            if out[in_shard == number].max() >= shards.VOCAB_SIZE:
-                what = f"a token is outside the vocabulary of {shards.VOCAB_SIZE:,}"
+            if out[in_shard == number].max() >= self.num_ids:
+                what = f"a token is outside the vocabulary of {self.num_ids:,}"
                 path = self.index.folder / self.shards[number].file
                 raise ForgeError(what, where=path, fix=VERIFY)
         return out
@@ -97,11 +100,27 @@ def open_data(config: Config, folder: Path) -> Data:
     if num_ids > vocab_size:
         what = f"the shards have {num_ids:,} token ids, the model {vocab_size:,}"
         raise ForgeError(what, where=folder, fix=f"--set model.vocab_size={num_ids}")
+    context_length = config.model.context_length
+    if index.chat and index.chat["context_length"] != context_length:
+        what = f"conversations packed for {index.chat['context_length']:,} tokens of context, "
+        fix = f"pack them again: forge-prep chat --context-length {context_length}"
+        raise ForgeError(f"{what}and the model has {context_length:,}", where=folder, fix=fix)
     vocabulary = shards.read_vocabulary(folder / shards.VOCABULARY_FILE)
+    vocabulary += [b""] * (num_ids - len(vocabulary))  # chat's markers
     train, val = (Windows(index, split, config.model.context_length) for split in shards.SPLITS)
     train.check()
     val.check()
     return Data(index, train, val, vocabulary)
+
+
+def with_epochs(config: Config, data: Data) -> Config:
+    """The config with schedule.max_epochs as max_steps, unless that is smaller."""
+    schedule, per_step = config.schedule, config.windows_per_step()
+    if schedule.max_epochs is None:
+        return config
+    steps = math.ceil(schedule.max_epochs * data.train.num_windows / per_step)
+    steps = max(1, min(steps, schedule.max_steps or steps))
+    return replace(config, schedule=replace(schedule, max_steps=steps))
 
 
 def check_amount(config: Config, data: Data) -> None:
@@ -165,12 +184,25 @@ def step_positions(step: int, config: Config, size: int, ranks: Ranks) -> Ids:
     return np.arange(first, first + share, dtype=np.int64).reshape(-1, size)
 
 
-def to_device(windows: npt.NDArray[np.uint16], device: torch.device) -> MicroBatch:
-    """(B, T + 1) uint16 -> inputs and targets (B, T) int64 on the device, without waiting."""
-    tokens = torch.from_numpy(windows.astype(np.int64))
-    if device.type == "cuda":
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    return tokens[:, :-1], tokens[:, 1:]
+def to_device(
+    windows: npt.NDArray[np.uint16], device: torch.device, is_chat: bool = False
+) -> MicroBatch:
+    """(B, T + 1) uint16 -> inputs and targets (B, T) int64 on the device, without waiting.
+
+    In conversations, targets that are not the assistant's words are IGNORED.
+    """
+
+    def sent(array: npt.NDArray[np.generic]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return (
+            tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        )
+
+    tokens = sent(windows.astype(np.int64))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    if is_chat:
+        targets = targets.where(sent(chatml.trained(windows)[:, 1:].copy()), IGNORED)
+    return inputs, targets
 
 
 class MicroBatches:
@@ -227,4 +259,4 @@ class MicroBatches:
         step, part = divmod(number, self.accumulation_steps)
         positions = step_positions(step, self.config, self.size, self.ranks)[part]
         chosen = windows_at(positions, self.windows.num_windows, self.config.seed)
-        return to_device(self.windows.read(chosen), self.device)
+        return to_device(self.windows.read(chosen), self.device, self.windows.is_chat)
