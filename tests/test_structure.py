@@ -18,6 +18,7 @@ ALLOWED = {
     "pipeline": {"pipeline"},
     "trainer": {
         "trainer",
+        "pipeline.chatml",
         "pipeline.shards",
         "pipeline.errors",
         "pipeline.files",
@@ -26,6 +27,7 @@ ALLOWED = {
     "sampler": {
         "sampler",
         "trainer",
+        "pipeline.chatml",
         "pipeline.shards",
         "pipeline.errors",
         "pipeline.files",
