@@ -5,9 +5,10 @@ A window has exactly context_length tokens. It holds whole conversations, each o
 one of REASONS.
 """
 
+import re
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,10 @@ REASONS = {
     "too_long": "longer than the context",
 }
 MIN_CONTEXT_LENGTH = 16
+NAME_COLUMNS = (
+    "name the column of the messages, or those of prompt and answer: "
+    "--columns dialog, --columns question,response"
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,16 @@ class ChatOptions:
         if self.context_length < MIN_CONTEXT_LENGTH:
             what = f"--context-length {self.context_length} is too short for a conversation"
             raise ForgeError(what, fix=f"take the model's own, from {MIN_CONTEXT_LENGTH} on")
+
+    def record(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        return asdict(self) | {"columns": list(self.columns)}
+
+
+def describe_skipped(counts: Mapping[str, int]) -> str:
+    """How many conversations were left out for each reason, in words."""
+    found = [f"{counts[why]:,} {REASONS[why]}" for why in REASONS if counts.get(why)]
+    return "; ".join(found) or "no conversation was left out"
 
 
 class LeftOutError(Exception):
@@ -73,12 +88,19 @@ def find_columns(names: Iterable[str], wanted: tuple[str, ...], where: object) -
         if set(columns) <= set(names):
             return columns
     known = " or ".join(" + ".join(columns) for columns in ((wanted,) if wanted else LAYOUTS))
-    raise ForgeError(
-        f"no conversations: no columns {known}; there are: {', '.join(names)}",
-        where=where,
-        fix="name the column of the messages, or those of prompt and answer: "
-        "--columns dialog, --columns question,response",
-    )
+    what = f"no conversations: no columns {known}; there are: {', '.join(names)}"
+    raise ForgeError(what, where=where, fix=NAME_COLUMNS)
+
+
+def check_types(kinds: Mapping[str, str], where: object) -> None:
+    """ForgeError unless the columns of a layout have the types that it needs, in Arrow's names."""
+    wanted, says = r"(large_)?list<.*|null", "lists of messages"
+    if len(kinds) > 1:
+        wanted, says = r"(large_)?string(_view)?|null", "strings"
+    for name, kind in kinds.items():
+        if not re.fullmatch(wanted, kind):
+            what = f"column {name!r} holds {kind}, not {says}"
+            raise ForgeError(what, where=where, fix=NAME_COLUMNS)
 
 
 def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
@@ -138,6 +160,18 @@ def is_unicode(text: str) -> bool:
 def encode(messages: Messages, encode_text: Callable[[str], Iterable[int]]) -> Tokens:
     """The tokens of a conversation: <|endoftext|>, then its turns."""
     return np.array(chatml.render(messages, encode_text), np.uint16)
+
+
+def fit(tokens: Tokens, options: ChatOptions) -> Tokens:
+    """A conversation that fits into a window: all of it, or with `long` "cut" its beginning.
+
+    Raises LeftOutError if it is left out.
+    """
+    if len(tokens) <= options.context_length:
+        return tokens
+    if options.long == "leave":
+        raise LeftOutError("too_long")
+    return cut(tokens, options.context_length)
 
 
 def cut(tokens: Tokens, context_length: int) -> Tokens:
@@ -200,3 +234,8 @@ def count(windows: Tokens) -> dict[str, int]:
     num_trained = int(chatml.trained(windows).sum())
     counts = {"num_turns": starts, "num_trained_tokens": num_trained}
     return counts | {"num_padding_tokens": ends - starts}
+
+
+def add(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """The sums of two of count()'s, of which either may be empty."""
+    return {name: counts.get(name, 0) + more.get(name, 0) for name in {**counts, **more}}

@@ -9,8 +9,9 @@ A shard is an llm.c / modded-nanogpt token file, little-endian throughout:
     12      1012     zero
     1024    2 each   tokens, uint16
 
-Every document starts with <|endoftext|> (50256), and text never makes that token. Beside the shards
-lie `r50k_base.tiktoken` (the vocabulary: one `base64(bytes) rank` a line) and index.json, which is
+Every document starts with <|endoftext|> (50256), and text never makes that token. A shard of chat
+is windows of packed conversations (chat.py), then one more <|im_end|>. Beside the shards lie
+`r50k_base.tiktoken` (the vocabulary: one `base64(bytes) rank` a line) and index.json, which is
 written last: a folder without it is not finished. What is still being made lies in `.work/`.
 
 Sources: llm.c dev/data/data_common.py (write_datafile), modded-nanogpt data/fineweb.py.
@@ -130,7 +131,8 @@ class DocumentLengths:
 class Index:
     """index.json. `source`, `options` and `skipped` are plain records of how it was made.
 
-    `base` is what a longer run keeps (see prepare.py); None if nothing can be added.
+    `base` is what a longer run keeps (see prepare.py); None if nothing can be added. `chat` is None
+    for text; else it has `template`, `context_length` and counts, by split.
     """
 
     folder: Path
@@ -141,6 +143,7 @@ class Index:
     document_tokens: dict[str, DocumentLengths]
     shards: tuple[Shard, ...]
     base: dict[str, Any] | None = None
+    chat: dict[str, Any] | None = None
     sha256: str = field(default="", compare=False)  # of index.json itself, once it is on disk
 
     def of(self, split: str) -> tuple[Shard, ...]:
@@ -152,7 +155,7 @@ class Index:
 
     def to_json(self) -> str:
         head = {"format": INDEX_FORMAT, "version": INDEX_VERSION}
-        head |= {key: getattr(self, key) for key in (*SECTIONS, "base")}
+        head |= {key: getattr(self, key) for key in (*SECTIONS, "base", "chat")}
         head["splits"] = {
             split: {
                 "num_shards": len(self.of(split)),
@@ -288,11 +291,8 @@ def no_index(folder: Path) -> ForgeError:
     elif any(name.endswith(".bin") for name in names):
         fix = "if its .bin files are llm.c's or modded-nanogpt's shards: forge-prep index DIR"
     else:
-        what = (
-            f"no folder of shards: it has no {INDEX_FILE}"
-            if is_there
-            else "no such folder of shards"
-        )
+        what = f"no folder of shards: it has no {INDEX_FILE}"
+        what = what if is_there else "no such folder of shards"
         fix = "make one of the text: forge-prep tokenize SOURCE --out DIR; then give DIR"
         fix = f"give the folder of shards itself, such as {below.parent}" if below else fix
     return ForgeError(what, where=folder, fix=fix)
@@ -329,6 +329,8 @@ def load_index(folder: Path) -> Index:
         for section, keys in RELIED_ON.items():
             for key in keys:
                 raw[section][key]
+        for counts in raw["chat"]["splits"].values() if raw.get("chat") else ():
+            _check_counts(raw["chat"]["context_length"], *counts.values())
         for shard in raw["shards"]:
             _check_counts(*(shard[key] for key in COUNTS))
         figures = {split: each["document_tokens"] for split, each in raw["splits"].items()}
@@ -338,6 +340,7 @@ def load_index(folder: Path) -> Index:
             document_tokens={k: DocumentLengths.from_json(v) for k, v in figures.items()},
             shards=tuple(Shard(**shard) for shard in raw["shards"]),
             base=raw.get("base"),
+            chat=raw.get("chat"),
             sha256=hashlib.sha256(data).hexdigest(),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
