@@ -8,9 +8,8 @@ import json
 import math
 import os
 import re
-import shlex
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import click
 
 from pipeline.command import ForgeCommand
 from pipeline.errors import ForgeError
+from pipeline.terminal import ProgressBar, next_commands, report
 
 # Before numpy: its BLAS, which nothing here calls, would spin with a thread a core in each process.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -40,25 +40,6 @@ class Count(click.ParamType[int]):
         if number < 1:
             self.fail(f"{value!r} is no count; write 250000, 500k, 2.5M, 10B or 1e9", param, ctx)
         return number
-
-
-def next_commands(folder: Path, index: Any) -> str:
-    """What to type next, with a config that the shards are enough for."""
-    tokens = {split: index.total("num_tokens", split) for split in ("train", "val")}
-    config = "gpt2" if min(tokens.values()) > 2**20 else "tiny"  # gpt2 validates on a million
-    quoted, most = shlex.quote(str(folder)), max(0, tokens["val"] - 1) // 128 * 128
-    train = f"Train: forge-train {config} --data {quoted} --check"
-    if index.total("num_documents") == 1:
-        train = (
-            "Train: a document is never split, and forge-train needs two; --split-on cuts a .txt"
-        )
-    elif tokens["train"] <= 1_024 or not most:  # tiny's step, and its context
-        split = "train" if most else "val"
-        train = f"Train: too few {split} tokens, even for the config tiny: tokenize more text"
-        train += ", or with a larger --val-fraction" * (split == "val")
-    elif most < 8_192:  # tiny validates on as many
-        train += f" --set evaluate.num_tokens={most}"
-    return f"Look:  forge-prep info {quoted}\n{train}"
 
 
 def cores() -> int:
@@ -91,34 +72,67 @@ def main() -> None:
     """
 
 
+Command = Callable[..., Any]
 A_PATH = click.Path(path_type=Path)
 DIR = click.argument("folder", metavar="DIR", type=A_PATH)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 shown = functools.partial(click.option, show_default=True)
 
 
+def val_fraction(default: float, what: str) -> Callable[[Command], Command]:
+    return shown(
+        "--val-fraction",
+        default=default,
+        type=click.FloatRange(0, 1, max_open=True),
+        help=f"Share of the {what} held out, by the hash of their text.",
+    )
+
+
+OF_A_SOURCE = (
+    click.argument("source"),
+    click.option(
+        "--out",
+        type=A_PATH,
+        help="Folder for the shards.  [default: data_cache/ and the name of the config or source]",
+    ),
+    click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup."),
+    shown("--split", default="train", help="Split of a hub dataset."),
+    click.option(
+        "--revision", help="Branch, tag or commit of a hub dataset; the commit is recorded."
+    ),
+    click.option(
+        "--max-tokens",
+        type=Count(),
+        help="Stop after this many training tokens (10B, 500M). A larger number adds to it.",
+    ),
+    shown(
+        "--on-error",
+        default="stop",
+        type=click.Choice(["stop", "skip"]),
+        help="At a damaged file, row group, line or text: stop, or leave it out and count it.",
+    ),
+    click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]"),
+    click.option(
+        "--overwrite", is_flag=True, help="Remove forge-prep's shards in the folder first."
+    ),
+    click.option(
+        "--keep-downloads", is_flag=True, help="Keep a hub dataset's files, in downloads/."
+    ),
+    AS_JSON,
+)
+
+
+def of_a_source(command: Command) -> Command:
+    """The argument and options of a command that makes shards of a SOURCE."""
+    for each in reversed(OF_A_SOURCE):
+        command = each(command)
+    return command
+
+
 @main.command()
-@click.argument("source")
-@click.option(
-    "--out",
-    type=A_PATH,
-    help="Folder for the shards.  [default: data_cache/ and the name of the config or source]",
-)
-@click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup.")
-@shown("--split", default="train", help="Split of a hub dataset.")
-@click.option("--revision", help="Branch, tag or commit of a hub dataset; the commit is recorded.")
+@of_a_source
+@val_fraction(0.005, "documents")
 @shown("--text-column", default="text", help="Column or key of the text.")
-@click.option(
-    "--max-tokens",
-    type=Count(),
-    help="Stop after this many training tokens (10B, 500M). A larger number extends the folder.",
-)
-@shown(
-    "--val-fraction",
-    default=0.005,
-    type=click.FloatRange(0, 1, max_open=True),
-    help="Share of the documents held out, by the hash of their text.",
-)
 @shown("--shard-tokens", default="10M", type=Count(), help="Tokens a train shard, at most, about.")
 @click.option("--min-score", type=float, help="Drop documents with a lower int_score, or none.")
 @click.option(
@@ -127,26 +141,7 @@ shown = functools.partial(click.option, show_default=True)
     help="Start a new document of a .txt file at each line that begins with TEXT: '' for blank "
     "lines, 'CHAPTER', '<|endoftext|>'.",
 )
-@shown(
-    "--on-error",
-    default="stop",
-    type=click.Choice(["stop", "skip"]),
-    help="At a damaged file, row group, line or text: stop, or leave it out and count it.",
-)
-@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
-@click.option("--overwrite", is_flag=True, help="Remove forge-prep's shards in the folder first.")
-@click.option("--keep-downloads", is_flag=True, help="Keep a hub dataset's files, in downloads/.")
-@AS_JSON
-def tokenize(
-    source: str,
-    out: Path | None,
-    on_error: str,
-    workers: int | None,
-    overwrite: bool,
-    keep_downloads: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def tokenize(source: str, split_on: str | None, **given: Any) -> None:
     """Tokenize SOURCE into a folder of shards with an index.
 
     SOURCE is a .parquet, .jsonl, .json (of JSON Lines; also .gz, .zst) or .txt file, a folder or a
@@ -161,66 +156,107 @@ def tokenize(
       forge-prep tokenize HuggingFaceTB/smollm-corpus --config fineweb-edu-dedup --max-tokens 10B
       forge-prep tokenize 'books/*.jsonl.zst' --out data_cache/books --text-column body
     """
-    from pipeline.prepare import tokenize
     from pipeline.readers import with_marker
-    from pipeline.sources import Options, resolve
+    from pipeline.sources import Options
 
-    hub = {name: options.pop(name) for name in ("config", "split", "revision")}
-    resolved = resolve(source, **hub)
-    given = click.get_current_context().get_parameter_source
-    for name in hub:
-        if not resolved.hub and given(name) is not click.core.ParameterSource.DEFAULT:
-            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is none")
-    if options["split_on"] is not None and resolved.kind != "txt":
-        raise click.UsageError(f"--split-on is for .txt files; {source} holds {resolved.kind}")
-    if others := resolved.not_read:
-        more = f" and {len(others) - 3} more" * (len(others) > 3)
-        click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
-    if options["split_on"] is None and resolved.kind == "txt" and (marked := with_marker(resolved)):
+    found = find(source, given)
+    if split_on is not None and found.kind != "txt":
+        raise click.UsageError(f"--split-on is for .txt files; {source} holds {found.kind}")
+    if split_on is None and found.kind == "txt" and (marked := with_marker(found)):
         hint = "--split-on '<|endoftext|>' makes documents of its pieces"
         click.echo(f"{marked} holds <|endoftext|> as plain text: {hint}.", err=True)
-    folder = out or Path("data_cache") / default_name(source, hub["config"])
+    names = ("val_fraction", "max_tokens", "text_column", "shard_tokens", "min_score")
+    options = Options(**{name: given[name] for name in names}, split_on=split_on)
+    make(source, found, options, given)
+
+
+@main.command()
+@of_a_source
+@val_fraction(0.02, "conversations")
+@shown(
+    "--context-length",
+    default=1024,
+    type=click.IntRange(1),
+    help="Tokens of a window: the context_length of the model that will be tuned.",
+)
+@shown(
+    "--long",
+    default="leave",
+    type=click.Choice(["leave", "cut"]),
+    help="Longer conversations: leave them out, or cut them behind the last answer that fits.",
+)
+@click.option(
+    "--columns",
+    metavar="NAMES",
+    default="",
+    help="Columns of the conversations, if not found: one of lists of messages, or those of the "
+    "prompt and of the answer, as question,response.",
+)
+def chat(source: str, context_length: int, long: str, columns: str, **given: Any) -> None:
+    """Turn the conversations of SOURCE into a folder of shards to tune a model on.
+
+    SOURCE is as for tokenize, without .txt. A row or line is a conversation, in the column
+    `messages` (a list of role and content) or `conversations` (from and value), or in
+    `instruction`, `input` and `output`, or in `prompt` and `completion`. Roles are system, user
+    and assistant (or human and gpt).
+
+    It is written as ChatML, `<|im_start|>role`, the content, `<|im_end|>`, and conversations are
+    packed whole into windows of --context-length tokens. The loss is over the assistant's words.
+    What cannot be trained on is left out and counted: forge-prep info says why, and forge-prep
+    show marks what is trained on.
+
+    Stopped or killed, the same command resumes where it was, and ends with the same bytes.
+
+    \b
+    Examples:
+      forge-prep chat HuggingFaceTB/smol-smoltalk
+      forge-prep chat faq.jsonl --out data_cache/faq --columns question,answer --val-fraction 0.1
+    """
+    from pipeline.chat import ChatOptions
+    from pipeline.sources import Options
+
+    named = tuple(name.strip() for name in columns.split(",") if name.strip())
+    how = ChatOptions(context_length, long, named)
+    found = find(source, given)
+    if found.kind == "txt":
+        raise click.UsageError(f"conversations are rows of .parquet or .jsonl; {source} holds .txt")
+    options = Options(val_fraction=given["val_fraction"], max_tokens=given["max_tokens"], chat=how)
+    make(source, found, options, given)
+
+
+def find(source: str, given: dict[str, Any]) -> Any:
+    """The resolved SOURCE. Says which files of it are not read."""
+    from pipeline.sources import resolve
+
+    names = ("config", "split", "revision")
+    found = resolve(source, *(given[name] for name in names))
+    origin = click.get_current_context().get_parameter_source
+    for name in names:
+        if not found.hub and origin(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is none")
+    if others := found.not_read:
+        more = f" and {len(others) - 3} more" * (len(others) > 3)
+        click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
+    return found
+
+
+def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
+    """Make the shards, and say what was made."""
+    from pipeline.prepare import tokenize
+
+    folder = given["out"] or Path("data_cache") / default_name(source, given["config"])
     with ProgressBar() as bar:
         outcome = tokenize(
-            resolved,
+            found,
             folder,
-            Options(**options),
-            workers=workers or cores(),
-            overwrite=overwrite,
-            keep_downloads=keep_downloads,
-            skip_errors=on_error == "skip",
+            options,
+            workers=given["workers"] or cores(),
+            overwrite=given["overwrite"],
+            keep_downloads=given["keep_downloads"],
+            skip_errors=given["on_error"] == "skip",
             on_progress=bar.update,
         )
-    index, seconds = outcome.index, outcome.seconds
-    train, val = (index.total("num_tokens", split) for split in ("train", "val"))
-    documents, skipped = index.total("num_documents"), index.skipped
-    if as_json:
-        summary = {"folder": str(folder), "up_to_date": outcome.up_to_date}
-        summary |= {"num_train_tokens": train, "num_val_tokens": val, "num_documents": documents}
-        summary |= {"text_bytes": index.total("text_bytes"), "skipped": skipped}
-        summary |= {"num_files_not_read": len(resolved.not_read), "seconds": round(seconds, 3)}
-        click.echo(json.dumps(summary))
-        return
-    if outcome.up_to_date:
-        click.echo(f"{folder} is up to date.")
-    else:
-        speeds = (count / 1e6 / seconds for count in (outcome.new_bytes, outcome.new_tokens))
-        text = "{:.0f} MB/s of text, {:.1f} M tokens/s".format(*speeds)
-        click.echo(f"Done in {seconds:.1f} s: {text}.")
-    num_blank = skipped["null_documents"] + skipped["empty_documents"]
-    click.echo(
-        f"{train:,} train + {val:,} val tokens of {documents:,} documents in "
-        f"{len(index.shards):,} shards; {num_blank:,} null or empty documents skipped."
-    )
-    if low := skipped.get("low_score_documents"):
-        click.echo(f"{low:,} documents below --min-score, or without a score, dropped.")
-    for place in skipped.get("damaged", []):
-        click.echo(f"Left out, damaged: {place}")
-    if (more := skipped.get("num_damaged", 0) - len(skipped.get("damaged", []))) > 0:
-        click.echo(f"And {more:,} more.")
-    if train < (wanted := options["max_tokens"] or 0):
-        click.echo(f"The source has no more: fewer than --max-tokens, {wanted:,}.")
-    click.echo(next_commands(folder, index))
+    report(outcome, folder, found, given["as_json"])
 
 
 @main.command()
@@ -240,15 +276,20 @@ def info(folder: Path, as_json: bool) -> None:
 @click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
 @click.option("--tokens", is_flag=True, help="Show the token ids too.")
 def show(folder: Path, document: int, split: str, tokens: bool) -> None:
-    """Decode DOCUMENT (a number from 0) of a folder of shards."""
+    """Decode DOCUMENT (a number from 0) of a folder of shards.
+
+    Of a conversation, lines that are trained on begin with "> ".
+    """
     from pipeline import info, shards, tokenizer
 
-    shard, start, ids = info.find_document(shards.load_index(folder), split, document)
+    index = shards.load_index(folder)
+    shard, start, ids = info.find_document(index, split, document)
     found = f"{len(ids):,} tokens, at token {start:,} of {shard.file}"
     click.echo(f"{split} document {document:,}: {found}", err=True)
     if tokens:
         click.echo(" ".join(map(str, ids.tolist())), err=True)
-    sys.stdout.buffer.write(tokenizer.decode(ids) + b"\n")
+    text = info.marked(ids) if index.chat else tokenizer.decode(ids)
+    sys.stdout.buffer.write(text + b"\n")
 
 
 @main.command()
@@ -318,39 +359,6 @@ def default_name(source: str, config: str | None) -> str:
     for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".json", ".txt"):
         name = name.removesuffix(suffix)
     return re.sub(r"[^\w.-]+", "_", name).strip("_") or "shards"
-
-
-class ProgressBar:
-    """tqdm by bytes on a terminal, silent elsewhere."""
-
-    def __init__(self, total: int | None = None) -> None:
-        from tqdm import tqdm
-
-        self.first: Any = None  # the last prepare.Progress before any text was done
-        width = min(110, shutil.get_terminal_size().columns)
-        look = {"unit": "B", "unit_scale": True, "ncols": width, "smoothing": 0.1, "leave": False}
-        self.bar = tqdm(total=total, disable=None, **look)
-        self.add = self.bar.update
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def update(self, progress: Any) -> None:
-        """Show a prepare.Progress. The clock starts with the first text."""
-        if self.bar.disable:
-            return
-        if self.first is None or progress.done_bytes == self.first.done_bytes:
-            self.first = progress
-            self.bar.reset(progress.total_bytes)
-            self.bar.initial = progress.done_bytes
-        self.bar.n, self.bar.total = progress.done_bytes, progress.total_bytes
-        new = (progress.num_tokens - self.first.num_tokens) / 1e6
-        speed = new / max(1e-3, self.bar.format_dict["elapsed"])
-        self.bar.set_postfix_str(f"{speed:.1f} M tokens/s", refresh=False)
-        self.bar.refresh()
 
 
 if __name__ == "__main__":

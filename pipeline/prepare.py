@@ -20,7 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import files, readers, shards, slices, tokenizer, verify
+from pipeline import chat, chatml, files, readers, shards, slices, tokenizer, verify
+from pipeline.chat import ChatOptions
 from pipeline.downloads import DOWNLOADS_FOLDER, Downloads
 from pipeline.errors import KEPT, ForgeError, refusals
 from pipeline.shards import WORK_FOLDER, Index, Shard
@@ -87,7 +88,7 @@ def tokenize(
     started = time.perf_counter()
     with files.hold(folder, "forge-prep"), refusals("write", folder, KEPT):
         plan = {"source": source.record(), "options": options.record()}
-        plan |= {"tokenizer": tokenizer.describe()}
+        plan |= {"tokenizer": describe_tokenizer(options)}
         state = verify.look_at(folder, plan, overwrite)
         if state.is_enough:
             shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
@@ -117,25 +118,44 @@ def tokenize(
     return Outcome(index, False, time.perf_counter() - started, new_bytes, new_tokens)
 
 
+def describe_tokenizer(options: Options) -> dict[str, Any]:
+    """The tokenizer as index.json records it: that of chat has the markers, too."""
+    return tokenizer.describe(chatml.VOCAB_SIZE if options.chat else shards.VOCAB_SIZE)
+
+
+def _describe_chat(options: ChatOptions | None, every: Figures) -> dict[str, Any] | None:
+    """What index.json says of a folder of chat."""
+    if options is None:
+        return None
+    head = {"template": chatml.NAME, "context_length": options.context_length}
+    return head | {"num_cut": every.skipped["cut"], "splits": every.chat}
+
+
 def _index(run: "_Run", records: list[Record]) -> Index:
     """The index of all slices, once val is joined in `.work/`."""
     base, made = run.base, [shard for record in records for shard in record.shards]
     kept = sum((record.figures for record in records[:-1]), base.figures)
     every = kept + (records[-1].figures if records else Figures())
+    options = run.options.chat
     if not base.train and not made:
         verify.clear(run.folder)  # or its empty records would hold the next try to these options
         what = "the source holds no text: every document is null, empty, damaged or below "
         what += "--min-score" + "; damaged: " * bool(every.damaged) + ", ".join(every.damaged[:3])
         fix = "look at the source, or name another column with --text-column"
+        if options:
+            what = f"nothing to train on: {chat.describe_skipped(every.skipped)}"
+            fix = "look at the source; --columns names the columns of the conversations"
         raise ForgeError(what, where=run.source.name, fix=fix)
     first = run.plan.slices[len(records) - 1].parts[0]  # of the last slice
     file = run.source.files[first.file].name
-    counts = {f"{why}_documents": every.skipped[why] for why in ("null", "empty", "low_score")}
-    val = slices.join_val(run.folder, base.val, base.figures.num_val_tokens, made)
+    reasons = chat.REASONS if options else ("null", "empty", "low_score")
+    counts = {f"{why}_documents": every.skipped[why] for why in reasons}
+    length = options.context_length if options else None
+    val = slices.join_val(run.folder, base.val, base.figures.num_val_tokens, made, length)
     train = (*base.train, *(shard for shard in made if shard.split == "train"))
     return Index(
         folder=run.folder,
-        tokenizer=tokenizer.describe(),
+        tokenizer=describe_tokenizer(run.options),
         source=run.source.record(),
         options=run.options.record(),
         skipped=counts | {"num_damaged": every.skipped["damaged"], "damaged": every.damaged},
@@ -143,6 +163,7 @@ def _index(run: "_Run", records: list[Record]) -> Index:
         shards=train + val,
         base={"num_slices": base.num_slices + len(records) - 1, "file": file}
         | {"row_group": first.start, "figures": asdict(kept)},
+        chat=_describe_chat(options, every),
     )
 
 

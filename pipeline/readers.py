@@ -7,9 +7,10 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class Reading:
     path: Path
     options: Options
     on_damage: OnDamage = stop
+    skipped: Counter[str] = field(default_factory=Counter)
     unit: str = ""  # line, row group or document
     number: int = 0
 
@@ -91,7 +93,7 @@ def read_parquet(at: Reading, part: Part) -> Iterator[Batch]:
 def read_row_group(
     file: pq.ParquetFile, at: Reading, columns: list[str], kept: Any
 ) -> Iterator[Batch]:
-    num_rows = batch_rows(file.metadata.row_group(at.number), columns[0])
+    num_rows = batch_rows(file.metadata.row_group(at.number), columns[:1])
     groups, first = [at.number], 0
     for batch in file.iter_batches(num_rows, row_groups=groups, columns=columns, use_threads=False):
         texts = batch.column(columns[0]).cast(pa.large_string())
@@ -125,10 +127,9 @@ def invalid_texts(texts: pa.LargeStringArray, at: Reading, first: int) -> set[in
     return bad
 
 
-def batch_rows(group: Any, text_column: str) -> int:
+def batch_rows(group: Any, columns: Sequence[str]) -> int:
     """Rows of a row group that hold some BATCH_BYTES of text: books are long."""
-    columns = [group.column(c) for c in range(group.num_columns)]
-    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_column)
+    size = sources.columns_bytes(group, columns)
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / max(1, size))))
 
 

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import threading
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,19 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from pipeline import files, readers, shards, tokenizer, verify
+from pipeline import chat, chatml, files, readers, rows, shards, tokenizer, verify
+from pipeline.chat import LeftOutError, Messages
 from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
-from pipeline.readers import Reading
+from pipeline.readers import Batch, Reading
+from pipeline.rows import Conversations
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
+from pipeline.sides import ChatSide, Side
 from pipeline.sources import Options, Slice, SourceFile
 
 MOST_LISTED = 20  # damaged places of a slice: the others are only counted
-REASONS = ("null", "empty", "low_score", "damaged")  # for which something is skipped
+# Reasons for which something is skipped, and how many conversations were cut.
+REASONS = tuple(dict.fromkeys(["null", "empty", "low_score", "damaged", *chat.REASONS, "cut"]))
 VAL_SHARD_TOKENS = 100_000_000  # at most, about
-BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Figures:
     skipped: dict[str, int] = field(default_factory=dict)  # counts, by REASONS
     damaged: tuple[str, ...] = ()  # the first places of each slice
     document_tokens: dict[str, DocumentLengths] = field(default_factory=dict)
+    chat: dict[str, dict[str, int]] = field(default_factory=dict)  # chat.count(), by split
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> "Figures":
@@ -78,6 +80,7 @@ class Figures:
             {why: self.skipped.get(why, 0) + other.skipped.get(why, 0) for why in REASONS},
             self.damaged + other.damaged,
             {k: mine.get(k, none) + theirs.get(k, none) for k in shards.SPLITS},
+            {k: chat.add(self.chat.get(k, {}), other.chat.get(k, {})) for k in shards.SPLITS},
         )
 
 
@@ -121,57 +124,9 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def slice_path(work: Path, split: str, number: int) -> Path:
-    """Where a slice's share of a split lies; those of val are joined at the end."""
-    return (
-        shards.shard_path(work, split, number) if split == "train" else work / f"{number:06d}.val"
-    )
-
-
-class _Side:
-    """One split's share of a slice: its file, opened at the first tokens, and its figures."""
-
-    def __init__(self, work: Path, split: str, number: int) -> None:
-        self.split, self.number = split, number
-        self.path = slice_path(work, split, number)
-        self.writer: ShardWriter | None = None
-        self.num_tokens = self.text_bytes = 0
-        self.lengths = array("q")
-        self._buffer, self._filled = np.empty(BUFFER_TOKENS, np.uint16), 0
-
-    def add(self, document: bytes, tokens: npt.NDArray[np.uint32]) -> None:
-        size = 1 + len(tokens)
-        if self._filled + size > len(self._buffer):
-            self._flush()
-            capacity = max(size, BUFFER_TOKENS)
-            if len(self._buffer) != capacity:  # a long document comes, or went
-                self._buffer = np.empty(capacity, np.uint16)
-        start, self._filled = self._filled, self._filled + size
-        self._buffer[start] = shards.EOT_TOKEN
-        self._buffer[start + 1 : self._filled] = tokens
-        self.num_tokens += size
-        self.text_bytes += len(document)
-        self.lengths.append(len(tokens))
-
-    def _flush(self) -> ShardWriter:
-        self.writer = self.writer or ShardWriter(self.path)
-        self.writer.write(self._buffer[: self._filled])
-        self._filled = 0
-        return self.writer
-
-    def commit(self) -> tuple[Shard, ...]:
-        if not self.lengths:  # no document fell on this side
-            self.path.unlink(missing_ok=True)
-            return ()
-        checksum = self._flush().commit()
-        counts = (self.num_tokens, len(self.lengths), self.text_bytes, checksum)
-        head = shards.head_checksum(self.path)
-        return (Shard(self.path.name, self.split, *counts, self.number, head),)
-
-
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its files, then its record. Runs in a worker process."""
-    sides = {split: _Side(job.work, split, job.slice.number) for split in shards.SPLITS}
+    sides = {split: _side(job, split) for split in shards.SPLITS}
     skipped, damaged = Counter(dict.fromkeys(REASONS, 0)), list[str]()
     at, name = Reading(job.work.parent, job.options), ""
 
@@ -183,18 +138,15 @@ def tokenize_slice(job: Job) -> Record:
     on_damage = leave_out if job.skip_errors else readers.stop
     try:
         for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
-            at, name = Reading(path, job.options, on_damage), file.name
+            at, name = Reading(path, job.options, on_damage, skipped), file.name
             if part.damage:
                 on_damage(DamageError(part.damage, where=path, fix=""))
                 continue
             file.check_unchanged(path)
-            for batch in readers.read_texts(job.kind, at, part):
-                documents = [text for text in batch.texts if text]
-                nulls = batch.texts.count(None)
-                empty = len(batch.texts) - nulls - len(documents)
-                skipped.update(null=nulls, empty=empty, low_score=batch.num_low_scores)
+            read = readers.read_texts if job.options.chat is None else rows.read_conversations
+            for batch in read(job.kind, at, part):
                 before = sides["train"].num_tokens + sides["val"].num_tokens
-                full = _write_documents(documents, sides, job)
+                full = _write(batch, sides, job, skipped)
                 now = sides["train"].num_tokens + sides["val"].num_tokens
                 with _done_bytes.get_lock():
                     _done_bytes.value += batch.source_bytes
@@ -209,17 +161,23 @@ def tokenize_slice(job: Job) -> Record:
         raise refusal(error, "write", job.work.parent, KEPT) from error
     finally:
         for side in sides.values():
-            if side.writer is not None:
-                side.writer.discard()
+            side.discard()
+
+
+def _side(job: Job, split: str) -> Side:
+    if job.options.chat is None:
+        return Side(job.work, split, job.slice.number)
+    return ChatSide(job.work, split, job.slice.number, job.options.chat.context_length)
 
 
 def _commit(
-    job: Job, sides: dict[str, _Side], skipped: dict[str, int], damaged: tuple[str, ...]
+    job: Job, sides: dict[str, Side], skipped: dict[str, int], damaged: tuple[str, ...]
 ) -> Record:
     made = tuple(shard for side in sides.values() for shard in side.commit())
     files.sync_folder(job.work)
     lengths = {split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()}
-    figures = Figures(sides["val"].num_tokens, skipped, damaged, lengths)
+    counts = {k: dict(side.counts) for k, side in sides.items() if isinstance(side, ChatSide)}
+    figures = Figures(sides["val"].num_tokens, skipped, damaged, lengths, counts)
     record = Record(job.slice.number, job.pieces, job.limit, made, figures)
     # Not waited for: should a power cut take it, its slice is made again.
     data = (json.dumps(asdict(record)) + "\n").encode()
@@ -227,7 +185,45 @@ def _commit(
     return record
 
 
-def _write_documents(documents: list[bytes], sides: dict[str, _Side], job: Job) -> bool:
+def _write(
+    batch: Batch | Conversations, sides: dict[str, Side], job: Job, skipped: Counter[str]
+) -> bool:
+    """Write what a batch holds, each to its side; True once train has job.limit tokens."""
+    if isinstance(batch, Conversations):
+        return _write_conversations(batch.conversations, sides, job, skipped)
+    documents = [text for text in batch.texts if text]
+    nulls = batch.texts.count(None)
+    empty = len(batch.texts) - nulls - len(documents)
+    skipped.update(null=nulls, empty=empty, low_score=batch.num_low_scores)
+    return _write_documents(documents, sides, job)
+
+
+def _write_conversations(
+    conversations: list[Messages], sides: dict[str, Side], job: Job, skipped: Counter[str]
+) -> bool:
+    options, encode = job.options.chat, _encoder.encode_one()
+    threshold = int(job.options.val_fraction * 2**64)
+    train, val = sides["train"], sides["val"]
+    assert options is not None
+    assert isinstance(train, ChatSide)
+    assert isinstance(val, ChatSide)
+    for messages in conversations:
+        try:
+            whole = chat.encode(messages, lambda text: encode(text.encode()).tolist())
+            tokens = chat.fit(whole, options)
+        except LeftOutError as left_out:
+            skipped[left_out.reason] += 1
+            continue
+        skipped["cut"] += len(tokens) < len(whole)
+        text = chatml.as_text(messages).encode()
+        side = val if xxhash.xxh3_64_intdigest(text) < threshold else train
+        side.add_conversation(tokens)
+        if job.limit is not None and train.num_tokens >= job.limit:
+            return True
+    return False
+
+
+def _write_documents(documents: list[bytes], sides: dict[str, Side], job: Job) -> bool:
     """Encode documents and write each to its side; True once train has job.limit tokens."""
     # One at a time: what was just made is still in the cache when the next step takes it up.
     threshold = int(job.options.val_fraction * 2**64)
@@ -266,17 +262,24 @@ def record_path(work: Path, number: int) -> Path:
 
 
 def join_val(
-    folder: Path, kept: tuple[Shard, ...], kept_tokens: int, made: list[Shard]
+    folder: Path,
+    kept: tuple[Shard, ...],
+    kept_tokens: int,
+    made: list[Shard],
+    context_length: int | None = None,
 ) -> tuple[Shard, ...]:
     """Join val into few large shards in `.work/`: `kept_tokens` of the old ones, then the pieces.
 
-    Others' trainers want procs * B * T + 1 tokens in each shard, so all are about as large.
+    Others' trainers want procs * B * T + 1 tokens in each shard, so all are about as large. Shards
+    of chat, which has a context_length, are whole windows and one more <|im_end|>.
     """
     work, pieces, left = folder / shards.WORK_FOLDER, [], kept_tokens
+    last = np.array([chatml.IM_END] if context_length else [], np.uint16)
     for shard in kept:
-        pieces.append((folder / shard.file, shard, min(left, shard.num_tokens)))
+        pieces.append((folder / shard.file, shard, min(left, shard.num_tokens - len(last))))
         left -= pieces[-1][2]
-    pieces += [(work / each.file, each, each.num_tokens) for each in made if each.split == "val"]
+    new = [each for each in made if each.split == "val"]
+    pieces += [(work / each.file, each, each.num_tokens - len(last)) for each in new]
     total = sum(num_tokens for _, _, num_tokens in pieces)
     count = math.ceil(total / VAL_SHARD_TOKENS)
     paths = [shards.shard_path(work, "val", number) for number in range(count)]
@@ -284,6 +287,7 @@ def join_val(
     ends: Any
     for number, path in enumerate(paths):
         writer, wanted = ShardWriter(path), total * (number + 1) // count
+        wanted -= wanted % (context_length or 1)  # a window begins with a conversation
         try:
             for chunk in chain([rest], chunks):
                 near = max(0, wanted - position)  # the next document from there on ends the shard
@@ -293,6 +297,7 @@ def join_val(
                 position, rest = position + stop, chunk[stop:]
                 if len(ends):
                     break
+            writer.write(last)
             writer.commit()
         finally:
             writer.discard()

@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from pipeline import chat
+from pipeline.chat import ChatOptions
 from pipeline.errors import KEPT, DamageError, ForgeError, refusals
 from pipeline.files import files_in
 from pipeline.hub import open_on_hub, resolve_hub
@@ -57,6 +59,7 @@ class Options:
     shard_tokens: int = 10_000_000  # of a slice, about
     min_score: float | None = None  # documents below it, or without a score, are dropped
     split_on: str | None = None  # starts a new document of a .txt file: see readers.py
+    chat: ChatOptions | None = None  # how conversations are read; None for text
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:  # NaN, too
@@ -66,8 +69,11 @@ class Options:
             raise ForgeError("--min-score is not a number", fix="write it as 3 or 2.5")
 
     def record(self) -> dict[str, Any]:
-        rule = "val if xxh3_64(utf-8 text) < val_fraction * 2**64"
-        return {**asdict(self), "split_rule": rule}
+        text = "text" if self.chat is None else "conversation"
+        rule = f"val if xxh3_64(utf-8 {text}) < val_fraction * 2**64"
+        of_chat = self.chat.record() if self.chat else {}
+        of_text = {key: value for key, value in asdict(self).items() if key != "chat"}
+        return {**of_text, **of_chat, "split_rule": rule}
 
 
 @dataclass(frozen=True)
@@ -308,15 +314,32 @@ def row_groups(source: Source, file: int, options: Options) -> list[Part]:
         where = str(source.local_path(file))
         with refusals("read a source file", where), damage("not a whole parquet file", where):
             metadata = pq.read_metadata(where)
-    check_column(metadata.schema.to_arrow_schema(), options.text_column, where)
+    wanted = text_columns(metadata.schema.to_arrow_schema(), options, where)
     columns = {metadata.schema.column(c).path: c for c in range(metadata.num_columns)}
     if options.min_score is not None:
         score = score_column(list(columns), where)
         kind = metadata.schema.column(columns[score]).physical_type
         check_score(kind in ("INT32", "INT64", "FLOAT", "DOUBLE"), score, kind, where)
-    groups = range(metadata.num_row_groups)
-    texts = [metadata.row_group(g).column(columns[options.text_column]) for g in groups]
-    return [Part(file, g, g + 1, texts[g].total_uncompressed_size) for g in groups]
+    sizes = [columns_bytes(metadata.row_group(g), wanted) for g in range(metadata.num_row_groups)]
+    return [Part(file, g, g + 1, size) for g, size in enumerate(sizes)]
+
+
+def columns_bytes(group: Any, columns: Sequence[str]) -> int:
+    """Uncompressed bytes of some columns of a row group, with all that is nested in them."""
+    leaves = [group.column(c) for c in range(group.num_columns)]
+    inside = tuple(f"{column}." for column in columns)
+    wanted = [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(inside)]
+    return sum(leaf.total_uncompressed_size for leaf in wanted)
+
+
+def text_columns(schema: pa.Schema, options: Options, where: str) -> tuple[str, ...]:
+    """The columns to read: that of the text, or those of conversations. ForgeError if unfit."""
+    if options.chat is None:
+        check_column(schema, options.text_column, where)
+        return (options.text_column,)
+    columns = chat.find_columns(schema.names, options.chat.columns, where)
+    chat.check_types({name: str(schema.field(name).type) for name in columns}, where)
+    return columns
 
 
 def check_column(schema: pa.Schema, text_column: str, where: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline import shards, tokenizer
+from pipeline import chatml, shards, tokenizer
 from pipeline.downloads import DOWNLOADS_FOLDER
 from pipeline.errors import ForgeError, refusals
 from pipeline.files import sync_folder, write_whole
@@ -29,8 +29,9 @@ ANEW = "choose another --out, or start anew with --overwrite"
 
 @cache
 def token_lengths() -> npt.NDArray[np.int64]:
-    """Length in bytes of each token."""
-    return np.array([len(token) for token in tokenizer.token_bytes()], np.int64)
+    """Length in bytes of each token; the markers of chat are no text."""
+    lengths = [len(token) for token in tokenizer.token_bytes()]
+    return np.array(lengths + [0] * (chatml.VOCAB_SIZE - len(lengths)), np.int64)
 
 
 class Measured(NamedTuple):
@@ -74,11 +75,11 @@ def describe(path: Path, split: str) -> tuple[Shard, DocumentLengths]:
     return Shard(path.name, split, *found[:4], 0, shards.head_checksum(path)), found.lengths
 
 
-def check_shard(
-    folder: Path, shard: Shard, whole_documents: bool, on_bytes: Callable[[int], None]
-) -> list[str]:
+def check_shard(index: Index, shard: Shard, on_bytes: Callable[[int], None]) -> list[str]:
     """Read one shard whole and list what is wrong with it (nothing, when all is well)."""
-    path = folder / shard.file
+    path, vocab_size = index.folder / shard.file, index.tokenizer["vocab_size"]
+    whole_documents = index.source.get("kind") != "token files"  # other people's may cut documents
+    context_length = index.chat["context_length"] if index.chat else 1
     try:
         found, head = measure(path, on_bytes), shards.head_checksum(path)
     except ForgeError as error:
@@ -87,8 +88,10 @@ def check_shard(
     for name in ("num_tokens", "num_documents", "checksum"):
         if (has := getattr(found, name)) != (listed := getattr(shard, name)):
             problems.append(f"{name.removeprefix('num_')} {has}, the index says {listed}")
-    if found.largest >= shards.VOCAB_SIZE:
-        problems.append(f"token {found.largest} is outside the vocabulary of {shards.VOCAB_SIZE}")
+    if found.largest >= vocab_size:
+        problems.append(f"token {found.largest} is outside the vocabulary of {vocab_size}")
+    if (found.num_tokens - 1) % context_length:
+        problems.append(f"not windows of {context_length} tokens, and one token more")
     if found.first not in (shards.EOT_TOKEN, -1) and whole_documents:
         problems.append("does not start with <|endoftext|>")
     if not problems and shard.head_checksum not in ("", head):
@@ -119,11 +122,8 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
             problems.append(f"{shards.VOCABULARY_FILE}: changed")
     except OSError as error:
         problems.append(f"{shards.VOCABULARY_FILE}: cannot be read: {error.strerror}")
-    whole = index.source.get("kind") != "token files"  # other people's may cut documents
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(
-            lambda each: check_shard(index.folder, each, whole, on_bytes), index.shards
-        )
+        found = pool.map(lambda each: check_shard(index, each, on_bytes), index.shards)
         return problems + [problem for more in found for problem in more]
 
 
@@ -263,6 +263,11 @@ def finish_publishing(folder: Path) -> None:
 
 def differences(made: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     """In what a run differs from what is wanted now, but for its files and max_tokens."""
+    holds = [
+        "chat" if "context_length" in each["options"] else "text" for each in (made, plan) if made
+    ]
+    if len(set(holds)) > 1:
+        return ["it holds {}, now {}".format(*holds)]
     wanted = [("options", key, now) for key, now in plan["options"].items() if key != "max_tokens"]
     wanted += [("source", key, plan["source"][key]) for key in ("kind", "hub")]
     wanted += [("tokenizer", "sha256", plan["tokenizer"]["sha256"])]

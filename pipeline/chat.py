@@ -1,0 +1,241 @@
+"""Conversations: rows of a source -> messages -> tokens -> packed windows. It knows no files.
+
+A window has exactly context_length tokens. It holds whole conversations, each of which begins with
+<|endoftext|>, then padding: <|im_end|> outside a turn. What cannot be trained on is left out, for
+one of REASONS.
+"""
+
+import re
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import chatml
+from pipeline.errors import ForgeError
+
+Tokens = npt.NDArray[np.uint16]
+Messages = list[dict[str, str]]
+
+# Columns that hold a conversation: one with a list of messages; or those of a prompt, whose parts
+# are joined, and of its answer. The first layout whose columns are all there is taken.
+LAYOUTS = (
+    ("messages",),
+    ("conversations",),
+    ("instruction", "input", "output"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+)
+NAMES_OF_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in chatml.ROLES}
+REASONS = {
+    "null": "null",
+    "empty": "without a message, or with one without text",
+    "malformed": "not a list of messages with a role and a content (or from and value)",
+    "unknown_role": f"with a role that is none of {', '.join(NAMES_OF_ROLES)}",
+    "not_text": "with content that is null, a list of parts or otherwise no text",
+    "no_assistant": "without an assistant's turn",
+    "too_long": "longer than the context",
+}
+MIN_CONTEXT_LENGTH = 16
+NAME_COLUMNS = (
+    "name the column of the messages, or those of prompt and answer: "
+    "--columns dialog, --columns question,response"
+)
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How conversations are found and laid out. `columns` is a layout, if it is none of LAYOUTS."""
+
+    context_length: int = 1024
+    long: str = "leave"  # or "cut": what happens to conversations longer than the context
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.context_length < MIN_CONTEXT_LENGTH:
+            what = f"--context-length {self.context_length} is too short for a conversation"
+            raise ForgeError(what, fix=f"take the model's own, from {MIN_CONTEXT_LENGTH} on")
+
+    def record(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        return asdict(self) | {"columns": list(self.columns)}
+
+
+def describe_skipped(counts: Mapping[str, int]) -> str:
+    """How many conversations were left out for each reason, in words."""
+    found = [f"{counts[why]:,} {REASONS[why]}" for why in REASONS if counts.get(why)]
+    return "; ".join(found) or "no conversation was left out"
+
+
+class LeftOutError(Exception):
+    """A conversation that is not trained on; `reason` is one of REASONS."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(REASONS[reason])
+        self.reason = reason
+
+
+def find_columns(names: Iterable[str], wanted: tuple[str, ...], where: object) -> tuple[str, ...]:
+    """The layout of a file or row: the `wanted` columns, or the first of LAYOUTS that is there.
+
+    ForgeError if there is none.
+    """
+    names = list(names)
+    for columns in (wanted,) if wanted else LAYOUTS:
+        if set(columns) <= set(names):
+            return columns
+    known = " or ".join(" + ".join(columns) for columns in ((wanted,) if wanted else LAYOUTS))
+    what = f"no conversations: no columns {known}; there are: {', '.join(names)}"
+    raise ForgeError(what, where=where, fix=NAME_COLUMNS)
+
+
+def check_types(kinds: Mapping[str, str], where: object) -> None:
+    """ForgeError unless the columns of a layout have the types that it needs, in Arrow's names."""
+    wanted, says = r"(large_)?list<.*|null", "lists of messages"
+    if len(kinds) > 1:
+        wanted, says = r"(large_)?string(_view)?|null", "strings"
+    for name, kind in kinds.items():
+        if not re.fullmatch(wanted, kind):
+            what = f"column {name!r} holds {kind}, not {says}"
+            raise ForgeError(what, where=where, fix=NAME_COLUMNS)
+
+
+def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
+    """The messages of a row, trimmed, with roles of chatml.ROLES.
+
+    A system message without text is none. Raises LeftOutError for what is no conversation with an
+    assistant.
+    """
+    raw = row[columns[0]]
+    if raw is None:
+        raise LeftOutError("null")
+    if len(columns) > 1:
+        *parts, answer = (row[name] for name in columns)
+        parts = [part for part in parts if part is not None]
+        if not all(isinstance(part, str) for part in parts):
+            raise LeftOutError("not_text")
+        prompt = "\n\n".join(part for part in map(str.strip, parts) if part)
+        raw = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    if not isinstance(raw, list):
+        raise LeftOutError("malformed")
+    messages = [_read_message(each) for each in raw]
+    messages = [each for each in messages if each["content"] or each["role"] != "system"]
+    if not messages or not all(each["content"] for each in messages):
+        raise LeftOutError("empty")
+    if not any(each["role"] == "assistant" for each in messages):
+        raise LeftOutError("no_assistant")
+    return messages
+
+
+def _read_message(raw: Any) -> dict[str, str]:
+    if not isinstance(raw, dict):
+        raise LeftOutError("malformed")
+    for role_key, content_key in (("role", "content"), ("from", "value")):
+        if role_key in raw and content_key in raw:
+            break
+    else:
+        raise LeftOutError("malformed")
+    role, content = raw[role_key], raw[content_key]
+    if not isinstance(role, str):
+        raise LeftOutError("malformed")
+    if role not in NAMES_OF_ROLES:
+        raise LeftOutError("unknown_role")
+    if not isinstance(content, str) or not is_unicode(content):
+        raise LeftOutError("not_text")
+    return {"role": NAMES_OF_ROLES[role], "content": content.strip()}
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: JSON can escape half a character."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def encode(messages: Messages, encode_text: Callable[[str], Iterable[int]]) -> Tokens:
+    """The tokens of a conversation: <|endoftext|>, then its turns."""
+    return np.array(chatml.render(messages, encode_text), np.uint16)
+
+
+def fit(tokens: Tokens, options: ChatOptions) -> Tokens:
+    """A conversation that fits into a window: all of it, or with `long` "cut" its beginning.
+
+    Raises LeftOutError if it is left out.
+    """
+    if len(tokens) <= options.context_length:
+        return tokens
+    if options.long == "leave":
+        raise LeftOutError("too_long")
+    return cut(tokens, options.context_length)
+
+
+def cut(tokens: Tokens, context_length: int) -> Tokens:
+    """The beginning of a conversation, up to the last end of an assistant's turn that fits.
+
+    Raises LeftOutError if there is none.
+    """
+    size_of_end = 1 + len(chatml.NEWLINE)
+    is_end = chatml.trained(tokens) & (tokens == chatml.IM_END)
+    stops = np.flatnonzero(is_end) + size_of_end
+    stops = stops[stops <= context_length]
+    if not len(stops):
+        raise LeftOutError("too_long")
+    return tokens[: stops[-1]]
+
+
+def pack(lengths: Sequence[int], context_length: int) -> list[list[int]]:
+    """Which conversations share a window: best fit, longest first.
+
+    Each goes into the window that has the least room left, but enough. Both windows and what they
+    hold come in the order of the source. No length may be over context_length. O(n log n).
+
+    Source: Johnson 1973, "Near-optimal bin packing algorithms"; for language models Ding et al.
+    2024, arXiv:2404.10830.
+    """
+    windows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(context_length + 1)]  # windows, by tokens left
+    rooms: list[int] = []  # in order: those that a window has
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        place = bisect_left(rooms, lengths[number])
+        if place < len(rooms):
+            room = rooms[place]
+            window = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[place]
+        else:
+            room, window = context_length, len(windows)
+            windows.append([])
+        windows[window].append(number)
+        left = room - lengths[number]
+        if not by_room[left]:
+            insort(rooms, left)
+        by_room[left].append(window)
+    return sorted(sorted(window) for window in windows)
+
+
+def lay_out(conversations: Sequence[Tokens], context_length: int) -> Tokens:
+    """Windows of packed conversations: (num_windows, context_length)."""
+    packed = pack([len(tokens) for tokens in conversations], context_length)
+    windows = np.full((len(packed), context_length), chatml.IM_END, np.uint16)
+    for window, numbers in zip(windows, packed, strict=True):
+        together = np.concatenate([conversations[number] for number in numbers])
+        window[: len(together)] = together
+    return windows
+
+
+def count(windows: Tokens) -> dict[str, int]:
+    """What windows hold. A turn is a message, of any role."""
+    starts, ends = (int((windows == token).sum()) for token in (chatml.IM_START, chatml.IM_END))
+    num_trained = int(chatml.trained(windows).sum())
+    counts = {"num_turns": starts, "num_trained_tokens": num_trained}
+    return counts | {"num_padding_tokens": ends - starts}
+
+
+def add(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """The sums of two of count()'s, of which either may be empty."""
+    return {name: counts.get(name, 0) + more.get(name, 0) for name in {**counts, **more}}
