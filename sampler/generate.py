@@ -21,7 +21,7 @@ Finish = Literal["eot", "stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Where texts end, besides <|endoftext|>."""
+    """Where texts end, besides <|endoftext|> and the markers of a chat."""
 
     max_tokens: int = 100
     stops: tuple[str, ...] = ()  # strings; the text ends before the first of them
@@ -68,8 +68,9 @@ class Sample:
     ) -> None:
         """Add the tokens that were drawn, up to the text's end."""
         tokens = tokens[: limits.max_tokens - len(self.tokens)]
-        if EOT_TOKEN in tokens:
-            tokens = tokens[: tokens.index(EOT_TOKEN)]
+        end = next((n for n, token in enumerate(tokens) if token >= EOT_TOKEN), None)
+        if end is not None:  # the end of a text or of an answer; no special token is part of it
+            tokens = tokens[:end]
             self.finish = "eot"
         elif len(self.tokens) + len(tokens) == limits.max_tokens:
             self.finish = "length"

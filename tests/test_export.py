@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import shards, tokenizer
 from sampler import export
-from sampler.load import open_model
+from sampler.load import Loaded, open_model
 from trainer import layouts
 from trainer.config import ModelConfig
-from trainer.model import LanguageModel, build_model
+from trainer.model import build_model
 
 
 def test_an_export_is_the_same_model_to_transformers(
@@ -126,7 +126,7 @@ def test_what_is_exported_writes_the_run_s_text(either_run: Path, tmp_path: Path
 
 
 @pytest.fixture(params=["gpt2", "qwen3"])
-def padded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LanguageModel, Path]:
+def padded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Loaded, Path]:
     """A model with more rows than the tokenizer has tokens, which writes varied texts, exported."""
     modern = {"bias": False, "num_kv_heads": 2} if request.param == "qwen3" else {}
     config = ModelConfig(2, 4, 32, request.param, context_length=64, vocab_size=50304, **modern)
@@ -136,26 +136,27 @@ def padded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LanguageMode
         is_gain = weight.ndim == 1 and name.endswith("weight")
         torch.nn.init.normal_(weight, float(is_gain), 0.3, generator=generator)
     model.requires_grad_(False)
+    loaded = Loaded(tmp_path, model, [*tokenizer.token_bytes()], None, is_chat=False)
     (tmp_path / "padded").mkdir()
-    export.write_files(tmp_path / "padded", model, "A card.", "float32")
-    return model, tmp_path / "padded"
+    export.write_files(tmp_path / "padded", loaded, "A card.", "float32")
+    return loaded, tmp_path / "padded"
 
 
 def test_an_export_has_a_row_for_each_token_and_no_others(
-    padded: tuple[LanguageModel, Path],
+    padded: tuple[Loaded, Path],
 ) -> None:
     """Converters (CTranslate2's) refuse others, and transformers would draw them."""
     pytest.importorskip("transformers")
-    model, folder = padded
+    loaded, folder = padded
     sizes = {tensor.shape[0] for tensor in load_file(folder / "model.safetensors").values()}
     assert max(sizes) == json.loads((folder / "config.json").read_text())["vocab_size"] == 50257
-    assert "logits differ by at most" in export.check(folder, model, "float32")
+    assert "logits differ by at most" in export.check(folder, loaded, "float32")
     reopened = open_model(folder, None, torch.device("cpu")).model
-    assert torch.equal(reopened.wte.weight, model.wte.weight[:50257])
+    assert torch.equal(reopened.wte.weight, loaded.model.wte.weight[:50257])
 
 
 def test_a_batch_of_transformers_has_the_texts_that_it_writes_alone(
-    padded: tuple[LanguageModel, Path],
+    padded: tuple[Loaded, Path],
 ) -> None:
     transformers = pytest.importorskip("transformers")
     _, folder = padded

@@ -68,9 +68,10 @@ class Windows:
             for row in np.flatnonzero(in_shard == number):
                 start = (windows[row] - before) * self.context_length
                 out[row] = tokens[start : start + self.context_length + 1]
-            if out[in_shard == number].max() >= shards.VOCAB_SIZE:
+            vocab_size = self.index.tokenizer["vocab_size"]
+            if out[in_shard == number].max() >= vocab_size:
                 raise ForgeError(
-                    f"a token is outside the vocabulary of {shards.VOCAB_SIZE:,}",
+                    f"a token is outside the vocabulary of {vocab_size:,}",
                     where=self.index.folder / self.shards[number].file,
                     fix="run forge-prep verify on its folder",
                 )
