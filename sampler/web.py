@@ -1,8 +1,8 @@
 """forge-sample --web: a page to talk to a model, or to let it write, for one's own browser.
 
 The page is gradio's. Nothing leaves this machine: gradio's telemetry, its look for a newer version,
-its tunnel and the hub are turned off, and what the model writes is shown as plain text, since the
-pictures of Markdown would be fetched from where a text says.
+its tunnel and the hub are turned off, and the browser is told to fetch from this server only, or it
+would load the pictures that a text names.
 """
 
 import itertools
@@ -22,6 +22,24 @@ OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "no_proxy": "*",  # gradio asks its own server whether it is there
 }
+# Of W3C's Content Security Policy Level 3; gradio's page needs the unsafe ones of its own.
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+
+
+class SelfOnly:
+    """ASGI middleware: every answer of the server carries POLICY."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", POLICY)
+                message = message | {"headers": [*message["headers"], policy]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
 
 
 def import_gradio() -> Any:
@@ -69,7 +87,7 @@ def build(session: Session, seed: int) -> Any:
         try:
             yield from writer.write(prompt, temperature, top_p)
         except ForgeError as error:
-            raise gradio.Error(error.what) from error
+            raise gradio.Error(error.what, print_exception=False) from error
 
     def answer(
         message: str, history: list[dict[str, Any]], temperature: float, top_p: float
@@ -83,28 +101,24 @@ def build(session: Session, seed: int) -> Any:
             yield text + more
 
     with gradio.Blocks(title=title, analytics_enabled=False, fill_height=True) as page:
-        sliders = [
-            gradio.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature", render=False),
-            gradio.Slider(0.05, 1, sampling.top_p or 1, step=0.05, label="Top-p", render=False),
-        ]
+        gradio.Markdown(f"# {title}")
+        with gradio.Row():
+            temperature, top_p = sampling.temperature, sampling.top_p or 1
+            settings = [
+                gradio.Slider(0, 2, temperature, step=0.05, label="Temperature"),
+                gradio.Slider(0.05, 1, top_p, step=0.05, label="Top-p"),
+            ]
         if isinstance(session, Chat):
-            gradio.ChatInterface(
-                answer,
-                title=title,
-                # Plain text: a browser would fetch the pictures of Markdown.
-                chatbot=gradio.Chatbot(render_markdown=False, show_label=False, scale=1),
-                additional_inputs=sliders,
-                analytics_enabled=False,
+            # Without the button that sends a conversation to the hub.
+            messages = gradio.Chatbot(
+                render_markdown=False, show_label=False, scale=1, buttons=["copy", "copy_all"]
             )
+            gradio.ChatInterface(answer, chatbot=messages, additional_inputs=settings)
         else:
-            gradio.Markdown(f"# {title}")
-            text = gradio.Textbox(label="Text", lines=16, autofocus=True)
-            with gradio.Row():
-                for slider in sliders:
-                    slider.render()
+            text = gradio.Textbox(label="Text", lines=12, autofocus=True)
             with gradio.Row():
                 write, stop = gradio.Button("Continue", variant="primary"), gradio.Button("Stop")
-            writing = write.click(continued, [text, *sliders], text)
+            writing = write.click(continued, [text, *settings], text)
             stop.click(None, cancels=writing)
     return page
 
@@ -117,6 +131,8 @@ def plain(content: Any) -> str:
 
 def launch(page: Any, host: str, port: int) -> None:
     """Start to serve the page, and return. ForgeError where nothing can be served."""
+    from starlette.middleware import Middleware
+
     try:
         page.launch(
             server_name=host,
@@ -128,6 +144,7 @@ def launch(page: Any, host: str, port: int) -> None:
             mcp_server=False,
             run_history=False,
             footer_links=[],
+            app_kwargs={"middleware": [Middleware(SelfOnly)]},
         )
     except (OSError, ValueError) as error:
         raise ForgeError(
@@ -147,4 +164,4 @@ def serve(session: Session, seed: int, host: str, port: int) -> None:
     except KeyboardInterrupt:
         tell("")
     finally:
-        page.close()
+        page.close(verbose=False)

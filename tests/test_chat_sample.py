@@ -1,14 +1,12 @@
 """forge-sample, forge-export and forge-eval with a model that was trained on chat."""
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import CONTEXT, HOW, LEARNED, LOUD, SYSTEM, WHO
 from test_sample import CPU, asked
 
 from pipeline import chatml, shards, tokenizer
@@ -18,80 +16,6 @@ from sampler.chat import Chat
 from sampler.draw import Sampling
 from sampler.generate import Limits
 from sampler.load import open_model
-from trainer import checkpoint
-from trainer.model import build_model
-from trainer.run import DATA_FILE
-
-CONTEXT = 64
-WHO = [
-    {"role": "user", "content": "Who are you?"},
-    {"role": "assistant", "content": "A small model."},
-]
-HOW = [
-    {"role": "user", "content": "How small?"},
-    {"role": "assistant", "content": "Very small."},
-]
-SYSTEM = {"role": "system", "content": "Be loud."}
-LOUD = {"role": "assistant", "content": "A SMALL MODEL!"}
-LEARNED = [WHO, [*WHO, *HOW], [SYSTEM, WHO[0], LOUD], HOW]
-
-
-@pytest.fixture(scope="session")
-def chat_shards(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chat folder: in both splits, the conversations of LEARNED, in a window each."""
-    folder = tmp_path_factory.mktemp("chat")
-    windows = []
-    for messages in LEARNED:
-        tokens = chatml.render(messages, tokenizer.encode)
-        windows.append(tokens + [chatml.IM_END] * (CONTEXT - len(tokens)))
-    tokens = np.array([*np.concatenate(windows), chatml.IM_END], np.uint16)
-    index = shards.load_index(small_shards)
-    made = []
-    for split in shards.SPLITS:
-        path = shards.shard_path(folder, split, 0)
-        writer = shards.ShardWriter(path)
-        writer.write(tokens)
-        checksum = writer.commit()
-        made.append(shards.Shard(path.name, split, len(tokens), len(LEARNED), 0, checksum, 0))
-    described = index.tokenizer | {"vocab_size": chatml.VOCAB_SIZE}
-    raw = json.loads(replace(index, tokenizer=described, shards=tuple(made)).to_json())
-    raw["chat"] = {"template": chatml.NAME, "context_length": CONTEXT}
-    (folder / shards.INDEX_FILE).write_text(json.dumps(raw))
-    shutil.copy(small_shards / shards.VOCABULARY_FILE, folder)
-    return folder
-
-
-@pytest.fixture(scope="session", params=["gpt2", "qwen3"])
-def chat_run(
-    request: pytest.FixtureRequest, chat_shards: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A run that knows LEARNED by heart, with a padded vocabulary. Not to be written to."""
-    base = request.getfixturevalue("run" if request.param == "gpt2" else "modern_run")
-    folder = tmp_path_factory.mktemp("runs") / "chat"
-    folder.mkdir()
-    for name in (checkpoint.CONFIG_FILE, shards.VOCABULARY_FILE, "metrics.jsonl"):
-        shutil.copy(base / name, folder)
-    shutil.copy(chat_shards / shards.INDEX_FILE, folder / DATA_FILE)
-    state = checkpoint.load_state(base, 8)
-    state.model = replace(state.model, vocab_size=50304)
-    model = build_model(state.model)
-    model.init_weights(0)
-    shard = chat_shards / "train_000000.bin"
-    tokens = shards.map_shard(shard, len(LEARNED) * CONTEXT + 1)
-    windows = np.stack([tokens[n * CONTEXT :][: CONTEXT + 1] for n in range(len(LEARNED))])
-    inputs, targets = (torch.from_numpy(w.astype(np.int64)) for w in (windows[:, :-1], windows))
-    targets = torch.where(torch.from_numpy(chatml.trained(windows)), targets, -100)[:, 1:]
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(150):
-        x = model.hidden(inputs).flatten(0, 1)
-        is_trained = targets.flatten() >= 0
-        loss = F.cross_entropy(model.logits(x[is_trained]), targets.flatten()[is_trained])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05
-    checkpoint.save(folder, dict(model.state_dict()), {}, state)
-    return folder
 
 
 def opened(
@@ -109,7 +33,11 @@ def test_a_prompt_is_answered_once(chat_run: Path, forge) -> None:
     assert result.output == "A small model.\n"
 
 
-def test_an_export_answers_with_transformers_as_here(chat_run: Path, tmp_path: Path, forge) -> None:
+@pytest.mark.parametrize("name", ["chat_run", "modern_chat_run"])
+def test_an_export_answers_with_transformers_as_here(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, forge
+) -> None:
+    chat_run = request.getfixturevalue(name)
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "hf"
     result = forge("export", chat_run, out, "--dtype", "float32")
