@@ -84,7 +84,7 @@ def importing() -> Iterator[None]:
     "--stop",
     multiple=True,
     metavar="TEXT",
-    help="End before this text, in which \\n is a line's end and \\t a tab; repeatable.",
+    help="End before this text, in which \\n is a line break and \\t a tab; repeatable.",
 )
 @click.option(
     "--at-context-end",
@@ -106,7 +106,7 @@ def importing() -> Iterator[None]:
     default=0,
     show_default=True,
     help="Same seed, same text, on the same machine with the same options, --num-samples and "
-    "--parallel among them; counted up over --num-samples.",
+    "--parallel among them; it counts up over --num-samples.",
 )
 @click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
 @click.option(
@@ -131,7 +131,7 @@ def sample(
 
     MODEL is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
     local folder in transformers' GPT-2 or Qwen3 layout. Prints the text while it is generated, and
-    stops at <|endoftext|>. Without a prompt, a terminal asks for one after the other. A model that
+    stops at <|endoftext|>. Without a prompt, a terminal asks for one after another. A model that
     was trained on chat answers, and a terminal opens a conversation: /reset starts a new one, /quit
     leaves. Where the context is full, the oldest messages are left out.
     """
@@ -141,7 +141,7 @@ def sample(
         from sampler.generate import Limits
 
     if (prompt is not None) + (prompts_file is not None) + options["web"] > 1:
-        raise click.UsageError("--prompt, --prompts-file and --web exclude each other")
+        raise click.UsageError("--prompt, --prompts-file and --web cannot be combined")
     prompts = None
     if prompts_file is not None:
         prompts = terminal.read_prompts(prompts_file)

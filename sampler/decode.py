@@ -1,4 +1,4 @@
-"""Decodes B rows of text, a token a step, with a KV cache in static memory.
+"""Decodes B rows of text, one token per step, with a KV cache in static memory.
 
 Every row has its own length, and its text starts at position 0: prompts are padded on the right,
 where causal attention does not look, so a row's numbers do not depend on its neighbours, except in

@@ -105,7 +105,7 @@ def chat_length(folder: Path) -> int | None:
 
 @torch.inference_mode()
 def window_losses(
-    loaded: Loaded, windows: Windows, count: int, is_chat: bool
+    loaded: Loaded, windows: Windows, count: int, is_chat: bool = False
 ) -> tuple[Floats, Floats, Floats]:
     """The first `count` windows of the validation order, each array (count,).
 
@@ -140,7 +140,7 @@ def on_shards(
     if count < 2:
         raise ForgeError(
             f"the {split} split has {windows.num_windows} windows of {context_length} tokens, and "
-            f"{num_tokens:,} tokens are asked for; a standard error needs 2 windows at least",
+            f"{num_tokens:,} tokens are asked for; a standard error needs at least 2 windows",
             where=folder,
             fix="more text, more --num-tokens, or a shorter --context-length",
         )

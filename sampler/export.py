@@ -245,7 +245,7 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
         rows = read_metrics(run)
     except (OSError, ValueError, KeyError) as error:
         raise ForgeError(
-            f"the run folder is not whole: {error!r}",
+            f"the run folder is incomplete: {error!r}",
             where=run,
             fix=f"restore its {CONFIG_FILE}, {DATA_FILE} and {METRICS_FILE}",
         ) from error

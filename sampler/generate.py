@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass
 class Sample:
-    """A text that grows. With an empty prompt it starts from <|endoftext|>, as documents do."""
+    """A growing text. With an empty prompt it starts from <|endoftext|>, as documents do."""
 
     number: int
     prompt: list[int]
@@ -45,7 +45,7 @@ class Sample:
     finish: Finish | None = None
 
     def __post_init__(self) -> None:
-        # From seed and prompt: the prompts of a file share a seed, but not the random numbers.
+        # From seed and prompt: the prompts of a file share a seed, but not their random numbers.
         prompt = xxh3_64_intdigest(np.array(self.prompt, "<u4").tobytes())
         stream = np.random.SeedSequence((self.seed, prompt))
         self._generator = np.random.Generator(np.random.Philox(stream))

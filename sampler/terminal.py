@@ -21,7 +21,7 @@ from sampler.generate import Limits, Sample, generate
 from sampler.lines import read_lines
 from sampler.load import Loaded
 
-PARALLEL = {"cuda": 64, "cpu": 8}  # texts at a time: more do not make a device faster
+PARALLEL = {"cuda": 64, "cpu": 8}  # texts at a time; more are not faster
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_prompt() -> Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a file: a line each, or of a .jsonl file an object with "prompt" or "messages"."""
+    """The prompts of a file: one per line, or a .jsonl file of "prompt" or "messages" objects."""
     prompts = []
     for where, line in read_lines(path, "--prompts-file", "prompt"):
         if not is_jsonl(path):
@@ -79,7 +79,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 class Session:
     """A loaded model with its decoder, and how texts are to be generated."""
 
-    help = "A prompt a line. Ctrl-C stops a text, Ctrl-D leaves."
+    help = "One prompt per line. Ctrl-C stops a text, Ctrl-D leaves."
     echoes_prompt = True  # before the text that continues it
 
     def __init__(
@@ -105,7 +105,7 @@ class Session:
             ) from error
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt; more than the context holds are an error, or told."""
+        """Tokens of a prompt. One too long for the context is an error, or is cut with a note."""
         if "prompt" not in prompt.row and "messages" in prompt.row:
             raise ForgeError(
                 "a conversation, for a model that continues text",
@@ -133,8 +133,8 @@ class Session:
     def write(self, prompts: list[Prompt], num_samples: int, seed: int) -> None:
         """Write num_samples texts of each prompt to standard output, in order.
 
-        All prompts have the same seeds, counted up from `seed`. The first text that is not finished
-        streams; those after it wait for their turn.
+        Every prompt has the same seeds, from `seed` up. The first unfinished text streams; later
+        ones wait for their turn.
         """
         total, texts = len(prompts) * num_samples, map(self.encode, prompts)
         samples = (
@@ -183,7 +183,7 @@ class Session:
         }
 
     def interact(self, num_samples: int, seed: int, ask: Callable[[str], str] = input) -> None:
-        """Prompts from the terminal until Ctrl-D; Ctrl-C ends the text at hand."""
+        """Read prompts from the terminal until Ctrl-D. Ctrl-C ends the current text."""
         tell(self.help)
         with _line_history():
             while True:
@@ -206,7 +206,7 @@ class Session:
 
 
 def in_order(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str, bool]]:
-    """(sample, new part of its text, whether the first), a sample after the other.
+    """(sample, new part of its text, whether the first), one sample after the other.
 
     Of the samples that grow at the same time, those after the current one wait for their turn.
     """

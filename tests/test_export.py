@@ -61,7 +61,7 @@ def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path, forge) -> No
         assert fact in card, fact
 
 
-def test_an_export_that_transformers_reads_otherwise_is_not_kept(
+def test_an_export_that_transformers_reads_differently_is_not_kept(
     run: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
@@ -71,8 +71,8 @@ def test_an_export_that_transformers_reads_otherwise_is_not_kept(
     monkeypatch.undo()
     honest = export.model_config
 
-    def other(config: ModelConfig, dtype: str) -> dict:
-        return honest(config, dtype) | {"activation_function": "relu"}
+    def other(*arguments: object) -> dict:
+        return honest(*arguments) | {"activation_function": "relu"}
 
     monkeypatch.setattr(export, "model_config", other)
     result = forge("export", run, tmp_path / "hf")
@@ -81,7 +81,7 @@ def test_an_export_that_transformers_reads_otherwise_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_stands_where_transformers_cannot_load_it(
+def test_an_export_is_kept_where_transformers_cannot_load_it(
     run: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -117,7 +117,7 @@ def test_an_export_stands_where_transformers_cannot_load_it(
     assert (tmp_path / "unfit" / "model.safetensors").is_file()
 
 
-def test_what_is_exported_writes_the_run_s_text(either_run: Path, tmp_path: Path, forge) -> None:
+def test_an_export_writes_the_same_text_as_its_run(either_run: Path, tmp_path: Path, forge) -> None:
     forge("export", either_run, tmp_path / "hf", "--dtype", "float32")
     options = ["--max-tokens", 20, "--temperature", 0, "--prompt", "The list"]
     texts = [forge("sample", path, *options) for path in (either_run, tmp_path / "hf")]
@@ -155,7 +155,7 @@ def test_an_export_has_a_row_for_each_token_and_no_others(
     assert torch.equal(reopened.wte.weight, loaded.model.wte.weight[:50257])
 
 
-def test_a_batch_of_transformers_has_the_texts_that_it_writes_alone(
+def test_transformers_writes_the_same_texts_in_a_batch_as_alone(
     padded: tuple[Loaded, Path],
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -306,7 +306,7 @@ def test_an_export_does_not_mind_half_a_metrics_line(run: Path, tmp_path: Path, 
     (copy / "metrics.jsonl").unlink()
     result = forge("export", copy, tmp_path / "other")
     assert result.exit_code == 1
-    assert "the run folder is not whole" in result.output
+    assert "the run folder is incomplete" in result.output
     assert not list(tmp_path.glob("other*"))
 
 
@@ -344,7 +344,7 @@ def test_an_export_makes_its_folder_or_fills_an_empty_one_in_place(
 
 
 @pytest.mark.parametrize("name", ["new", "empty"])
-def test_an_export_that_is_broken_off_leaves_nothing(
+def test_an_interrupted_export_leaves_nothing(
     name: str, run: Path, tmp_path: Path, forge, unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()
