@@ -4,9 +4,7 @@ from typing import Any
 
 from pipeline import chatml, tokenizer
 from pipeline.errors import ForgeError
-from sampler.draw import Sampling
-from sampler.generate import Limits, Sample
-from sampler.load import Loaded
+from sampler.generate import Sample
 from sampler.terminal import Prompt, Session, tell
 
 Message = dict[str, str]
@@ -22,17 +20,9 @@ class Chat(Session):
     help = "Ctrl-C ends an answer. /reset starts a new conversation, /quit or Ctrl-D leaves."
     echoes_prompt = False
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        sampling: Sampling,
-        limits: Limits,
-        num_rows: int,
-        as_json: bool,
-        system: str | None = None,
-    ) -> None:
-        super().__init__(loaded, sampling, limits, num_rows, as_json)
-        self.system, self.history, self.answer = system, list[Message](), ""
+    system: str | None = None
+    history: tuple[Message, ...] = ()
+    answer = ""  # the last one, as far as it was shown
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a conversation, up to the header of the answer.
@@ -64,7 +54,7 @@ class Chat(Session):
         if command == "/quit":
             raise EOFError
         if command == "/reset":
-            self.history = []
+            self.history = ()
             tell("A new conversation.")
         elif command:
             asked = [*self.history, {"role": "user", "content": line}]
@@ -73,31 +63,11 @@ class Chat(Session):
                 self.write([Prompt(line, {"messages": asked})], num_samples, seed)
             finally:
                 if self.answer.strip():
-                    self.history = [*asked, {"role": "assistant", "content": self.answer}]
+                    self.history = (*asked, {"role": "assistant", "content": self.answer})
 
     def show(self, sample: Sample, text: str, is_new: bool, prompt: Prompt, total: int) -> None:
         self.answer = sample.text
         super().show(sample, text, is_new, prompt, total)
-
-
-def open_session(
-    loaded: Loaded,
-    sampling: Sampling,
-    limits: Limits,
-    num_rows: int,
-    as_json: bool,
-    system: str | None,
-) -> Session:
-    """A Chat, where the model was trained on chat; else a Session."""
-    if loaded.is_chat:
-        return Chat(loaded, sampling, limits, num_rows, as_json, system)
-    if system is not None:
-        raise ForgeError(
-            "--system is for a model that was trained on chat",
-            where=loaded.path,
-            fix="leave it out, or train one: forge-train chat",
-        )
-    return Session(loaded, sampling, limits, num_rows, as_json)
 
 
 def check_messages(messages: Any, where: str | None) -> list[Message]:
@@ -111,10 +81,10 @@ def check_messages(messages: Any, where: str | None) -> list[Message]:
             content = message.get("content") if isinstance(message, dict) else None
             if role not in chatml.ROLES:
                 problem = f"the role {role!r} is none of {', '.join(chatml.ROLES)}"
-            elif not isinstance(content, str) or not content.strip():
-                problem = f"the content of a {role}'s message is no text, or empty"
-        if problem is None and messages[-1]["role"] != "user":
-            problem = "the last message is not a user's, so there is nothing to answer"
+            elif not isinstance(content, str):
+                problem = f"the content of a message is not a text: {content!r}"
+        if problem is None and (messages[-1]["role"] != "user" or not content.strip()):
+            problem = "the last message is not a user's, or empty: there is nothing to answer"
     if problem is not None:
         raise ForgeError(
             problem,

@@ -161,14 +161,18 @@ def sample(
     slides = options["at_context_end"] == "slide" and not loaded.is_chat
     limits = Limits(options["max_tokens"] or MAX_TOKENS[loaded.is_chat], stops, slides)
     rows = num_samples * len(prompts) if prompts else 1 if loaded.is_chat else num_samples
-    session = chat.open_session(
+    kind = chat.Chat if loaded.is_chat else terminal.Session
+    session = kind(
         loaded,
         Sampling(**{name: options[name] for name in SAMPLING}),
         limits,
         min(rows, parallel or terminal.PARALLEL[loaded.model.wte.weight.device.type]),
         as_json,
-        options["system"],
     )
+    if isinstance(session, chat.Chat):
+        session.system = options["system"]
+    elif options["system"] is not None:
+        raise click.UsageError("--system is for a model that was trained on chat")
     if options["web"]:
         from sampler import web
 

@@ -54,38 +54,25 @@ def import_gradio() -> Any:
     return gradio
 
 
-class Writer:
-    """Writes one text at a time for all who look at the page, each with another seed."""
-
-    def __init__(self, session: Session, seed: int) -> None:
-        self.session, self.seeds, self.lock = session, itertools.count(seed), threading.Lock()
-
-    def write(self, prompt: Prompt, temperature: float, top_p: float) -> Iterator[str]:
-        """The text that follows, whenever it has grown."""
-        sampling = self.session.decoder.sampling
-        sampling = replace(sampling, temperature=temperature, top_p=top_p if top_p < 1 else None)
-        # Held for a step at a time: a text that was stopped in the page is never continued.
-        with self.lock:
-            if sampling != self.session.decoder.sampling:
-                self.session.draw_by(sampling)
-            texts = self.session.stream(prompt, next(self.seeds))
-        while True:
-            with self.lock:
-                text = next(texts, None)
-            if text is None:
-                return
-            yield text
-
-
 def build(session: Session, seed: int) -> Any:
     """The page, as gradio's Blocks: a chat's conversation, or a base model's text box."""
     gradio = import_gradio()
-    writer, sampling = Writer(session, seed), session.decoder.sampling
+    sampling, seeds, lock = session.decoder.sampling, itertools.count(seed), threading.Lock()
     title = session.loaded.path.resolve().name
 
-    def shown(prompt: Prompt, temperature: float, top_p: float) -> Iterator[str]:
+    def written(prompt: Prompt, temperature: float, top_p: float) -> Iterator[str]:
+        """The text that follows, whenever it has grown; the next text has another seed."""
+        wanted = replace(sampling, temperature=temperature, top_p=top_p if top_p < 1 else None)
+        texts = session.stream(prompt, next(seeds))
         try:
-            yield from writer.write(prompt, temperature, top_p)
+            while True:
+                with lock:  # the page's Stop does not wait for the step that is under way
+                    if wanted != session.decoder.sampling:
+                        session.draw_by(wanted)
+                    text = next(texts, None)
+                if text is None:
+                    return
+                yield text
         except ForgeError as error:
             raise gradio.Error(error.what, print_exception=False) from error
 
@@ -94,10 +81,10 @@ def build(session: Session, seed: int) -> Any:
     ) -> Iterator[str]:
         messages = [{"role": m["role"], "content": plain(m["content"])} for m in history]
         messages.append({"role": "user", "content": message})
-        yield from shown(Prompt(message, {"messages": messages}), temperature, top_p)
+        yield from written(Prompt(message, {"messages": messages}), temperature, top_p)
 
     def continued(text: str, temperature: float, top_p: float) -> Iterator[str]:
-        for more in shown(Prompt(text), temperature, top_p):
+        for more in written(Prompt(text), temperature, top_p):
             yield text + more
 
     with gradio.Blocks(title=title, analytics_enabled=False, fill_height=True) as page:
@@ -129,9 +116,10 @@ def plain(content: Any) -> str:
     return "".join(part if isinstance(part, str) else part["text"] for part in parts)
 
 
-def launch(page: Any, host: str, port: int) -> None:
-    """Start to serve the page, and return. ForgeError where nothing can be served."""
-    from starlette.middleware import Middleware
+def serve(session: Session, seed: int, host: str, port: int) -> None:
+    """Serve the page until Ctrl-C."""
+    page = build(session, seed)
+    from starlette.middleware import Middleware  # gradio brings it
 
     try:
         page.launch(
@@ -152,12 +140,6 @@ def launch(page: Any, host: str, port: int) -> None:
             where=f"{host}:{port}",
             fix="another --port or --host",
         ) from error
-
-
-def serve(session: Session, seed: int, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C."""
-    page = build(session, seed)
-    launch(page, host, port)
     tell(f"http://{host}:{port} - Ctrl-C ends it.")
     try:
         threading.Event().wait()

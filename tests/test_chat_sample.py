@@ -18,13 +18,10 @@ from sampler.generate import Limits
 from sampler.load import open_model
 
 
-def opened(
-    run: Path, max_tokens: int = 20, system: str | None = None, as_json: bool = False
-) -> Chat:
+def opened(run: Path, system: str | None = None) -> Chat:
     loaded = open_model(run, None, CPU)
-    limits = Limits(max_tokens, (), False)
-    session = chat.open_session(loaded, Sampling(temperature=0), limits, 1, as_json, system)
-    assert isinstance(session, Chat)
+    session = Chat(loaded, Sampling(temperature=0), Limits(20, (), False), 1, as_json=False)
+    session.system = system
     return session
 
 
@@ -106,9 +103,9 @@ def test_a_conversation_remembers_its_turns_until_reset(
     session = opened(chat_run)
     session.interact(1, 0, asked("Who are you?", "", "How small?"))
     assert capsys.readouterr().out == "A small model.\nVery small.\n\n"
-    assert session.history == [*WHO, *HOW]
+    assert session.history == (*WHO, *HOW)
     session.interact(1, 0, asked("/reset", "Who are you?", "/quit", "How small?"))
-    assert session.history == WHO
+    assert session.history == tuple(WHO)
     loud = opened(chat_run, system=SYSTEM["content"])
     loud.interact(1, 0, asked("Who are you?"))
     assert loud.history[-1] == LOUD
@@ -191,6 +188,7 @@ def test_a_file_of_conversations_is_answered_line_by_line(
         [{"role": "robot", "content": "a"}],
         [{"role": "user", "content": None}],
         [{"role": "user", "content": " "}],
+        [{"role": "user"}],
         ["a"],
         "a",
     ):
@@ -211,5 +209,5 @@ def test_base_continues_a_text_and_draws_no_marker(chat_run: Path, run: Path, fo
     assert max(row["tokens"]) < shards.EOT_TOKEN
     assert forge("sample", chat_run, "--base", *options[:-1]).output.startswith("The moon")
     result = forge("sample", run, "--system", "Be brief.", "--prompt", "a")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "trained on chat" in result.output
