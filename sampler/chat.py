@@ -83,8 +83,10 @@ def check_messages(messages: Any, where: str | None) -> list[Message]:
                 problem = f"the role {role!r} is none of {', '.join(chatml.ROLES)}"
             elif not isinstance(content, str):
                 problem = f"the content of a message is not a text: {content!r}"
-        if problem is None and (messages[-1]["role"] != "user" or not content.strip()):
-            problem = "the last message is not a user's, or empty: there is nothing to answer"
+        if problem is None:
+            last = messages[-1]
+            if last["role"] != "user" or not last["content"].strip():
+                problem = "the last message is not a user's, or is empty: nothing to answer"
     if problem is not None:
         raise ForgeError(
             problem,
