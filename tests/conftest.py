@@ -138,7 +138,7 @@ def chat_shards(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
         made.append(shards.Shard(path.name, split, len(tokens), len(LEARNED), 0, checksum, 0))
     described = index.tokenizer | {"vocab_size": chatml.VOCAB_SIZE}
     raw = json.loads(replace(index, tokenizer=described, shards=tuple(made)).to_json())
-    raw["chat"] = {"template": chatml.NAME, "context_length": CONTEXT}
+    raw["chat"] = {"template": chatml.NAME, "context_length": CONTEXT, "splits": {}}
     (folder / shards.INDEX_FILE).write_text(json.dumps(raw))
     shutil.copy(small_shards / shards.VOCABULARY_FILE, folder)
     return folder
