@@ -13,6 +13,8 @@ import click
 from pipeline.command import ForgeCommand
 
 DEFAULT_PROMPT = "Fruits are good for you because"
+MAX_TOKENS = {False: 100, True: 512}  # of a text, and of a chat's answer
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -32,16 +34,27 @@ def importing() -> Iterator[None]:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--prompt",
-    help="Text to continue; - reads it from standard input, without its final line end.  "
-    f"[default: ask for prompts on a terminal, else {DEFAULT_PROMPT!r}]",
+    help="Text to continue or to answer; - reads it from standard input, without its final line "
+    f"end.  [default: ask for prompts on a terminal, else {DEFAULT_PROMPT!r}]",
 )
 @click.option(
     "--prompts-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help='A file with a prompt on each line, or (.jsonl) an object with "prompt"; the output of '
-    "the latter is JSON lines, which keep the object's other keys.",
+    help='A file with a prompt on each line, or (.jsonl) an object with "prompt" or, for a chat, '
+    '"messages"; the output of the latter is JSON lines, which keep the object\'s other keys.',
 )
-@click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--system", metavar="TEXT", help="The system message of a chat.")
+@click.option("--base", is_flag=True, help="Continue text, although MODEL was trained on chat.")
+@click.option("--web", is_flag=True, help="Serve a page for the browser, until Ctrl-C.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of --web.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Port of --web."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help=f"Length of a text.  [default: {MAX_TOKENS[False]}; {MAX_TOKENS[True]} in a chat]",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(0),
@@ -71,7 +84,7 @@ def importing() -> Iterator[None]:
     "--stop",
     multiple=True,
     metavar="TEXT",
-    help="End before this text, in which \\n is a line's end and \\t a tab; repeatable.",
+    help="End before this text, in which \\n is a line break and \\t a tab; repeatable.",
 )
 @click.option(
     "--at-context-end",
@@ -93,7 +106,7 @@ def importing() -> Iterator[None]:
     default=0,
     show_default=True,
     help="Same seed, same text, on the same machine with the same options, --num-samples and "
-    "--parallel among them; counted up over --num-samples.",
+    "--parallel among them; it counts up over --num-samples.",
 )
 @click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
 @click.option(
@@ -114,43 +127,57 @@ def sample(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Generate text with MODEL.
+    """Generate text with MODEL, or talk to it.
 
     MODEL is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
     local folder in transformers' GPT-2 or Qwen3 layout. Prints the text while it is generated, and
-    stops at <|endoftext|>. Without a prompt, a terminal asks for one after the other.
+    stops at <|endoftext|>. Without a prompt, a terminal asks for one after another. A model that
+    was trained on chat answers, and a terminal opens a conversation: /reset starts a new one, /quit
+    leaves. Where the context is full, the oldest messages are left out.
     """
     with importing():
-        from sampler import load, terminal
+        from sampler import chat, load, terminal
         from sampler.draw import Sampling
         from sampler.generate import Limits
 
-    if prompt is not None and prompts_file is not None:
-        raise click.UsageError("--prompt and --prompts-file exclude each other")
+    if (prompt is not None) + (prompts_file is not None) + options["web"] > 1:
+        raise click.UsageError("--prompt, --prompts-file and --web cannot be combined")
     prompts = None
     if prompts_file is not None:
         prompts = terminal.read_prompts(prompts_file)
         as_json = as_json or terminal.is_jsonl(prompts_file)
     elif prompt == "-":
         prompts = [terminal.read_prompt()]
-    elif prompt is not None or sys.stdin is None or not sys.stdin.isatty():  # None: closed
-        if prompt is None:
-            note = f"No --prompt: using {DEFAULT_PROMPT!r}. --prompt - reads standard input."
-            click.echo(note, err=True)
-        prompts = [terminal.Prompt(DEFAULT_PROMPT if prompt is None else prompt)]
-    stops = (text.replace("\\n", "\n").replace("\\t", "\t") for text in options.pop("stop"))
-    slides = options.pop("at_context_end") == "slide"
-    limits = Limits(options.pop("max_tokens"), tuple(stops), slides)
+    elif prompt is not None:
+        prompts = [terminal.Prompt(prompt)]
+    elif not options["web"] and (sys.stdin is None or not sys.stdin.isatty()):  # None: closed
+        note = f"No --prompt: using {DEFAULT_PROMPT!r}. --prompt - reads standard input."
+        click.echo(note, err=True)
+        prompts = [terminal.Prompt(DEFAULT_PROMPT)]
     loaded = load.open_model(model, checkpoint, load.best_device())
-    rows = num_samples * len(prompts or [None])
-    session = terminal.Session(
+    if options["base"]:
+        loaded = loaded.as_base()
+    stops = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in options["stop"])
+    slides = options["at_context_end"] == "slide" and not loaded.is_chat
+    limits = Limits(options["max_tokens"] or MAX_TOKENS[loaded.is_chat], stops, slides)
+    rows = num_samples * len(prompts) if prompts else 1 if loaded.is_chat else num_samples
+    kind = chat.Chat if loaded.is_chat else terminal.Session
+    session = kind(
         loaded,
-        Sampling(**options),
+        Sampling(**{name: options[name] for name in SAMPLING}),
         limits,
         min(rows, parallel or terminal.PARALLEL[loaded.model.wte.weight.device.type]),
         as_json,
     )
-    if prompts is None:
+    if isinstance(session, chat.Chat):
+        session.system = options["system"]
+    elif options["system"] is not None:
+        raise click.UsageError("--system is for a model that was trained on chat")
+    if options["web"]:
+        from sampler import web
+
+        web.serve(session, seed, options["host"], options["port"])
+    elif prompts is None:
         session.interact(num_samples, seed)
     else:
         session.write(prompts, num_samples, seed)

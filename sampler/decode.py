@@ -1,4 +1,4 @@
-"""Decodes B rows of text, a token a step, with a KV cache in static memory.
+"""Decodes B rows of text, one token per step, with a KV cache in static memory.
 
 Every row has its own length, and its text starts at position 0: prompts are padded on the right,
 where causal attention does not look, so a row's numbers do not depend on its neighbours, except in
@@ -110,17 +110,24 @@ class Decoder:
 
     @torch.inference_mode()
     def __init__(
-        self, model: LanguageModel, num_rows: int, sampling: Sampling, log: bool = False
+        self,
+        model: LanguageModel,
+        num_rows: int,
+        sampling: Sampling,
+        log: bool = False,
+        num_tokens: int = VOCAB_SIZE,
     ) -> None:
+        """Only the first `num_tokens` of the model's vocabulary are drawn."""
         weight = model.wte.weight
         self.model, self.sampling = model, sampling
+        self.num_tokens = min(num_tokens, model.config.vocab_size)
         self.num_rows, self.context_length = num_rows, model.config.context_length
         self.cache = KVCache(model.config, num_rows, weight)
         self.steps = Steps(num_rows, weight.device, log)
         self.lengths = [0] * num_rows  # of the rows' cached tokens, as the device has them
         self.seen: Tensor | None = None  # (B, V): the tokens of each row, for the penalty
         if sampling.repetition_penalty != 1:
-            shape = num_rows, min(VOCAB_SIZE, model.config.vocab_size)
+            shape = num_rows, self.num_tokens
             self.seen = torch.zeros(shape, dtype=torch.bool, device=weight.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         if weight.is_cuda:
@@ -160,9 +167,8 @@ class Decoder:
             self.seen.scatter_(1, steps.last[:, None], True)
 
     def _logits(self, cache: KVCache) -> Tensor:
-        """(B, V), without the rows that a config may have added to the vocabulary."""
-        model, last = self.model, self.steps.last
-        num_tokens = min(VOCAB_SIZE, model.config.vocab_size)
+        """(B, num_tokens): a config may have padded the vocabulary with more rows."""
+        model, last, num_tokens = self.model, self.steps.last, self.num_tokens
         if cache.has_kernels:
             from sampler import fast
 
@@ -203,6 +209,7 @@ class Decoder:
             if self.seen is not None:
                 self.seen[row] = False
                 self.seen[row, torch.tensor(text, device=self.device)] = True
+                self.seen[row, VOCAB_SIZE:] = False  # a chat's markers, which have to come again
 
     @torch.inference_mode()
     def start(self, noise: Tensor) -> Drawn:

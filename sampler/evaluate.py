@@ -1,7 +1,8 @@
 """forge-eval: compares models on the same tokens, by loss, bits per byte and multiple choice.
 
 Losses come with a standard error over windows, and with that of the difference from the first model
-over the same windows, which is much smaller: most of the noise is the text's, not the model's.
+over the same windows, which is much smaller: most of the noise is the text's, not the model's. On
+conversations, the loss is over the assistant's words, as in training.
 """
 
 import json
@@ -19,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import tokenizer
+from pipeline import chatml, tokenizer
 from pipeline.errors import ForgeError
-from pipeline.shards import EOT_TOKEN, load_index
+from pipeline.shards import EOT_TOKEN, INDEX_FILE, load_index
 from sampler.lines import read_lines
 from sampler.load import Loaded, best_device, open_model
 from trainer.evaluate import VALIDATION_SEED
+from trainer.layouts import read_json
 from trainer.model import LanguageModel
 from trainer.windows import Windows, to_device, windows_at
 
@@ -51,13 +53,22 @@ def evaluate(
     models = [open_model(path, step, torch.device("cpu"), torch.float32) for path in paths]
     if data is not None:
         longest = min(loaded.model.config.context_length for loaded in models)
-        if context_length is not None and context_length > longest:
+        packed = chat_length(data)
+        length = context_length or packed or longest
+        if length > longest:
+            fix = f"leave out the model that reads {longest}" if packed else None
             raise ForgeError(
-                f"a model reads {longest} tokens at most", fix=f"--context-length {longest}"
+                f"windows of {length} tokens, and a model reads {longest} at most",
+                where=data,
+                fix=fix or f"--context-length {longest}",
             )
-        yield on_shards(
-            _one_by_one(models, device), data, split, num_tokens, context_length or longest
-        )
+        if packed and length != packed:
+            raise ForgeError(
+                f"the conversations are packed into windows of {packed} tokens",
+                where=data,
+                fix="leave out --context-length",
+            )
+        yield on_shards(_one_by_one(models, device), data, split, num_tokens, length)
     if questions:
         yield on_questions(_one_by_one(models, device), questions)
 
@@ -86,23 +97,36 @@ def token_losses(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tenso
 # Shards
 
 
+def chat_length(folder: Path) -> int | None:
+    """The length of the windows that a folder's conversations are packed into; None for text."""
+    chat = read_json(load_index(folder).folder / INDEX_FILE).get("chat")
+    return chat["context_length"] if chat else None
+
+
 @torch.inference_mode()
-def window_losses(loaded: Loaded, windows: Windows, count: int) -> tuple[Floats, Floats]:
-    """Nats and bytes of text in the first `count` windows of the validation order: (count,)."""
+def window_losses(
+    loaded: Loaded, windows: Windows, count: int, is_chat: bool = False
+) -> tuple[Floats, Floats, Floats]:
+    """The first `count` windows of the validation order, each array (count,).
+
+    Their nats, targets and bytes of text; of a chat, only the assistant's.
+    """
     model = loaded.model
     device = model.wte.weight.device
     token_bytes = np.array([len(token) for token in loaded.vocabulary])
     chosen = windows_at(np.arange(count), windows.num_windows, VALIDATION_SEED)
     at_once = max(1, BATCH_TOKENS[device.type] // windows.context_length)
-    nats, num_bytes = [], []
+    nats, num_targets, num_bytes = [], [], []
     with _progress(str(loaded.path), count * windows.context_length, "token") as progress:
         for first in range(0, count, at_once):
             batch = windows.read(chosen[first : first + at_once])
-            losses = token_losses(model, *to_device(batch, device))
-            nats.append(losses.double().sum(1).cpu().numpy())
-            num_bytes.append(token_bytes[batch[:, 1:]].sum(1))
+            counts = chatml.trained(batch)[:, 1:] if is_chat else np.ones_like(batch[:, 1:], bool)
+            losses = token_losses(model, *to_device(batch, device)).double().cpu().numpy()
+            nats.append((losses * counts).sum(1))
+            num_targets.append(counts.sum(1, dtype=np.float64))
+            num_bytes.append((token_bytes[batch[:, 1:]] * counts).sum(1))
             progress.update(batch[:, 1:].size)
-    return np.concatenate(nats), np.concatenate(num_bytes).astype(np.float64)
+    return np.concatenate(nats), np.concatenate(num_targets), np.concatenate(num_bytes)
 
 
 def on_shards(
@@ -116,41 +140,47 @@ def on_shards(
     if count < 2:
         raise ForgeError(
             f"the {split} split has {windows.num_windows} windows of {context_length} tokens, and "
-            f"{num_tokens:,} tokens are asked for; a standard error needs 2 windows at least",
+            f"{num_tokens:,} tokens are asked for; a standard error needs at least 2 windows",
             where=folder,
             fix="more text, more --num-tokens, or a shorter --context-length",
         )
+    is_chat = chat_length(folder) is not None
     rows: list[Row] = []
     first: Floats | None = None
     for loaded in models:
-        if index.tokenizer["vocab_size"] > loaded.model.config.vocab_size:
+        if is_chat and not loaded.is_chat:
+            loaded = loaded.with_markers()
+        elif index.tokenizer["vocab_size"] > loaded.model.config.vocab_size:
             raise ForgeError(
                 "the shards have token ids that the model does not have",
                 where=loaded.path,
                 fix="leave it out: it was made with another vocabulary",
             )
-        nats, num_bytes = window_losses(loaded, windows, count)
-        losses = nats / context_length
-        bits = nats.sum() / math.log(2) / num_bytes.sum()
-        # The error of a ratio of two sums, from its residual in each window.
-        rest = nats / math.log(2) - bits * num_bytes
+        nats, num_targets, num_bytes = window_losses(loaded, windows, count, is_chat)
+        loss, loss_error = ratio(nats, num_targets)
+        bits, bits_error = ratio(nats / math.log(2), num_bytes)
         row = {
             **_describe(loaded),
-            "loss": losses.mean(),
-            "loss_error": standard_error(losses),
+            "loss": loss,
+            "loss_error": loss_error,
             "bits_per_byte": bits,
-            "bits_per_byte_error": standard_error(rest / num_bytes.mean()),
-            "num_tokens": count * context_length,
+            "bits_per_byte_error": bits_error,
+            "num_tokens": int(num_targets.sum()),
             "context_length": context_length,
             "split": split,
         }
         if first is None:
-            first = losses
+            first = nats
         else:
-            row["difference"] = (losses - first).mean()
-            row["difference_error"] = standard_error(losses - first)
+            row["difference"], row["difference_error"] = ratio(nats - first, num_targets)
         rows.append(row)
     return rows
+
+
+def ratio(above: Floats, below: Floats) -> tuple[float, float | None]:
+    """Ratio of two sums over windows, and its standard error, from the residual of each window."""
+    result = float(above.sum() / below.sum())
+    return result, standard_error((above - result * below) / below.mean())
 
 
 def standard_error(values: Floats) -> float | None:
@@ -306,6 +336,11 @@ def show(rows: list[Row]) -> str:
                 cell = f"{row[key]:{columns[key][1]}} ± {'-' if error is None else f'{error:.4f}'}"
             line += f"  {cell:>18}"
         lines.append(line)
+    if "split" in rows[0]:
+        lines.append(
+            f"Over {rows[0]['num_tokens']:,} tokens of the {rows[0]['split']} split; the loss in a "
+            "run's README.md is over evaluate.num_tokens of them."
+        )
     return "\n".join(lines)
 
 

@@ -16,15 +16,13 @@ from typing import Any
 
 import torch
 
-from pipeline import shards, tokenizer
+from pipeline import chatml, shards, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.files import check_utf8
-from pipeline.shards import VOCAB_SIZE
-from sampler.load import Loaded, open_model
+from sampler.load import TOKENIZER_FILE, Loaded, open_model
 from trainer import checkpoint
 from trainer.checkpoint import CONFIG_FILE
 from trainer.layouts import model_config, transformers_weights
-from trainer.model import LanguageModel
 from trainer.report import METRICS_FILE, duration, read_metrics
 from trainer.run import DATA_FILE
 
@@ -37,6 +35,21 @@ CHECK_TEXTS = (
 )
 REPORT = "report this, with the model's config.toml and the versions of torch and transformers"
 FAMILIES = {"gpt2": "GPT-2", "qwen3": "Qwen3"}
+USE_BASE = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+    'model = AutoModelForCausalLM.from_pretrained("PATH")',
+    'inputs = tokenizer("Fruits are good for you because", return_tensors="pt")',
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))",
+)
+USE_CHAT = (
+    "from transformers import pipeline",
+    "",
+    'answer = pipeline("text-generation", "PATH")',
+    'messages = [{"role": "user", "content": "Which fruits are good for me?"}]',
+    'print(answer(messages, max_new_tokens=200)[0]["generated_text"][-1]["content"])',
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,7 +65,6 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
     loaded = open_model(run, step, torch.device("cpu"))
     if loaded.state is None:
         raise ForgeError("that is an exported folder", where=run, fix="give a run of forge-train")
-    model = loaded.model
     card = model_card(loaded, loaded.state, dtype)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +76,8 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
         ) as made:
             partial = Path(made) / out.name
             partial.mkdir()  # with the usual permissions, unlike `made`
-            write_files(partial, model, card, dtype)
-            checked = check(partial, model, dtype)
+            write_files(partial, loaded, card, dtype)
+            checked = check(partial, loaded, dtype)
             if exists:
                 move_files(partial, out)
             else:
@@ -95,25 +107,30 @@ def move_files(partial: Path, out: Path) -> None:
         raise
 
 
-def write_files(folder: Path, model: LanguageModel, card: str, dtype: str) -> None:
-    """All files of an export."""
-    weights = {name: w.to(DTYPES[dtype]) for name, w in transformers_weights(model).items()}
+def write_files(folder: Path, loaded: Loaded, card: str, dtype: str) -> None:
+    """All files of an export. A chat's answers end at <|im_end|>, and at <|endoftext|>."""
+    model, num_tokens = loaded.model, len(loaded.vocabulary)
+    weights = transformers_weights(model, num_tokens)
+    weights = {name: weight.to(DTYPES[dtype]) for name, weight in weights.items()}
     checkpoint.save_tensors(weights, folder / checkpoint.MODEL_FILE)
+    end = chatml.IM_END if loaded.is_chat else shards.EOT_TOKEN
+    special = chatml.MARKERS if loaded.is_chat else {end: tokenizer.EOT_TEXT}
     files = {
-        "config.json": model_config(model.config, dtype),
+        "config.json": model_config(model.config, dtype, num_tokens) | {"eos_token_id": end},
         "generation_config.json": {
-            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), shards.EOT_TOKEN),
+            **dict.fromkeys(("bos_token_id", "pad_token_id"), shards.EOT_TOKEN),
+            "eos_token_id": [end, shards.EOT_TOKEN] if loaded.is_chat else end,
             "do_sample": True,
         },
-        "tokenizer.json": tokenizer_json(),
-        "tokenizer_config.json": {
+        "tokenizer.json": tokenizer_json(special),
+        TOKENIZER_FILE: {
             "tokenizer_class": "GPT2Tokenizer",
             "model_max_length": model.config.context_length,
             "add_prefix_space": False,
             "padding_side": "left",  # so that the new tokens of a batch follow its texts
-            **dict.fromkeys(
-                ("bos_token", "eos_token", "unk_token", "pad_token"), tokenizer.EOT_TEXT
-            ),
+            **dict.fromkeys(("bos_token", "unk_token", "pad_token"), tokenizer.EOT_TEXT),
+            "eos_token": special[end],
+            **({"chat_template": chatml.TEMPLATE} if loaded.is_chat else {}),
         },
     }
     for name, content in files.items():
@@ -125,11 +142,12 @@ def write_files(folder: Path, model: LanguageModel, card: str, dtype: str) -> No
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def check(folder: Path, model: LanguageModel, dtype: str) -> str:
+def check(folder: Path, loaded: Loaded, dtype: str) -> str:
     """Compare an export with our model, if transformers is installed; says what was found.
 
-    Raises ForgeError if logits in float32 differ by 1e-4 from those of `model`, whose weights are
-    rounded to `dtype` here, or if the tokenizer gives other ids than tiktoken.
+    Raises ForgeError if logits in float32 differ by 1e-4 from those of the model, whose weights are
+    rounded to `dtype` here, if the tokenizer gives other ids than tiktoken, or if the chat template
+    gives others than chatml.render().
     """
     if importlib.util.find_spec("transformers") is None:
         return "not checked: transformers is not installed"
@@ -147,11 +165,12 @@ def check(folder: Path, model: LanguageModel, dtype: str) -> str:
     except Exception as error:  # an optional package, which may be broken in many ways
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return f"not checked: {name} cannot load it ({reason})"
+    model, num_tokens = loaded.model, len(loaded.vocabulary)
     model.to(DTYPES[dtype]).float()
     length = min(256, model.config.context_length)
-    tokens = torch.randint(VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(num_tokens, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted = model.logits(model.hidden(tokens))[..., :VOCAB_SIZE]
+        wanted = model.logits(model.hidden(tokens))[..., :num_tokens]
         difference = (wanted - theirs(tokens).logits).abs().max().item()
     # 1e-4 for logits of ordinary size; float32 has seven digits, whatever their size.
     if not difference < 1e-4 * max(1.0, wanted.abs().max().item() / 100):
@@ -164,14 +183,24 @@ def check(folder: Path, model: LanguageModel, dtype: str) -> str:
             raise ForgeError(
                 f"transformers' tokens differ for {text[:40]!r}", where=folder, fix=REPORT
             )
+    if loaded.is_chat:
+        messages = [
+            {"role": chatml.ROLES[n % len(chatml.ROLES)], "content": text}
+            for n, text in enumerate(CHECK_TEXTS)
+        ]
+        found = their_tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        if found != chatml.render(messages, tokenizer.encode, add_generation_prompt=True):
+            raise ForgeError("transformers' chat template differs", where=folder, fix=REPORT)
     return (
         f"checked with {name}: logits differ by at most {difference:.1e} in float32, "
         "tokens are tiktoken's"
     )
 
 
-def tokenizer_json() -> dict[str, Any]:
-    """GPT-2's tokenizer in the format of the `tokenizers` library."""
+def tokenizer_json(special: dict[int, str]) -> dict[str, Any]:
+    """GPT-2's tokenizer in the format of the `tokenizers` library, with its special tokens."""
     data = tokenizer.package_data()
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
@@ -180,14 +209,15 @@ def tokenizer_json() -> dict[str, Any]:
         "padding": None,
         "added_tokens": [
             {
-                "id": shards.EOT_TOKEN,
-                "content": tokenizer.EOT_TEXT,
+                "id": token,
+                "content": text,
                 "single_word": False,
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
                 "special": True,
             }
+            for token, text in special.items()
         ],
         "normalizer": None,
         "pre_tokenizer": {**byte_level, "use_regex": True},
@@ -215,11 +245,11 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
         rows = read_metrics(run)
     except (OSError, ValueError, KeyError) as error:
         raise ForgeError(
-            f"the run folder is not whole: {error!r}",
+            f"the run folder is incomplete: {error!r}",
             where=run,
             fix=f"restore its {CONFIG_FILE}, {DATA_FILE} and {METRICS_FILE}",
         ) from error
-    exported = replace(model, vocab_size=min(model.vocab_size, VOCAB_SIZE))
+    exported = replace(model, vocab_size=min(model.vocab_size, len(loaded.vocabulary)))
     before = [row for row in rows if row["step"] <= state.step]
     evaluated = [row for row in before if row["kind"] == "evaluate" and row["loss"]][-1:]
     trained = [row for row in before if row["kind"] == "step"][-1:]
@@ -243,18 +273,15 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
             for row in evaluated
         ),
         f"- Command: `{launcher}forge-train config.toml --data DIR --out RUN`; the config is below",
-        "- It continues text; it was not trained to follow instructions or to be correct.",
+        "- It answers in conversations (ChatML); it was not trained to be correct or safe."
+        if loaded.is_chat
+        else "- It continues text; it was not trained to follow instructions or to be correct.",
     ]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
     use = [
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        'inputs = tokenizer("Fruits are good for you because", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))",
+        *(USE_CHAT if loaded.is_chat else USE_BASE),
         "```",
         "",
         "The config of the run, `config.toml`:",

@@ -21,7 +21,7 @@ Finish = Literal["eot", "stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Where texts end, besides <|endoftext|>."""
+    """Where texts end, besides <|endoftext|> and the markers of a chat."""
 
     max_tokens: int = 100
     stops: tuple[str, ...] = ()  # strings; the text ends before the first of them
@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass
 class Sample:
-    """A text that grows. With an empty prompt it starts from <|endoftext|>, as documents do."""
+    """A growing text. With an empty prompt it starts from <|endoftext|>, as documents do."""
 
     number: int
     prompt: list[int]
@@ -45,7 +45,7 @@ class Sample:
     finish: Finish | None = None
 
     def __post_init__(self) -> None:
-        # From seed and prompt: the prompts of a file share a seed, but not the random numbers.
+        # From seed and prompt: the prompts of a file share a seed, but not their random numbers.
         prompt = xxh3_64_intdigest(np.array(self.prompt, "<u4").tobytes())
         stream = np.random.SeedSequence((self.seed, prompt))
         self._generator = np.random.Generator(np.random.Philox(stream))
@@ -68,8 +68,9 @@ class Sample:
     ) -> None:
         """Add the tokens that were drawn, up to the text's end."""
         tokens = tokens[: limits.max_tokens - len(self.tokens)]
-        if EOT_TOKEN in tokens:
-            tokens = tokens[: tokens.index(EOT_TOKEN)]
+        end = next((n for n, token in enumerate(tokens) if token >= EOT_TOKEN), None)
+        if end is not None:  # the end of a text or of an answer; no special token is part of it
+            tokens = tokens[:end]
             self.finish = "eot"
         elif len(self.tokens) + len(tokens) == limits.max_tokens:
             self.finish = "length"

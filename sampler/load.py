@@ -1,26 +1,46 @@
 """Opens a model: a run, one of its checkpoints, an export, or any GPT-2 or Qwen3 folder."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from pipeline import tokenizer
+from pipeline import chatml, tokenizer
 from pipeline.errors import ForgeError
-from pipeline.shards import EOT_TOKEN, VOCABULARY_FILE, read_vocabulary
+from pipeline.shards import EOT_TOKEN, VOCAB_SIZE, VOCABULARY_FILE, read_vocabulary
 from trainer import checkpoint, layouts
 from trainer.model import LanguageModel, build_model
+from trainer.run import DATA_FILE
+
+TOKENIZER_FILE = "tokenizer_config.json"  # of a folder of transformers
+MARKERS = [b""] * (chatml.VOCAB_SIZE - VOCAB_SIZE)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to compute, and the bytes of each of its tokens (V,)."""
+    """A model ready to compute, and the bytes of each token that it may write (V,)."""
 
     path: Path
     model: LanguageModel
     vocabulary: list[bytes]
     state: checkpoint.State | None  # where training stood; None for a folder of transformers
+    is_chat: bool  # trained on conversations: its vocabulary has ChatML's markers, of no bytes
+
+    def with_markers(self) -> "Loaded":
+        """A copy of a base model as training on chat starts: each marker is the mean token."""
+        model = copy.deepcopy(self.model)
+        weight = model.wte.weight
+        grown = F.pad(weight, (0, 0, 0, max(0, chatml.VOCAB_SIZE - len(weight))))
+        grown[VOCAB_SIZE : chatml.VOCAB_SIZE] = weight[:VOCAB_SIZE].mean(0)
+        model.wte.weight = torch.nn.Parameter(grown, requires_grad=False)
+        return replace(self, model=model, vocabulary=self.vocabulary + MARKERS, is_chat=True)
+
+    def as_base(self) -> "Loaded":
+        """The same model, to continue texts with."""
+        return replace(self, vocabulary=self.vocabulary[:VOCAB_SIZE], is_chat=False)
 
 
 def best_device() -> torch.device:
@@ -54,7 +74,9 @@ def _open_run(run: Path, step: int) -> Loaded:
     model = build_model(state.model)
     path = checkpoint.checkpoint_path(run, step) / checkpoint.MODEL_FILE
     model.load_state_dict(checkpoint.load_tensors(path, dict(model.named_parameters())))
-    return Loaded(run, model, read_vocabulary(run / VOCABULARY_FILE), state)
+    index = layouts.read_json(run / DATA_FILE) if (run / DATA_FILE).is_file() else {}
+    vocabulary, is_chat = read_vocabulary(run / VOCABULARY_FILE), bool(index.get("chat"))
+    return Loaded(run, model, vocabulary + MARKERS * is_chat, state, is_chat)
 
 
 def _open_transformers(folder: Path) -> Loaded:
@@ -63,7 +85,10 @@ def _open_transformers(folder: Path) -> Loaded:
     _check_tokenizer(folder)
     model = build_model(config)
     model.load_state_dict(weights)
-    return Loaded(folder, model, list(tokenizer.token_bytes()), None)
+    settings = folder / TOKENIZER_FILE
+    template = layouts.read_json(settings).get("chat_template") if settings.is_file() else None
+    is_chat = template == chatml.TEMPLATE
+    return Loaded(folder, model, [*tokenizer.token_bytes()] + MARKERS * is_chat, None, is_chat)
 
 
 def _check_tokenizer(folder: Path) -> None:

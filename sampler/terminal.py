@@ -21,11 +21,13 @@ from sampler.generate import Limits, Sample, generate
 from sampler.lines import read_lines
 from sampler.load import Loaded
 
-PARALLEL = {"cuda": 64, "cpu": 8}  # texts at a time: more do not make a device faster
+PARALLEL = {"cuda": 64, "cpu": 8}  # texts at a time; more are not faster
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """A text to continue or to answer; `row` may have a conversation's "messages" instead."""
+
     text: str
     row: dict[str, Any] = field(default_factory=dict)  # its object in a .jsonl file
     where: str | None = None  # file and line
@@ -53,7 +55,7 @@ def read_prompt() -> Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a file: a line each, or of a .jsonl file an object with "prompt" each."""
+    """The prompts of a file: one per line, or a .jsonl file of "prompt" or "messages" objects."""
     prompts = []
     for where, line in read_lines(path, "--prompts-file", "prompt"):
         if not is_jsonl(path):
@@ -61,12 +63,13 @@ def read_prompts(path: Path) -> list[Prompt]:
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row["prompt"], str):
+            text = row.get("prompt", "") if "messages" in row else row["prompt"]
+            if not isinstance(text, str):
                 raise TypeError("the prompt is not a string")
-            prompts.append(Prompt(row["prompt"], row, where))
-        except (ValueError, KeyError, TypeError) as error:
+            prompts.append(Prompt(text, row, where))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ForgeError(
-                'not a JSON object with a text as its "prompt"',
+                'not a JSON object with a text as its "prompt", or with "messages"',
                 where=where,
                 fix='write {"prompt": "..."} on each line',
             ) from error
@@ -76,12 +79,23 @@ def read_prompts(path: Path) -> list[Prompt]:
 class Session:
     """A loaded model with its decoder, and how texts are to be generated."""
 
+    help = "One prompt per line. Ctrl-C stops a text, Ctrl-D leaves."
+    echoes_prompt = True  # before the text that continues it
+
     def __init__(
         self, loaded: Loaded, sampling: Sampling, limits: Limits, num_rows: int, as_json: bool
     ) -> None:
         self.loaded, self.limits, self.as_json = loaded, limits, as_json
+        self.num_rows = num_rows
+        self.draw_by(sampling)
+
+    def draw_by(self, sampling: Sampling) -> None:
+        """Make a decoder for `sampling`, which a GPU's graph of a step contains."""
+        num_rows, num_tokens = self.num_rows, len(self.loaded.vocabulary)
         try:
-            self.decoder = Decoder(loaded.model, num_rows, sampling, log=as_json)
+            self.decoder = Decoder(
+                self.loaded.model, num_rows, sampling, log=self.as_json, num_tokens=num_tokens
+            )
         except RuntimeError as error:  # a CPU has no OutOfMemoryError
             is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
             if not is_memory:
@@ -90,28 +104,39 @@ class Session:
                 f"out of memory with {num_rows:,} texts at a time", fix="a smaller --parallel"
             ) from error
 
-    def encode(self, prompts: list[Prompt]) -> Iterator[list[int]]:
-        """Tokens of each prompt; more than the context holds are an error, or told."""
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt. One too long for the context is an error, or is cut with a note."""
+        if "prompt" not in prompt.row and "messages" in prompt.row:
+            raise ForgeError(
+                "a conversation, for a model that continues text",
+                where=prompt.where,
+                fix='give a model that was trained on chat, or a "prompt" (and no --base)',
+            )
         most = self.decoder.context_length
-        for prompt in prompts:
-            tokens = tokenizer.encode(prompt.text)
-            if len(tokens) > most and not self.limits.slides:
-                raise ForgeError(
-                    f"a prompt of {len(tokens):,} tokens; the context has {most:,}",
-                    where=prompt.where,
-                    fix="shorten it, or --at-context-end slide, which reads the end of it",
-                )
-            if len(tokens) > most:
-                _tell(f"The prompt has {len(tokens):,} tokens: only the last {most:,} are read.")
-            yield tokens
+        tokens = tokenizer.encode(prompt.text)
+        if len(tokens) > most and not self.limits.slides:
+            raise ForgeError(
+                f"a prompt of {len(tokens):,} tokens; the context has {most:,}",
+                where=prompt.where,
+                fix="shorten it, or --at-context-end slide, which reads the end of it",
+            )
+        if len(tokens) > most:
+            tell(f"The prompt has {len(tokens):,} tokens: only the last {most:,} are read.")
+        return tokens
+
+    def stream(self, prompt: Prompt, seed: int) -> Iterator[str]:
+        """The text that follows a prompt, whenever it has grown."""
+        samples = [Sample(0, self.encode(prompt), seed)]
+        for sample in generate(self.decoder, samples, self.loaded.vocabulary, self.limits):
+            yield sample.text
 
     def write(self, prompts: list[Prompt], num_samples: int, seed: int) -> None:
         """Write num_samples texts of each prompt to standard output, in order.
 
-        All prompts have the same seeds, counted up from `seed`. The first text that is not finished
-        streams; those after it wait for their turn.
+        Every prompt has the same seeds, from `seed` up. The first unfinished text streams; later
+        ones wait for their turn.
         """
-        total, texts = len(prompts) * num_samples, self.encode(prompts)
+        total, texts = len(prompts) * num_samples, map(self.encode, prompts)
         samples = (
             Sample(place * num_samples + number, tokens, seed + number)
             # A prompt that is an error is found before any text is written.
@@ -123,15 +148,15 @@ class Session:
         quiet = total == 1 or not sys.stderr.isatty() or (sys.stdout.isatty() and not self.as_json)
         with tqdm(total=total, unit="text", disable=quiet, file=sys.stderr) as progress:
             for sample, text, is_new in in_order(grown):
-                self._show(sample, text, is_new, prompts[sample.number // num_samples], total)
+                self.show(sample, text, is_new, prompts[sample.number // num_samples], total)
                 if sample.finish:
                     progress.update()
                     num_tokens += len(sample.tokens)
         seconds = time.perf_counter() - started
         if sys.stderr.isatty():
-            _tell(f"{num_tokens:,} tokens, {num_tokens / seconds:,.0f} tokens/s")
+            tell(f"{num_tokens:,} tokens, {num_tokens / seconds:,.0f} tokens/s")
 
-    def _show(self, sample: Sample, text: str, is_new: bool, prompt: Prompt, total: int) -> None:
+    def show(self, sample: Sample, text: str, is_new: bool, prompt: Prompt, total: int) -> None:
         """Write the new `text` of a sample; JSON is written at its end."""
         if self.as_json:
             if sample.finish:
@@ -139,7 +164,7 @@ class Session:
             return
         if is_new and total > 1:
             sys.stdout.write(f"--- sample {sample.number + 1} of {total}, seed {sample.seed}\n")
-        if is_new:
+        if is_new and self.echoes_prompt:
             sys.stdout.write(prompt.text)
         sys.stdout.write(text + ("\n" if sample.finish else ""))
         sys.stdout.flush()
@@ -150,7 +175,7 @@ class Session:
             **prompt.row,
             **({"step": state.step} if state else {}),
             "seed": sample.seed,
-            "prompt": prompt.text,
+            **({} if "messages" in prompt.row else {"prompt": prompt.text}),
             "text": sample.text,
             "finish": sample.finish,
             "tokens": sample.tokens,
@@ -158,26 +183,30 @@ class Session:
         }
 
     def interact(self, num_samples: int, seed: int, ask: Callable[[str], str] = input) -> None:
-        """Prompts from the terminal until Ctrl-D; Ctrl-C ends the text at hand."""
-        _tell("A prompt a line. Ctrl-C stops a text, Ctrl-D leaves.")
+        """Read prompts from the terminal until Ctrl-D. Ctrl-C ends the current text."""
+        tell(self.help)
         with _line_history():
             while True:
                 try:
                     line = ask("> ")
                     # Raised before Ctrl-C can come: the same prompt again gives another text.
                     first, seed = seed, seed + num_samples
-                    self.write([Prompt(line)], num_samples, first)
+                    self.respond(line, num_samples, first)
                 except ForgeError as error:
-                    _tell(f"Error: {error}")
+                    tell(f"Error: {error}")
                 except KeyboardInterrupt:
                     print()
                 except EOFError:
                     print()
                     return
 
+    def respond(self, line: str, num_samples: int, seed: int) -> None:
+        """Write what follows a line that was typed. EOFError ends the interactive mode."""
+        self.write([Prompt(line)], num_samples, seed)
+
 
 def in_order(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str, bool]]:
-    """(sample, new part of its text, whether the first), a sample after the other.
+    """(sample, new part of its text, whether the first), one sample after the other.
 
     Of the samples that grow at the same time, those after the current one wait for their turn.
     """
@@ -195,7 +224,7 @@ def in_order(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str, bool]]:
             current, shown = current + 1, -1
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,17 +1,20 @@
 """Real text in small amounts: Python's own documentation, as shards and as files."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from pipeline import prepare, pydocs, shards, sources
+from pipeline import chatml, prepare, pydocs, shards, sources, tokenizer
 from pipeline.slices import Options
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +34,19 @@ HOSTILE = [
     "\x00\x01\x7f control",
     "def f(x):\n    return {'a': [1, 2.5e-3]}  # ok\n",
 ]
+# Conversations that a small model learns by heart.
+CONTEXT = 64
+WHO = [
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "A small model."},
+]
+HOW = [
+    {"role": "user", "content": "How small?"},
+    {"role": "assistant", "content": "Very small."},
+]
+SYSTEM = {"role": "system", "content": "Be loud."}
+LOUD = {"role": "assistant", "content": "A SMALL MODEL!"}
+LEARNED = [WHO, [*WHO, *HOW], [SYSTEM, WHO[0], LOUD], HOW]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -100,6 +116,79 @@ def trained(data: Path, folder: Path, *settings: str) -> Path:
     arguments = ["tiny", "--data", str(data), "--out", str(folder), *QUICK, *settings]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_shards(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat folder: in both splits, the conversations of LEARNED, in a window each."""
+    folder = tmp_path_factory.mktemp("chat")
+    windows = []
+    for messages in LEARNED:
+        tokens = chatml.render(messages, tokenizer.encode)
+        windows.append(tokens + [chatml.IM_END] * (CONTEXT - len(tokens)))
+    tokens = np.array([*np.concatenate(windows), chatml.IM_END], np.uint16)
+    index = shards.load_index(small_shards)
+    made = []
+    for split in shards.SPLITS:
+        path = shards.shard_path(folder, split, 0)
+        writer = shards.ShardWriter(path)
+        writer.write(tokens)
+        checksum = writer.commit()
+        made.append(shards.Shard(path.name, split, len(tokens), len(LEARNED), 0, checksum, 0))
+    described = index.tokenizer | {"vocab_size": chatml.VOCAB_SIZE}
+    raw = json.loads(replace(index, tokenizer=described, shards=tuple(made)).to_json())
+    raw["chat"] = {"template": chatml.NAME, "context_length": CONTEXT, "splits": {}}
+    (folder / shards.INDEX_FILE).write_text(json.dumps(raw))
+    shutil.copy(small_shards / shards.VOCABULARY_FILE, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_run(run: Path, chat_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that knows LEARNED by heart, with a padded vocabulary. Not to be written to."""
+    return tuned(run, chat_shards, tmp_path_factory.mktemp("runs") / "chat")
+
+
+@pytest.fixture(scope="session")
+def modern_chat_run(
+    modern_run: Path, chat_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same of the modern family. Not to be written to."""
+    return tuned(modern_run, chat_shards, tmp_path_factory.mktemp("runs") / "chat")
+
+
+def tuned(base: Path, chat_shards: Path, folder: Path) -> Path:
+    import torch
+    import torch.nn.functional as F
+
+    from trainer import checkpoint
+    from trainer.model import build_model
+    from trainer.run import DATA_FILE
+
+    folder.mkdir()
+    for name in (checkpoint.CONFIG_FILE, shards.VOCABULARY_FILE, "metrics.jsonl"):
+        shutil.copy(base / name, folder)
+    shutil.copy(chat_shards / shards.INDEX_FILE, folder / DATA_FILE)
+    state = checkpoint.load_state(base, 8)
+    state.model = replace(state.model, vocab_size=50304)
+    model = build_model(state.model)
+    model.init_weights(0)
+    shard = chat_shards / "train_000000.bin"
+    tokens = shards.map_shard(shard, len(LEARNED) * CONTEXT + 1)
+    windows = np.stack([tokens[n * CONTEXT :][: CONTEXT + 1] for n in range(len(LEARNED))])
+    inputs, targets = (torch.from_numpy(w.astype(np.int64)) for w in (windows[:, :-1], windows))
+    targets = torch.where(torch.from_numpy(chatml.trained(windows)), targets, -100)[:, 1:]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(150):
+        x = model.hidden(inputs).flatten(0, 1)
+        is_trained = targets.flatten() >= 0
+        loss = F.cross_entropy(model.logits(x[is_trained]), targets.flatten()[is_trained])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    checkpoint.save(folder, dict(model.state_dict()), {}, state)
     return folder
 
 

@@ -85,7 +85,7 @@ def test_the_standard_errors_are_those_of_resampled_windows(run: Path, small_sha
     windows = evaluate.Windows(load_index(small_shards), "val", 64)
     count = 150
     (row,) = evaluate.on_shards(iter([loaded]), small_shards, "val", 64 * count, 64)
-    nats, num_bytes = evaluate.window_losses(loaded, windows, count)
+    nats, _, num_bytes = evaluate.window_losses(loaded, windows, count)
     chosen = np.random.default_rng(0).integers(0, count, (2000, count))
     losses = nats[chosen].mean(1) / 64
     bits = nats[chosen].sum(1) / math.log(2) / num_bytes[chosen].sum(1)
@@ -110,7 +110,7 @@ def test_models_are_compared_over_the_same_tokens(
     assert f"{first['loss']:.4f} ± {first['loss_error']:.4f}" in table
 
 
-def test_all_of_a_split_is_each_token_once(
+def test_a_whole_split_counts_each_token_once(
     run: Path, documents: list[str], tmp_path: Path, make_parquet, make_shards
 ) -> None:
     source = make_parquet(tmp_path / "source.parquet", [text[:3000] for text in documents[:8]])
@@ -141,7 +141,7 @@ def test_a_context_longer_than_a_model_s_is_refused(run: Path, small_shards: Pat
     assert forge("eval", run).exit_code == 2
     result = forge("eval", run, "--data", small_shards, "--num-tokens", 64)
     assert result.exit_code == 1
-    assert "2 windows at least" in result.output
+    assert "at least 2 windows" in result.output
 
 
 def test_scores_are_transformers_log_probabilities(
@@ -177,7 +177,7 @@ def test_spaces_at_the_context_s_end_count_as_the_ending_s() -> None:
     assert evaluate.encode_pair("", "blue.") == ([EOT_TOKEN, *tokenizer.encode(" blue.")], 2)
 
 
-def test_a_question_that_is_none_is_named_by_its_line(run: Path, tmp_path: Path, forge) -> None:
+def test_a_malformed_question_is_named_by_its_line(run: Path, tmp_path: Path, forge) -> None:
     good = {"ctx": "It is", "endings": ["a", "b"], "label": 1}
     path = tmp_path / "q.jsonl"
     parts = {"activity_label": "Jumping", "ctx_a": "She jumps.", "ctx_b": "she"}
@@ -223,7 +223,7 @@ def test_one_question_has_no_standard_error(run: Path, tmp_path: Path, forge) ->
     assert "± -" in forge("eval", run, "--questions", path).output
 
 
-def test_the_mark_that_windows_puts_before_a_file_is_no_part_of_a_question(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_question(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"ctx": "It is", "endings": ["a", "b"], "label": 1}\n', "utf-8-sig")
     assert evaluate.read_questions(path)[0].context == "It is"

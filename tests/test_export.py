@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import shards, tokenizer
 from sampler import export
-from sampler.load import open_model
+from sampler.load import Loaded, open_model
 from trainer import layouts
 from trainer.config import ModelConfig
-from trainer.model import LanguageModel, build_model
+from trainer.model import build_model
 
 
 def test_an_export_is_the_same_model_to_transformers(
@@ -61,7 +61,7 @@ def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path, forge) -> No
         assert fact in card, fact
 
 
-def test_an_export_that_transformers_reads_otherwise_is_not_kept(
+def test_an_export_that_transformers_reads_differently_is_not_kept(
     run: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
@@ -71,8 +71,8 @@ def test_an_export_that_transformers_reads_otherwise_is_not_kept(
     monkeypatch.undo()
     honest = export.model_config
 
-    def other(config: ModelConfig, dtype: str) -> dict:
-        return honest(config, dtype) | {"activation_function": "relu"}
+    def other(*arguments: object) -> dict:
+        return honest(*arguments) | {"activation_function": "relu"}
 
     monkeypatch.setattr(export, "model_config", other)
     result = forge("export", run, tmp_path / "hf")
@@ -81,7 +81,7 @@ def test_an_export_that_transformers_reads_otherwise_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_stands_where_transformers_cannot_load_it(
+def test_an_export_is_kept_where_transformers_cannot_load_it(
     run: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -117,7 +117,7 @@ def test_an_export_stands_where_transformers_cannot_load_it(
     assert (tmp_path / "unfit" / "model.safetensors").is_file()
 
 
-def test_what_is_exported_writes_the_run_s_text(either_run: Path, tmp_path: Path, forge) -> None:
+def test_an_export_writes_the_same_text_as_its_run(either_run: Path, tmp_path: Path, forge) -> None:
     forge("export", either_run, tmp_path / "hf", "--dtype", "float32")
     options = ["--max-tokens", 20, "--temperature", 0, "--prompt", "The list"]
     texts = [forge("sample", path, *options) for path in (either_run, tmp_path / "hf")]
@@ -126,7 +126,7 @@ def test_what_is_exported_writes_the_run_s_text(either_run: Path, tmp_path: Path
 
 
 @pytest.fixture(params=["gpt2", "qwen3"])
-def padded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LanguageModel, Path]:
+def padded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Loaded, Path]:
     """A model with more rows than the tokenizer has tokens, which writes varied texts, exported."""
     modern = {"bias": False, "num_kv_heads": 2} if request.param == "qwen3" else {}
     config = ModelConfig(2, 4, 32, request.param, context_length=64, vocab_size=50304, **modern)
@@ -136,26 +136,27 @@ def padded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LanguageMode
         is_gain = weight.ndim == 1 and name.endswith("weight")
         torch.nn.init.normal_(weight, float(is_gain), 0.3, generator=generator)
     model.requires_grad_(False)
+    loaded = Loaded(tmp_path, model, [*tokenizer.token_bytes()], None, is_chat=False)
     (tmp_path / "padded").mkdir()
-    export.write_files(tmp_path / "padded", model, "A card.", "float32")
-    return model, tmp_path / "padded"
+    export.write_files(tmp_path / "padded", loaded, "A card.", "float32")
+    return loaded, tmp_path / "padded"
 
 
 def test_an_export_has_a_row_for_each_token_and_no_others(
-    padded: tuple[LanguageModel, Path],
+    padded: tuple[Loaded, Path],
 ) -> None:
     """Converters (CTranslate2's) refuse others, and transformers would draw them."""
     pytest.importorskip("transformers")
-    model, folder = padded
+    loaded, folder = padded
     sizes = {tensor.shape[0] for tensor in load_file(folder / "model.safetensors").values()}
     assert max(sizes) == json.loads((folder / "config.json").read_text())["vocab_size"] == 50257
-    assert "logits differ by at most" in export.check(folder, model, "float32")
+    assert "logits differ by at most" in export.check(folder, loaded, "float32")
     reopened = open_model(folder, None, torch.device("cpu")).model
-    assert torch.equal(reopened.wte.weight, model.wte.weight[:50257])
+    assert torch.equal(reopened.wte.weight, loaded.model.wte.weight[:50257])
 
 
-def test_a_batch_of_transformers_has_the_texts_that_it_writes_alone(
-    padded: tuple[LanguageModel, Path],
+def test_transformers_writes_the_same_texts_in_a_batch_as_alone(
+    padded: tuple[Loaded, Path],
 ) -> None:
     transformers = pytest.importorskip("transformers")
     _, folder = padded
@@ -297,7 +298,7 @@ def test_an_export_does_not_mind_half_a_metrics_line(run: Path, tmp_path: Path, 
     (copy / "metrics.jsonl").unlink()
     result = forge("export", copy, tmp_path / "other")
     assert result.exit_code == 1
-    assert "the run folder is not whole" in result.output
+    assert "the run folder is incomplete" in result.output
     assert not list(tmp_path.glob("other*"))
 
 
@@ -335,7 +336,7 @@ def test_an_export_makes_its_folder_or_fills_an_empty_one_in_place(
 
 
 @pytest.mark.parametrize("name", ["new", "empty"])
-def test_an_export_that_is_broken_off_leaves_nothing(
+def test_an_interrupted_export_leaves_nothing(
     name: str, run: Path, tmp_path: Path, forge, unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()

@@ -103,7 +103,7 @@ def test_only_few_of_the_likeliest_are_drawn_with_kernels() -> None:
         Sampling(temperature=3.0, top_k=5, top_p=0.1),
     ],
 )
-def test_the_likeliest_tokens_are_drawn_as_the_plain_way_draws(
+def test_kernels_draw_the_same_tokens_among_the_likeliest(
     sampling: Sampling, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -143,7 +143,7 @@ def test_the_likeliest_tokens_are_drawn_as_the_plain_way_draws(
         (3, MODERN, Sampling(top_p=0.9)),
     ],
 )
-def test_a_step_with_kernels_draws_what_the_plain_step_draws(
+def test_a_step_with_kernels_draws_the_same_tokens(
     num_rows: int, config: ModelConfig, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = {row: list(range(row, 20 * row + 3)) for row in range(num_rows)}

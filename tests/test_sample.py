@@ -81,7 +81,7 @@ def made(context_length: int, family: Literal["gpt2", "qwen3"] = "gpt2") -> Lang
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_512_greedy_tokens_of_a_ragged_batch_are_those_of_the_plain_way(
+def test_greedy_tokens_of_a_ragged_batch_match_the_model_without_a_cache(
     family: Literal["gpt2", "qwen3"],
 ) -> None:
     """At every position the plain model, reading the whole text with no cache, wants that token."""
@@ -98,7 +98,7 @@ def test_512_greedy_tokens_of_a_ragged_batch_are_those_of_the_plain_way(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_a_full_context_slides_as_a_fresh_read_of_its_younger_half(
+def test_a_full_context_slides_by_reading_its_younger_half_again(
     family: Literal["gpt2", "qwen3"],
 ) -> None:
     model = made(64, family)
@@ -206,7 +206,7 @@ def test_drawing_follows_the_distribution_that_the_options_leave() -> None:
     assert close(drawn(logits, both), {1: full[1], 3: full[3]})
 
 
-def test_the_repetition_penalty_makes_what_was_there_less_likely() -> None:
+def test_the_repetition_penalty_makes_earlier_tokens_less_likely() -> None:
     logits = [2.0, 1.9, -1.0]
     assert drawn(logits, Sampling(2.0, temperature=0), seen=[0]) == {1: 1}
     # Positive logits are divided, negative ones multiplied: both fall.
@@ -300,7 +300,7 @@ def test_nothing_of_a_stop_text_is_shown() -> None:
     assert (sample.text, sample.tokens) == ("aa", [0, 0, 1, 2])
 
 
-def test_prompts_that_share_a_seed_have_numbers_of_their_own() -> None:
+def test_prompts_that_share_a_seed_draw_different_numbers() -> None:
     one, other, again = (Sample(n, p, 7).noise(4) for n, p in enumerate(([1, 2], [2, 1], [1, 2])))
     assert np.array_equal(one, again)
     assert not np.isin(one, other).any()
@@ -331,7 +331,7 @@ def test_samples_are_printed_in_order_whatever_ends_first(run: Path, forge) -> N
     ]
 
 
-def test_a_file_of_prompts_comes_out_in_order_with_what_came_in(
+def test_a_prompts_file_is_continued_in_order_and_keeps_its_keys(
     run: Path, tmp_path: Path, forge
 ) -> None:
     rows = [{"prompt": text, "id": n} for n, text in enumerate(["One", "Two \u2028— ", ""] * 3)]
@@ -354,7 +354,7 @@ def test_a_file_of_prompts_comes_out_in_order_with_what_came_in(
         assert "line 2" in result.output
 
 
-def test_the_mark_that_windows_puts_before_a_file_is_not_part_of_the_prompt(
+def test_a_byte_order_mark_is_not_part_of_the_prompt(
     tmp_path: Path,
 ) -> None:
     for name, content in (("a.txt", "One\nTwo\n"), ("a.jsonl", '{"prompt": "One"}\n')):
@@ -378,7 +378,7 @@ def test_sampling_reads_no_optimizer_state(run: Path, tmp_path: Path, forge) -> 
     assert forge("sample", copy, "--max-tokens", 3).exit_code == 0
 
 
-def test_a_folder_that_is_no_model_is_one_clear_error(tmp_path: Path, forge) -> None:
+def test_a_folder_without_a_model_is_one_clear_error(tmp_path: Path, forge) -> None:
     for program, more in (("sample", []), ("export", [tmp_path / "out"])):
         for path in (tmp_path, tmp_path / "missing"):
             result = forge(program, path, *more)
@@ -386,7 +386,7 @@ def test_a_folder_that_is_no_model_is_one_clear_error(tmp_path: Path, forge) -> 
             assert "run of forge-train" in result.output
 
 
-def test_settings_that_are_no_numbers_are_refused(run: Path, forge) -> None:
+def test_settings_that_are_not_numbers_are_refused(run: Path, forge) -> None:
     for option in ("--temperature", "--top-p", "--min-p", "--repetition-penalty"):
         result = forge("sample", run, option, "nan")
         assert result.exit_code in (1, 2)
@@ -397,7 +397,7 @@ def test_settings_that_are_no_numbers_are_refused(run: Path, forge) -> None:
         assert isinstance(result.exception, SystemExit)
 
 
-def test_more_texts_at_a_time_than_the_memory_holds_is_one_clear_error(run: Path, forge) -> None:
+def test_too_many_texts_at_a_time_for_the_memory_is_one_clear_error(run: Path, forge) -> None:
     rows = ["--num-samples", 10**11, "--parallel", 10**11]
     result = forge("sample", run, *rows)
     assert result.exit_code == 1
@@ -492,7 +492,7 @@ def test_standard_input_may_be_closed(
     assert "standard input is closed" in capsys.readouterr().err
 
 
-def test_what_a_terminal_cannot_show_is_replaced(
+def test_characters_that_a_terminal_cannot_show_are_replaced(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = io.BytesIO()
@@ -516,7 +516,7 @@ def test_output_that_cannot_be_written_is_one_clear_error(
     ]
 
 
-def test_a_reader_that_has_enough_is_no_error(
+def test_a_reader_that_stops_early_is_not_an_error(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As head -1."""

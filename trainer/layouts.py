@@ -1,7 +1,7 @@
 """Our models in transformers' layout, read and written: config.json and safetensors files.
 
 GPT2LMHeadModel's Conv1D layers hold the transpose of a Linear; Qwen3ForCausalLM has several
-matrices where we have one. A padded vocabulary of ours is cut to GPT-2's 50,257 tokens in theirs.
+matrices where we have one. A padded vocabulary of ours is cut to its tokens in theirs.
 """
 
 import json
@@ -123,10 +123,12 @@ def pieces(model: LanguageModel) -> list[Piece]:
 # Ours -> theirs
 
 
-def transformers_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights under transformers' names."""
+def transformers_weights(
+    model: LanguageModel, num_tokens: int = shards.VOCAB_SIZE
+) -> dict[str, Tensor]:
+    """The weights under transformers' names, with the embedding of `num_tokens` tokens."""
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    weights["wte.weight"] = weights["wte.weight"][: shards.VOCAB_SIZE]
+    weights["wte.weight"] = weights["wte.weight"][:num_tokens]
     named = {p.theirs: p.of(weights[p.ours]).contiguous() for p in pieces(model)}
     if model.config.family == "gpt2" and not model.config.bias:  # theirs always has biases
         for piece in pieces(model):
@@ -136,9 +138,11 @@ def transformers_weights(model: LanguageModel) -> dict[str, Tensor]:
     return named
 
 
-def model_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of an export."""
-    sizes = config.sizes() | {"vocab_size": min(config.vocab_size, shards.VOCAB_SIZE)}
+def model_config(
+    config: ModelConfig, dtype: str, num_tokens: int = shards.VOCAB_SIZE
+) -> dict[str, Any]:
+    """config.json of an export, with a vocabulary of `num_tokens` at most."""
+    sizes = config.sizes() | {"vocab_size": min(config.vocab_size, num_tokens)}
     return {
         "model_type": config.family,
         "bos_token_id": shards.EOT_TOKEN,
