@@ -232,38 +232,53 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Multiple-choice questions in HellaSwag's format: ctx, endings, label.",
 )
+@click.option(
+    "--core",
+    "bundle",
+    type=click.Path(path_type=Path),
+    help="CORE's evaluation bundle: a folder or .zip with core.yaml and eval_data/.",
+)
+@click.option(
+    "--max-per-task",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Items of each of CORE's tasks, for a quick look.  [default: all]",
+)
 @click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per model and task.")
 @click.version_option(package_name="llm-forge")
 def evaluate(
     models: tuple[Path, ...],
-    data: Path | None,
-    split: str,
-    num_tokens: int,
-    context_length: int | None,
-    questions: Path | None,
+    bundle: Path | None,
+    max_per_task: int | None,
     checkpoint: int | None,
     as_json: bool,
+    **on: Any,
 ) -> None:
-    """Measure MODELS side by side: on shards (--data), on --questions, or both.
+    """Measure MODELS side by side: on shards (--data), on --questions, by --core, or several.
 
     A model is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
     local folder in transformers' GPT-2 or Qwen3 layout. All see the same tokens. Losses are in nats
     per token; ± is one standard error. acc_norm is HellaSwag's usual number: the ending with the
-    largest log p per character.
+    largest log p per character. CORE is DCLM's mean over 22 tasks (GPT-2 XL: 0.2565, as nanochat
+    measured it); under torchrun all GPUs share its items.
     """
-    if data is None and questions is None:
-        raise click.UsageError("nothing to measure on: add --data DIR, --questions FILE, or both")
+    is_on_text = on["data"] is not None or on["questions"] is not None
+    if not is_on_text and bundle is None:
+        raise click.UsageError("nothing to measure on: add --data, --questions or --core")
     with importing():
+        from sampler import core
         from sampler import evaluate as evaluating
 
-    on = (data, split, num_tokens, context_length, questions)
-    for rows in evaluating.evaluate(models, *on, checkpoint):
-        if as_json:
-            for row in rows:
-                click.echo(json.dumps(row))
-        else:
-            click.echo(evaluating.show(rows))
+    def say(rows: list[dict[str, Any]], table: str) -> None:
+        for line in map(json.dumps, rows) if as_json else [table]:
+            click.echo(line)
+
+    if is_on_text:
+        for rows in evaluating.evaluate(models, checkpoint, **on):
+            say(rows, evaluating.show(rows))
+    if bundle is not None and (rows := core.evaluate(models, bundle, max_per_task, checkpoint)):
+        say(rows, core.show(rows))
 
 
 if __name__ == "__main__":

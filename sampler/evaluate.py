@@ -39,15 +39,15 @@ Row = dict[str, Any]
 
 def evaluate(
     paths: tuple[Path, ...],
+    step: int | None,
     data: Path | None,
     split: str,
     num_tokens: int,
     context_length: int | None,
-    questions_file: Path | None,
-    step: int | None,
+    questions: Path | None,
 ) -> Iterator[list[Row]]:
     """Yield a row per model for the shards, then for the questions. Computes in float32."""
-    questions = read_questions(questions_file) if questions_file else []
+    asked = read_questions(questions) if questions else []
     torch.set_float32_matmul_precision("high")
     device = best_device()
     models = [open_model(path, step, torch.device("cpu"), torch.float32) for path in paths]
@@ -69,8 +69,8 @@ def evaluate(
                 fix="leave out --context-length",
             )
         yield on_shards(_one_by_one(models, device), data, split, num_tokens, length)
-    if questions:
-        yield on_questions(_one_by_one(models, device), questions)
+    if asked:
+        yield on_questions(_one_by_one(models, device), asked)
 
 
 def _one_by_one(models: list[Loaded], device: torch.device) -> Iterator[Loaded]:

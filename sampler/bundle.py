@@ -1,0 +1,138 @@
+"""Reads a bundle of CORE's tasks, and writes each item's prompts as that evaluation writes them.
+
+A bundle is a folder or a .zip as people download it: core.yaml (the tasks), eval_meta_data.csv
+(what guessing reaches) and eval_data/ (an item a line). Source: nanochat's scripts/base_eval.py and
+nanochat/core_eval.py, for which items, which examples, and every space between them.
+"""
+
+import csv
+import json
+import random
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import ForgeError
+
+ORDER_SEED, SHOTS_SEED = 1337, 1234  # of the items, and of an item's examples
+FIELDS = {  # of an item: the one with the texts to choose from, and another
+    "multiple_choice": ("choices", "query"),
+    "schema": ("context_options", "continuation"),
+    "language_modeling": (None, "context"),
+}
+
+Item = dict[str, Any]
+BundleFolder = Path | zipfile.Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a bundle. `chance` is the accuracy of guessing, between 0 and 1."""
+
+    label: str
+    kind: str
+    num_shots: int
+    delimiter: str  # between a question and its answer
+    chance: float
+    items: list[Item]
+
+    def shots(self, number: int) -> list[Item]:
+        """The examples in front of item `number`: others of the same task."""
+        others = [n for n in range(len(self.items)) if n != number]
+        chosen = random.Random(SHOTS_SEED + number).sample(others, self.num_shots)
+        return [self.items[n] for n in chosen]
+
+
+def read_bundle(path: Path, max_per_task: int | None) -> list[Task]:
+    """The tasks of a bundle, a folder or a .zip; those whose file is missing are left out.
+
+    `max_per_task` items of each, always the same. ForgeError if the bundle cannot be used.
+    """
+    root = _root(path)
+    try:
+        listed = yaml.safe_load((root / "core.yaml").read_text("utf-8"))["icl_tasks"]
+        rows = csv.DictReader((root / "eval_meta_data.csv").read_text("utf-8").splitlines())
+        chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
+        tasks = [_read_task(root, entry, chances, max_per_task) for entry in listed]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ForgeError(
+            f"cannot read the evaluation bundle: {reason}",
+            where=path,
+            fix="download and unpack it again",
+        ) from error
+    return [task for task in tasks if task is not None]
+
+
+def _root(path: Path) -> BundleFolder:
+    """The folder that holds core.yaml: the bundle itself, or the one folder in it."""
+    try:
+        given = zipfile.Path(path) if path.is_file() else path
+        for folder in (given, given / "eval_bundle"):
+            if (folder / "core.yaml").is_file():
+                return folder
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ForgeError(f"cannot open the bundle: {error}", where=path) from error
+    raise ForgeError(
+        "not an evaluation bundle: no core.yaml",
+        where=path,
+        fix="give the folder or .zip with core.yaml, eval_meta_data.csv and eval_data/",
+    )
+
+
+def _read_task(
+    root: BundleFolder, entry: dict[str, Any], chances: dict[str, float], max_per_task: int | None
+) -> Task | None:
+    label, kind, num_shots = entry["label"], entry["icl_task_type"], int(entry["num_fewshot"][0])
+    file = root / "eval_data" / entry["dataset_uri"]
+    if not file.is_file():
+        return None
+    items = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line.strip()]
+    random.Random(ORDER_SEED).shuffle(items)
+    items = items[:max_per_task]
+    if len(items) <= num_shots:
+        what = f"{len(items)} items are too few for {num_shots} examples in front of each"
+        raise ForgeError(what, where=label, fix=f"--max-per-task {num_shots + 1} at least")
+    delimiter = entry.get("continuation_delimiter", " ")
+    task = Task(label, kind, num_shots, delimiter, chances[label], items)
+    for number, item in enumerate(items):
+        _check(item, kind, f"{label}, item {number}")
+    return task
+
+
+def _check(item: Item, kind: str, where: str) -> None:
+    if kind not in FIELDS:
+        raise ValueError(f"{where}: unknown kind of task {kind!r}")
+    several, one = FIELDS[kind]
+    texts = [item[one]] + (item[several] if several else [item["continuation"]])
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{where}: a text is not a string")
+    if several and not 0 <= int(item["gold"]) < len(item[several]):
+        raise ValueError(f"{where}: gold {item['gold']} of {len(item[several])}")
+
+
+def texts(task: Task, number: int) -> list[str]:
+    """An item's texts, examples included: one for each choice.
+
+    Of language modelling: without the continuation, and with it.
+    """
+    item, delimiter = task.items[number], task.delimiter
+    front = "".join(f"{_solved(task, shot)}\n\n" for shot in task.shots(number))
+    if task.kind == "multiple_choice":
+        return [f"{front}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
+    if task.kind == "schema":
+        return [f"{front}{c}{delimiter}{item['continuation']}" for c in item["context_options"]]
+    question = f"{front}{item['context'].strip()}{delimiter}"
+    return [question.strip(), question + item["continuation"]]
+
+
+def _solved(task: Task, item: Item) -> str:
+    """An example with its right answer."""
+    if task.kind == "multiple_choice":
+        return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
+    if task.kind == "schema":
+        return f"{item['context_options'][item['gold']]}{task.delimiter}{item['continuation']}"
+    return f"{item['context'].strip()}{task.delimiter}{item['continuation']}"
