@@ -22,6 +22,7 @@ STEPS = ("step", "skip")  # kinds of rows
 FIGURES = ("loss", "lr", "norm", "tokens_per_second", "mfu")  # of a step, a curve each
 AXES = ("step", "tokens", "seconds")
 MAX_BINS = 1000  # of a curve; each bin has a mean, a minimum and a maximum
+LABEL_LENGTH = 16
 MAX_BINS_OF_ALL = 8000  # of the curves of all runs: this bounds the page's size
 Row = dict[str, Any]
 
@@ -35,7 +36,7 @@ class Run:
     num_damaged: int  # lines of metrics.jsonl that were left out
     settings: Row
     index: Row  # index.json of the shards
-    plan: Row  # of the latest checkpoint
+    stop: float | None  # the last step, by the plan of the latest checkpoint
 
     def of(self, *kinds: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] in kinds]
@@ -50,6 +51,13 @@ def number(value: Any) -> float | None:
     """A finite number; None for whatever else a damaged line may have."""
     is_finite = isinstance(value, int | float) and abs(value) < 1e300
     return float(value) if is_finite else None
+
+
+def within(found: Any, *keys: str) -> Any:
+    """found[key][key]...; None if there is no such value."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -68,7 +76,9 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def short_names(full: list[str]) -> list[str]:
-    """The names without the words that all begin with."""
+    """Long names without the words that all begin with."""
+    if max(map(len, full)) <= LABEL_LENGTH:
+        return full
     words = [re.split(r"(?<=[_/ ])", name) for name in full]
     while len(full) > 1 and all(len(each) > 1 for each in words):
         if len({each[0] for each in words}) > 1:
@@ -81,7 +91,7 @@ def read_run(path: Path, name: str) -> Run:
     log = path / METRICS_FILE
     if not log.is_file():
         what = f"no run of forge-train: it has no {METRICS_FILE}"
-        raise ForgeError(what, where=path, fix="give a folder that was --out of forge-train")
+        raise ForgeError(what, where=path, fix="give a run's folder, or wait until it begins")
     with refusals("read the run", log):
         num_lines = sum(1 for line in log.read_bytes().splitlines() if line.strip())
         found = read_metrics(path)
@@ -93,9 +103,8 @@ def read_run(path: Path, name: str) -> Run:
     if saved := checkpoint.steps(path):
         state = read_json(checkpoint.checkpoint_path(path, saved[-1]) / checkpoint.STATE_FILE)
     num_damaged = max(0, num_lines - len(found))  # a run may write between the two reads
-    plan = state.get("plan")
-    plan = plan if isinstance(plan, dict) else {}
-    return Run(name, rows, num_damaged, read_settings(path), read_json(path / DATA_FILE), plan)
+    stop = number(within(state, "plan", "stop"))
+    return Run(name, rows, num_damaged, read_settings(path), read_json(path / DATA_FILE), stop)
 
 
 def read_settings(path: Path) -> Row:

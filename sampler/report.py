@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.errors import ForgeError, refusals
 from pipeline.files import write_whole
 from pipeline.shards import SPLITS
-from sampler.curves import Row, Run, curves, number, read_runs, short_names
+from sampler.curves import Row, Run, curves, number, read_runs, short_names, within
 from sampler.lines import read_lines
 from trainer.config_file import model_from_dict
 from trainer.report import amount, duration
@@ -173,17 +173,16 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
     """What was measured, and on what data and machine; without what is not known."""
     now, starts, losses = run.rows[-1], run.of("start"), run.numbers("evaluate", "loss")
     start: Row = starts[-1] if starts else {}
-    stop, splits = number(run.plan.get("stop")), run.index.get("splits", {})
-    train_tokens, val_tokens = (number(splits.get(s, {}).get("num_tokens")) for s in SPLITS)
+    train, val = (number(within(run.index, "splits", s, "num_tokens")) for s in SPLITS)
     found: dict[str, str] = {}
 
     def say(label: str, value: Any, form: str = "") -> None:
         if value:
             found[label] = f"{value:{form}}"
 
-    say("steps", f"{now['step']:,}" + (f" of {stop:,.0f}" if stop else ""))
+    say("steps", f"{now['step']:,}" + (f" of {run.stop:,.0f}" if run.stop else ""))
     say("tokens", now["tokens"], ",")
-    say("epochs", train_tokens and now["tokens"] / train_tokens, ".2f")
+    say("epochs", train and now["tokens"] / train, ".2f")
     say("time", duration(now["seconds"]))
     if losses:
         say("validation loss", losses[-1], ".4f")
@@ -192,10 +191,10 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
         say("bits per byte", [None, *run.numbers("evaluate", "bits_per_byte")][-1], ".4f")
         for row in references:
             say(f"validation loss, less {row['name']}'s", losses[-1] - row["loss"], "+.4f")
-    say("training loss, last 100 steps", middle(run.numbers("step", "loss")[-100:]), ".4f")
-    say("tokens per second", middle(run.numbers("step", "tokens_per_second")), ",.0f")
-    say("MFU", middle(run.numbers("step", "mfu")), ".1%")
-    say("waited for data", middle(run.numbers("step", "data_wait")), ".2%")
+    say("training loss, median of the last 100", middle(run.numbers("step", "loss")[-100:]), ".4f")
+    say("tokens per second, median", middle(run.numbers("step", "tokens_per_second")), ",.0f")
+    say("MFU, median", middle(run.numbers("step", "mfu")), ".1%")
+    say("time that waited for data", middle(run.numbers("step", "data_wait")), ".2%")
     peak = max(run.numbers("evaluate", "peak_memory_bytes"), default=0)
     say("peak memory of a GPU, GB", peak / 1e9, ".1f")
     say("skipped steps", len(run.of("skip")))
@@ -207,11 +206,10 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
     cut = [start.get(key) for key in ("micro_batch_size", "accumulation_steps", "world_size")]
     say("micro-batch, accumulation, ranks", all(cut) and " x ".join(map(str, cut)))
     say("parameters", num_parameters(run), ",")
-    source = run.index.get("source") or {}
-    revision = (source.get("hub") or {}).get("revision")
-    say("data", source.get("name", "") + (f" at {revision}" if revision else ""))
-    say("training tokens", train_tokens, ",.0f")
-    say("validation tokens", val_tokens, ",.0f")
+    say("data", within(run.index, "source", "name"))
+    say("revision of the data", within(run.index, "source", "hub", "revision"))
+    say("training tokens", train, ",.0f")
+    say("validation tokens", val, ",.0f")
     return found
 
 

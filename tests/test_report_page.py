@@ -94,7 +94,7 @@ def test_what_a_run_says_is_text_whatever_it_says(tmp_path: Path) -> None:
     rows = [start, step(1), row("evaluate", 1, loss=4.0), row("sample", 1, text=hostile)]
     run = write_run(tmp_path / name, rows)
     (run / "config.toml").write_text(f"[model]\nfamily = {json.dumps(hostile[:-2])}\n")
-    (run / "data_index.json").write_text(json.dumps({"source": {"name": hostile}}))
+    (run / "data_index.json").write_text(json.dumps({"source": {"name": hostile}, "splits": 1}))
     against = tmp_path / "against.jsonl"
     against.write_text(json.dumps(REFERENCE | {"model": hostile}) + "\n")
     page = page_of(tmp_path, run, "--against", against)
@@ -109,7 +109,7 @@ def test_what_a_run_says_is_text_whatever_it_says(tmp_path: Path) -> None:
 
 
 def test_the_page_loads_nothing(run: Path, tmp_path: Path) -> None:
-    page = page_of(tmp_path, run)
+    page = page_of(tmp_path, run).replace("http://www.w3.org/2000/svg", "")  # a name
     attributes = [key for key, _ in Elements(page).attributes]
     assert not {"src", "href", "srcset", "action", "poster"} & set(attributes)
     for way_out in ("http://", "https://", "url(", "@import", "fetch(", "import(", "XMLHttp"):
@@ -240,8 +240,8 @@ def test_a_page_that_cannot_be_written_is_one_message(run: Path, tmp_path: Path)
     assert "cannot write the page" in done.output
 
 
-def test_labels_leave_out_the_words_that_all_names_begin_with() -> None:
-    assert short_names(["forge_lr3e-4_a", "forge_lr6e-4_a"]) == ["lr3e-4_a", "lr6e-4_a"]
-    assert short_names(["rate_0.03", "rate_0.01"]) == ["0.03", "0.01"]
-    assert short_names(["x", "x_long"]) == ["x", "x_long"]
-    assert short_names(["one_run"]) == ["one_run"]
+def test_long_labels_leave_out_the_words_that_all_names_begin_with() -> None:
+    assert short_names(["forge_350m_lr3e-4", "forge_350m_lr6e-4"]) == ["lr3e-4", "lr6e-4"]
+    assert short_names(["forge_350m_warmup", "forge_350m_warmup_2"]) == ["warmup", "warmup_2"]
+    assert short_names(["rate_0.03", "rate_0.01"]) == ["rate_0.03", "rate_0.01"]
+    assert short_names(["one_run_with_a_long_name"]) == ["one_run_with_a_long_name"]
