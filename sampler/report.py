@@ -34,6 +34,7 @@ Table = list[tuple[str, list[str]]]  # a label, and a text for each run
 
 def write_report(paths: Sequence[Path], out: Path, against: Path | None) -> int:
     """Write the page, whole or not at all; returns its size in bytes. Raises ForgeError."""
+    check_out(out)
     runs = read_runs(paths)
     references = read_references(against) if against else []
     known = [facts(run, references) for run in runs]
@@ -56,6 +57,14 @@ def write_report(paths: Sequence[Path], out: Path, against: Path | None) -> int:
     with refusals("write the page", out):
         write_whole(out, content, wait_for_disk=False)
     return len(content)
+
+
+def check_out(out: Path) -> None:
+    """ForgeError for a file that is no page: a slip of the hand must not cost a run its log."""
+    with refusals("read the page that is to be replaced", out):
+        before = out.read_bytes() if out.is_file() else b""
+    if before and not before.startswith(b"<!DOCTYPE html>"):
+        raise ForgeError("--out is a file that is no page", where=out, fix="name another")
 
 
 def read_references(path: Path) -> list[Row]:

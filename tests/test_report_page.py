@@ -234,6 +234,17 @@ def test_against_refuses_what_forge_eval_did_not_print(
     assert not out.exists()
 
 
+def test_only_a_page_is_replaced(run: Path, tmp_path: Path) -> None:
+    page_of(tmp_path, run)
+    page_of(tmp_path, run)
+    log = tmp_path / "metrics.jsonl"
+    shutil.copy(run / "metrics.jsonl", log)
+    done = forge_report(run, "--out", log)
+    assert done.exit_code == 1
+    assert "no page" in done.output
+    assert log.read_bytes() == (run / "metrics.jsonl").read_bytes()
+
+
 def test_a_page_that_cannot_be_written_is_one_message(run: Path, tmp_path: Path) -> None:
     done = forge_report(run, "--out", tmp_path / "missing" / "page.html")
     assert done.exit_code == 1
