@@ -1,4 +1,4 @@
-"""The command lines of forge-sample, forge-export and forge-eval."""
+"""The command lines of forge-sample, forge-export, forge-eval and forge-report."""
 
 import contextlib
 import json
@@ -279,6 +279,35 @@ def evaluate(
             say(rows, evaluating.show(rows))
     if bundle is not None and (rows := core.evaluate(models, bundle, max_per_task, checkpoint)):
         say(rows, core.show(rows))
+
+
+@click.command(cls=ForgeCommand, context_settings=SETTINGS)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page; one that is there is replaced.",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw the losses of other models, too: what forge-eval --json printed.",
+)
+@click.version_option(package_name="llm-forge")
+def report(runs: tuple[Path, ...], out: Path, against: Path | None) -> None:
+    """Show RUN, or several side by side, as one page that opens in any browser.
+
+    Curves over tokens or hours, samples, configs with their differences, data and hardware. A run
+    may be training still, or be a copy without its checkpoints. The page loads nothing.
+    """
+    with importing():
+        from sampler import report as reporting
+
+    num_bytes = reporting.write_report(runs, out, against)
+    click.echo(f"Written: {out} ({num_bytes / 1000:,.0f} kB)")
 
 
 if __name__ == "__main__":
