@@ -12,6 +12,7 @@ A task's centred accuracy is 0 for guessing and 1 for all right; CORE is its mea
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from pipeline.shards import EOT_TOKEN
 from sampler.bundle import Item, Task, read_bundle, texts
 from sampler.load import Loaded, open_model
 from trainer.model import LanguageModel
-from trainer.ranks import Ranks, gather, on_all, process_group
+from trainer.ranks import Ranks, on_all, process_group
 
 TASKS = (  # in full
     "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa",
@@ -175,11 +176,14 @@ def evaluate(
     ranks = Ranks.from_environment()
     device = ranks.device()
     with process_group(ranks, device, TIMEOUT_SECONDS):
-        tasks = on_all(ranks, lambda: read_bundle(bundle, max_per_task))
+        tasks: list[Task] = []
+        on_all(ranks, lambda: tasks.extend(read_bundle(bundle, max_per_task)))
         rows = []
         for path in paths:
-            loaded = on_all(ranks, lambda: open_model(path, step, device, torch.float32))  # noqa: B023
-            rows.append(on_tasks(loaded, tasks, ranks))
+            loaded = list[Loaded]()
+            opened = partial(open_model, path, step, device, torch.float32)
+            on_all(ranks, lambda: loaded.append(opened()))  # noqa: B023
+            rows.append(on_tasks(loaded[0], tasks, ranks))
     return rows if ranks.is_first else []
 
 
@@ -196,7 +200,7 @@ def on_tasks(loaded: Loaded, tasks: list[Task], ranks: Ranks) -> dict[str, Any]:
                 found = scores(loaded.model, task, some[ranks.rank :: ranks.world_size])
                 right += [is_right(task, task.items[n], each) for n, each in found.items()]
                 progress.update(len(some))
-            made[task.label] = figures(task, [*chain(*gather(ranks, right))])
+            made[task.label] = figures(task, [*chain(*on_all(ranks, right.copy))])
     errors = [each["centered_error"] for each in made.values()]
     return {
         "model": str(loaded.path),
