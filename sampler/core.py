@@ -78,7 +78,8 @@ def answers(task: Task, encoded: list[Tokens]) -> list[Answer]:
     start = _common_length(encoded)
     if task.kind == "language_modeling":
         return [Answer(encoded[1], start)]
-    return [Answer(tokens, start) for tokens in encoded]
+    # At least the last token: one choice may begin with another.
+    return [Answer(tokens, min(start, len(tokens) - 1)) for tokens in encoded]
 
 
 def _common_length(sequences: list[Tokens]) -> int:

@@ -23,7 +23,7 @@ from sampler.load import TOKENIZER_FILE, Loaded, open_model
 from trainer import checkpoint
 from trainer.checkpoint import CONFIG_FILE
 from trainer.layouts import model_config, transformers_weights
-from trainer.report import METRICS_FILE, duration, read_metrics
+from trainer.report import duration, read_metrics
 from trainer.run import DATA_FILE
 
 CHECK_TEXTS = (
@@ -247,7 +247,7 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
         raise ForgeError(
             f"the run folder is incomplete: {error!r}",
             where=run,
-            fix=f"restore its {CONFIG_FILE}, {DATA_FILE} and {METRICS_FILE}",
+            fix=f"restore its {CONFIG_FILE} and {DATA_FILE}",
         ) from error
     exported = replace(model, vocab_size=min(model.vocab_size, len(loaded.vocabulary)))
     before = [row for row in rows if row["step"] <= state.step]

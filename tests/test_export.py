@@ -290,12 +290,14 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
     refused(forge, folder, "pickled")
 
 
-def test_an_export_does_not_mind_half_a_metrics_line(run: Path, tmp_path: Path, forge) -> None:
+def test_an_export_needs_the_config_and_the_index_of_a_run_but_no_log(run: Path, tmp_path: Path, forge) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "st')
     assert forge("export", copy, tmp_path / "hf").exit_code == 0
     (copy / "metrics.jsonl").unlink()
+    assert forge("export", copy, tmp_path / "without").exit_code == 0
+    (copy / "data_index.json").unlink()
     result = forge("export", copy, tmp_path / "other")
     assert result.exit_code == 1
     assert "the run folder is incomplete" in result.output

@@ -61,11 +61,12 @@ def open_run(command: Command, index: Index) -> State | None:
             fix = "bring the folder back, or begin anew with another --out"
             raise ForgeError(what, where=run / checkpoint.FOLDER, fix=fix)
         return None
-    state = checkpoint.load_state(run, found[-1])
+    state = checkpoint.load_state(run, found[-1], ())
     anew = f"start a new run from its weights: --from {run} --out ANOTHER"
     if not state.config:
         what = "an earlier version of forge-train made this run, and only that can resume it"
         raise ForgeError(what, where=run, fix=anew)
+    checkpoint.load_state(run, found[-1])  # its tensors are whole, too
     changes = differences(state.config, flat(command.config))
     if source and str(source) != state.weights_from:
         changes.append(f"--from: {state.weights_from or 'none'} -> {source}")
