@@ -130,7 +130,7 @@ class DocumentLengths:
 class Index:
     """index.json. `source`, `options` and `skipped` are plain records of how it was made.
 
-    `base` is what a longer run keeps (see prepare.py); None if nothing can be added.
+    `slices` says of each slice what a longer run needs (slices.Record); empty if none can follow.
     """
 
     folder: Path
@@ -140,7 +140,7 @@ class Index:
     skipped: dict[str, Any]
     document_tokens: dict[str, DocumentLengths]
     shards: tuple[Shard, ...]
-    base: dict[str, Any] | None = None
+    slices: tuple[dict[str, Any], ...] = ()
     sha256: str = field(default="", compare=False)  # of index.json itself, once it is on disk
 
     def of(self, split: str) -> tuple[Shard, ...]:
@@ -152,7 +152,7 @@ class Index:
 
     def to_json(self) -> str:
         head = {"format": INDEX_FORMAT, "version": INDEX_VERSION}
-        head |= {key: getattr(self, key) for key in (*SECTIONS, "base")}
+        head |= {key: getattr(self, key) for key in SECTIONS}
         head["splits"] = {
             split: {
                 "num_shards": len(self.of(split)),
@@ -161,13 +161,16 @@ class Index:
             }
             for split in SPLITS
         }
-        rows = ",\n".join("    " + json.dumps(asdict(shard)) for shard in self.shards)
-        return json.dumps(head, indent=2)[:-2] + f',\n  "shards": [\n{rows}\n  ]\n}}\n'
+        text = json.dumps(head, indent=2)[:-2]
+        for name, rows in (("slices", self.slices), ("shards", map(asdict, self.shards))):
+            lines = ",\n".join("    " + json.dumps(row) for row in rows)
+            text += f',\n  "{name}": [\n{lines}\n  ]'
+        return text + "\n}\n"
 
 
-def shard_path(folder: Path, split: str, number: int) -> Path:
+def shard_name(split: str, number: int) -> str:
     """The file of shard `number` (from 0) of a split; a train shard has its slice's number."""
-    return folder / f"{split}_{number:06d}.bin"
+    return f"{split}_{number:06d}.bin"
 
 
 def shard_bytes(num_tokens: int) -> int:
@@ -219,8 +222,15 @@ class ShardWriter:
         return self._hash.hexdigest()
 
     def discard(self) -> None:
+        """Remove what is not committed."""
         self._file.close()
         self.partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.discard()
 
 
 def check_header(path: Path) -> int:
@@ -251,6 +261,15 @@ def map_shard(path: Path, num_tokens: int) -> Tokens:
     except (OSError, ValueError) as error:
         fix = "run forge-prep verify on its folder"
         raise ForgeError(f"cannot map a shard: {error}", where=path, fix=fix) from error
+
+
+def next_document(tokens: Tokens, near: int) -> int:
+    """The first position from `near` on that starts a document; the end, if there is none."""
+    for start in range(max(0, near), len(tokens), FLUSH_TOKENS):
+        found = np.flatnonzero(tokens[start : start + FLUSH_TOKENS] == EOT_TOKEN)
+        if found.size:
+            return start + int(found[0])
+    return len(tokens)
 
 
 def parse_vocabulary(data: bytes) -> list[bytes]:
@@ -337,7 +356,7 @@ def load_index(folder: Path) -> Index:
             **{section: raw[section] for section in SECTIONS},
             document_tokens={k: DocumentLengths.from_json(v) for k, v in figures.items()},
             shards=tuple(Shard(**shard) for shard in raw["shards"]),
-            base=raw.get("base"),
+            slices=tuple(raw.get("slices", ())),
             sha256=hashlib.sha256(data).hexdigest(),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -34,7 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import readers, shards, slices, sources, tokenizer
-from pipeline.slices import Job, Options
+from pipeline.slices import Job
+from pipeline.sources import Options
 
 ROOT = Path(__file__).parents[2]
 TIKTOKEN_BYTES = 30_000_000  # enough text for the slow rows
