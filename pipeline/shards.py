@@ -295,24 +295,17 @@ def read_vocabulary(path: Path) -> list[bytes]:
 
 def no_index(folder: Path) -> ForgeError:
     """What a folder without index.json probably is."""
-    is_there = folder.is_dir()
-    names = {path.name for path in folder.iterdir()} if is_there else set()
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     below = next(iter(sorted(folder.glob(f"*/{INDEX_FILE}"))), None)
     what = f"the folder has no {INDEX_FILE}"
     if WORK_FOLDER in names:
         what += ", so it is not finished"
         fix = "run its forge-prep command again; finished slices are kept"
-    elif {f"{split}.bin" for split in SPLITS} <= names:
-        fix = "if train.bin and val.bin are nanoGPT's GPT-2 tokens: forge-prep index DIR --raw"
     elif any(name.endswith(".bin") for name in names):
-        fix = "if its .bin files are llm.c's or modded-nanogpt's shards: forge-prep index DIR"
+        fix = "if others made its token files: forge-prep index DIR (--raw for nanoGPT's)"
     else:
-        what = (
-            f"no folder of shards: it has no {INDEX_FILE}"
-            if is_there
-            else "no such folder of shards"
-        )
-        fix = "make one of the text: forge-prep tokenize SOURCE --out DIR; then give DIR"
+        what = f"no {'such ' * (not folder.is_dir())}folder of shards"
+        fix = "make one of text: forge-prep tokenize SOURCE --out DIR"
         fix = f"give the folder of shards itself, such as {below.parent}" if below else fix
     return ForgeError(what, where=folder, fix=fix)
 

@@ -13,6 +13,7 @@ import threading
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline import files, readers, shards, tokenizer, verify
-from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
+from pipeline.errors import KEPT, DamageError, ForgeError, refusals
 from pipeline.readers import Batch, Reading
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Slice
@@ -88,14 +89,13 @@ def _die_with_parent() -> None:
 
 
 class Side:
-    """One split's share of a slice: its file, opened at the first tokens, and its figures."""
+    """One split's share of a slice: its file and its figures."""
 
     def __init__(self, work: Path, split: str, number: int) -> None:
         self.split, self.number = split, number
         is_train = split == "train"  # the pieces of val are joined at the end
         name = shards.shard_name(split, number) if is_train else f"{number:06d}.val"
-        self.path = work / name
-        self.writer: ShardWriter | None = None
+        self.writer = ShardWriter(work / name)
         self.num_tokens = self.text_bytes = 0
         self.lengths = array("q")
         self._buffer, self._filled = np.empty(BUFFER_TOKENS, np.uint16), 0
@@ -115,35 +115,31 @@ class Side:
         self.text_bytes += text_bytes
         self.lengths.append(len(tokens))
 
-    def _flush(self) -> ShardWriter:
-        self.writer = self.writer or ShardWriter(self.path)
+    def _flush(self) -> None:
         self.writer.write(self._buffer[: self._filled])
         self._filled = 0
-        return self.writer
 
     def commit(self) -> tuple[Shard, ...]:
         """Put the file in its place. Nothing, if no document fell on this side."""
+        path = self.writer.path
         if not self.lengths:
-            self.path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             return ()
-        checksum = self._flush().commit()
-        counts = (self.num_tokens, len(self.lengths), self.text_bytes, checksum)
-        head = shards.head_checksum(self.path)
-        return (Shard(self.path.name, self.split, *counts, self.number, head),)
-
-    def discard(self) -> None:
-        if self.writer is not None:
-            self.writer.discard()
+        self._flush()
+        counts = (self.num_tokens, len(self.lengths), self.text_bytes, self.writer.commit())
+        return (Shard(path.name, self.split, *counts, self.number, shards.head_checksum(path)),)
 
 
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its files, then its record. Runs in a worker process."""
     skipped, damaged = Counter[str](), list[str]()
-    sides = {split: Side(job.work, split, job.slice.number) for split in shards.SPLITS}
-    train, val = sides.values()
     record = record_path(job.work, job.slice.number)
-    try:
+    with ExitStack() as stack, refusals("write", job.work.parent, KEPT):
         record.unlink(missing_ok=True)  # of other files or another limit: its shards will change
+        sides = {split: Side(job.work, split, job.slice.number) for split in shards.SPLITS}
+        for side in sides.values():
+            stack.enter_context(side.writer)
+        train, val = sides.values()
         for batch in _batches(job, skipped, damaged):
             before = train.num_tokens + val.num_tokens
             is_full = write_documents(batch, sides, job, skipped)
@@ -171,14 +167,6 @@ def tokenize_slice(job: Job) -> Record:
         # Not waited for: should a power cut take it, its slice is made again.
         files.write_whole(record, json.dumps(asdict(finished)).encode(), wait_for_disk=False)
         return finished
-    except MemoryError as error:
-        where = f"slice {job.slice.number}, from {job.slice.parts[0].file.name} on"
-        raise refusal(error, "tokenize a document", where, KEPT) from error
-    except OSError as error:
-        raise refusal(error, "write", job.work.parent, KEPT) from error
-    finally:
-        for side in sides.values():
-            side.discard()
 
 
 def _batches(job: Job, skipped: Counter[str], damaged: list[str]) -> Iterator[Batch]:
