@@ -49,6 +49,19 @@ class Outcome:
     new_bytes: int = 0
     new_tokens: int = 0
 
+    def summary(self) -> dict[str, Any]:
+        """The facts of `forge-prep tokenize --json`."""
+        total = self.index.total
+        return {
+            "up_to_date": self.up_to_date,
+            "num_train_tokens": total("num_tokens", "train"),
+            "num_val_tokens": total("num_tokens", "val"),
+            "num_documents": total("num_documents"),
+            "text_bytes": total("text_bytes"),
+            "skipped": self.index.skipped,
+            "seconds": round(self.seconds, 3),
+        }
+
 
 def tokenize(
     source: Source,

@@ -21,9 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline import sources
 from pipeline.errors import KEPT, DamageError, ForgeError, refusals
-from pipeline.sources import Options, Part, Source
+from pipeline.sources import Options, Part
 from pipeline.tokenizer import EOT_TEXT
 
 BATCH_BYTES = 8 * 2**20
@@ -97,10 +96,6 @@ def damage(what: str, where: object) -> Iterator[None]:
             raise MemoryError(str(error)) from error  # as a decompressor reports it
         reason = str(error).strip().splitlines()[0]
         raise DamageError(f"{what}: {reason}", where=str(where), fix=REPAIR) from error
-
-
-# ---------------------------------------------------------------------------------------------
-# Parquet
 
 
 def read_parquet(at: Reading, part: Part) -> Iterator[Batch]:
@@ -192,10 +187,6 @@ def score_column(columns: Sequence[str], where: object) -> str:
             return column
     what = f"no score: none of {', '.join(SCORE_COLUMNS)}; there are: {', '.join(columns)}"
     raise ForgeError(what, where=where, fix=NO_SCORES)
-
-
-# ---------------------------------------------------------------------------------------------
-# Text files
 
 
 def batches(texts: Iterable[bytes | None], raw: io.BufferedReader) -> Iterator[Batch]:
@@ -358,13 +349,3 @@ def cut_lines(lines: Iterable[bytes], mark: bytes) -> Iterator[bytes]:
         document.append(line)
     if text := b"".join(document).strip(b"\r\n"):
         yield text
-
-
-def with_marker(source: Source) -> str:
-    """The name of the first text file that has <|endoftext|> near its beginning, or ""."""
-    for file in source.files:
-        path = source.root / file.name
-        with refusals("read a source file", path), path.open("rb") as raw:
-            if EOT_TEXT.encode() in raw.read(sources.TAIL_BYTES):
-                return file.name
-    return ""

@@ -263,7 +263,7 @@ def _checked_tokens(path: Path, shard: Shard) -> shards.Tokens:
     """All tokens of a shard, read into memory; ForgeError if a byte has changed."""
     with refusals("read a shard", path):
         tokens = np.fromfile(path, "<u2", offset=shards.HEADER.size)
-    if xxhash.xxh3_64_hexdigest(tokens) != shard.checksum:
+    if xxhash.xxh3_64_hexdigest(tokens.data) != shard.checksum:
         what = "the shard is damaged: its bytes are not those that were written"
         raise ForgeError(what, where=path, fix="run forge-prep verify on its folder")
     return tokens

@@ -15,6 +15,7 @@ import xxhash
 from pipeline.errors import KEPT, ForgeError, refusals
 from pipeline.files import files_in
 from pipeline.hub import resolve_hub
+from pipeline.tokenizer import EOT_TEXT
 
 KINDS = {
     ".parquet": "parquet",
@@ -138,10 +139,6 @@ class Source:
         return replace(self, files=tuple(sorted(self.files, key=order)))
 
 
-# ---------------------------------------------------------------------------------------------
-# Finding the files
-
-
 def resolve(name: str, config: str | None, split: str, revision: str | None) -> Source:
     """Find the files that SOURCE names. ForgeError when there are none."""
     path = Path(name)
@@ -209,3 +206,13 @@ def describe_file(path: Path, name: str) -> SourceFile:
         size = file.seek(0, 2)
         file.seek(max(0, size - TAIL_BYTES))
         return SourceFile(name, size, xxhash.xxh3_64_hexdigest(file.read()), modified)
+
+
+def with_marker(source: Source) -> str:
+    """The name of the first text file that has <|endoftext|> near its beginning, or ""."""
+    for file in source.files:
+        path = source.root / file.name
+        with refusals("read a source file", path), path.open("rb") as raw:
+            if EOT_TEXT.encode() in raw.read(TAIL_BYTES):
+                return file.name
+    return ""
