@@ -41,9 +41,7 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
             raise ForgeError(what, where=folder, fix="forge-prep info DIR")
         if (folder / shards.WORK_FOLDER).exists() and kind not in (RAW_KIND, THEIR_KIND):
             what = "an unfinished run of forge-prep tokenize lies here"
-            raise ForgeError(
-                what, where=folder, fix="run the same command again, which finishes it"
-            )
+            raise ForgeError(what, where=folder, fix="finish it: run the same command again")
         found = sorted(folder.glob("*.bin"))
         rows = [{"name": path.name, "bytes": path.stat().st_size} for path in found]
         source: dict[str, Any] = {"name": folder.resolve().name, "hub": None, "files": rows}
@@ -55,17 +53,16 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
             lengths = {split: DocumentLengths() for split in shards.SPLITS}
             for shard, documents in made:
                 lengths[shard.split] += documents
-            return verify.publish(
-                Index(
-                    folder=folder,
-                    tokenizer=tokenizer.describe(),
-                    source=source,
-                    options={"split_rule": "by the name of the file"},
-                    skipped={"null_documents": 0, "empty_documents": 0},
-                    document_tokens=lengths,
-                    shards=tuple(shard for shard, _ in made),
-                )
+            index = Index(
+                folder=folder,
+                tokenizer=tokenizer.describe(),
+                source=source,
+                options={"split_rule": "by the name of the file"},
+                skipped={"null_documents": 0, "empty_documents": 0},
+                document_tokens=lengths,
+                shards=tuple(shard for shard, _ in made),
             )
+            return verify.publish(index)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -74,9 +71,8 @@ def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, D
     """Shards with a header, as the index lists them."""
     used = [path for path in paths if not re.search(NOT_TRAINING, path.stem.lower())]
     if not used:
-        what = "no token files (*.bin) for training here" + " (test, eval, dev are not)" * bool(
-            paths
-        )
+        what = "no token files (*.bin) for training here"
+        what += " (test, eval, dev are not)" * bool(paths)
         fix = "text becomes shards with forge-prep tokenize"
         raise ForgeError(what, where=paths[0] if paths else None, fix=fix)
     for path in used:

@@ -30,6 +30,8 @@ from pipeline.shards import WORK_FOLDER, DocumentLengths, Index
 from pipeline.slices import Job, Record
 from pipeline.sources import BYTES_PER_TOKEN, Options, Slice, Source
 
+SHARED = f"in a container, docker run --shm-size=64m; {KEPT}"
+
 
 class Progress(NamedTuple):
     """Where a run stands: bytes of the plan that are done, of how many, and train + val tokens."""
@@ -141,7 +143,7 @@ class _Run:
         self.plan = Plan(source, options, on_damage, self.num_kept, *first)
         self.records: dict[int, Record] = {}
         self.made: dict[int, Record] = {}
-        with refusals("make shared memory", "/dev/shm", f"--shm-size=64m for docker run; {KEPT}"):
+        with refusals("make shared memory", "/dev/shm", SHARED):
             self.context = get_context("spawn")  # its semaphores are files
             self.done: Any = self.context.Array("q", 2)  # source bytes and tokens, of all runs
 
@@ -192,7 +194,7 @@ class _Run:
     ) -> None:
         """Make slices until all that are needed are settled."""
         vocabulary = self.work / shards.VOCABULARY_FILE
-        with refusals("make shared memory", "/dev/shm", f"--shm-size=64m for docker run; {KEPT}"):
+        with refusals("make shared memory", "/dev/shm", SHARED):
             start = (slices.start_worker, (vocabulary, self.done))
             pool = ProcessPoolExecutor(workers, self.context, *start)
         running: dict[Future[Record], int] = {}

@@ -173,11 +173,6 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}_{number:06d}.bin"
 
 
-def shard_bytes(num_tokens: int) -> int:
-    """Where in a shard token `num_tokens` (from 0) starts; so also the size of one with as many."""
-    return HEADER.size + TOKEN_BYTES * num_tokens
-
-
 def encode_header(num_tokens: int) -> bytes:
     """The 1024 bytes in front of the tokens."""
     return HEADER.pack(MAGIC, VERSION, num_tokens)
@@ -186,8 +181,8 @@ def encode_header(num_tokens: int) -> bytes:
 class ShardWriter:
     """Writes one shard: whole under its name, or not at all.
 
-    Tokens go to NAME.<pid>.partial and the file is renamed by commit(). The process id keeps a
-    writer that outlived its parent from touching the file of the one that replaced it.
+    Tokens go to NAME.<pid>.partial, which commit() renames. The process id keeps a writer that
+    outlived its parent from touching the file of the one that replaced it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -221,16 +216,12 @@ class ShardWriter:
         self.partial.replace(self.path)
         return self._hash.hexdigest()
 
-    def discard(self) -> None:
-        """Remove what is not committed."""
-        self._file.close()
-        self.partial.unlink(missing_ok=True)
-
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.discard()
+    def __exit__(self, *exception: object) -> None:  # what is not committed goes
+        self._file.close()
+        self.partial.unlink(missing_ok=True)
 
 
 def check_header(path: Path) -> int:
@@ -239,7 +230,7 @@ def check_header(path: Path) -> int:
     with refusals("read a shard", path, fix), path.open("rb") as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(HEADER.size)
     magic, version, num_tokens = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
-    wanted = shard_bytes(num_tokens)
+    wanted = HEADER.size + TOKEN_BYTES * num_tokens
     if len(head) < HEADER.size:
         what = f"not a shard: too short for a header ({size} bytes)"
     elif (magic, version) != (MAGIC, VERSION):

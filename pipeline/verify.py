@@ -111,7 +111,7 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
     known |= {file["name"] for file in index.source.get("files", [])}
     for path in sorted(index.folder.glob("*.bin")):
         if path.name not in known:
-            problems.append(f"{path.name}: a stranger, not in the index: move it elsewhere")
+            problems.append(f"{path.name}: not in the index: move it elsewhere")
     try:
         vocabulary = (index.folder / shards.VOCABULARY_FILE).read_bytes()
         if hashlib.sha256(vocabulary).hexdigest() != index.tokenizer["sha256"]:
@@ -119,11 +119,12 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
     except OSError as error:
         problems.append(f"{shards.VOCABULARY_FILE}: cannot be read: {error.strerror}")
     whole = index.source.get("kind") != "token files"  # other people's may cut documents
+
+    def check(shard: Shard) -> list[str]:
+        return check_shard(index.folder, shard, whole, on_bytes)
+
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(
-            lambda each: check_shard(index.folder, each, whole, on_bytes), index.shards
-        )
-        return problems + [problem for more in found for problem in more]
+        return problems + [problem for found in pool.map(check, index.shards) for problem in found]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def finish_publishing(folder: Path) -> None:
 
 
 def differences(made: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """In what a run differs from what is wanted now, but for its files and max_tokens."""
+    """The options in which a run differs from what is wanted now; files and max_tokens apart."""
     wanted = [("options", key, now) for key, now in plan["options"].items() if key != "max_tokens"]
     wanted += [("source", key, plan["source"][key]) for key in ("kind", "hub")]
     wanted += [("tokenizer", "sha256", plan["tokenizer"]["sha256"])]
