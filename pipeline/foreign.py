@@ -87,7 +87,7 @@ def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, D
             what = "no <|endoftext|> in the whole file: it has no documents"
             raise ForgeError(what, where=path, fix=THEIRS)
         split = "val" if re.search(VALIDATION, path.stem.lower()) else "train"
-        yield verify.describe(path, split)
+        yield verify.measure(path, split)[:2]
 
 
 def convert(
@@ -113,7 +113,7 @@ def convert(
                 for chunk in range(0, len(body), CHUNK_TOKENS):
                     writer.write(body[chunk : chunk + CHUNK_TOKENS])
                 writer.commit()
-            yield verify.describe(path, split)
+            yield verify.measure(path, split)[:2]
             start, number = len(tokens) if is_last else stop + 1, number + 1
 
 

@@ -33,21 +33,21 @@ def token_lengths() -> npt.NDArray[np.int64]:
 
 
 class Measured(NamedTuple):
-    """What the tokens of a shard say of it. `first` and `largest` are tokens, -1 if it has none."""
+    """What the bytes of a shard say. `first` and `largest` are tokens, -1 if it has none."""
 
-    num_tokens: int
-    num_documents: int
-    text_bytes: int  # 0 without `counts_text`
-    checksum: str
+    shard: Shard  # as an index lists it
+    lengths: DocumentLengths
     first: int
     largest: int
-    lengths: DocumentLengths
 
 
 def measure(
-    path: Path, on_bytes: Callable[[int], None] = lambda count: None, counts_text: bool = False
+    path: Path,
+    split: str,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    counts_text: bool = True,
 ) -> Measured:
-    """Read one shard whole."""
+    """Read one shard whole. Without `counts_text`, which is slow, its text_bytes are 0."""
     num_tokens = shards.check_header(path)
     digest, first, largest, position, text_bytes = xxhash.xxh3_64(), -1, -1, 0, 0
     starts = [np.empty(0, np.int64)]
@@ -58,19 +58,14 @@ def measure(
             first = int(tokens[0]) if position == 0 else first
             largest = max(largest, int(tokens.max()))
             starts.append(np.flatnonzero(tokens == shards.EOT_TOKEN) + position)
-            text_bytes += int(token_lengths()[tokens].sum()) if counts_text else 0
             digest.update(chunk)
             position += len(tokens)
+            text_bytes += int(token_lengths()[tokens].sum()) if counts_text else 0
             on_bytes(len(chunk))
     bounds = np.concatenate([*starts, [num_tokens]])
     counts = (num_tokens, len(bounds) - 1, text_bytes, digest.hexdigest())
-    return Measured(*counts, first, largest, DocumentLengths.of(np.diff(bounds) - 1))
-
-
-def describe(path: Path, split: str) -> tuple[Shard, DocumentLengths]:
-    """A shard as the index lists it, from its tokens alone, and how long its documents are."""
-    found = measure(path, counts_text=True)
-    return Shard(path.name, split, *found[:4], 0, shards.head_checksum(path)), found.lengths
+    shard = Shard(path.name, split, *counts, 0, shards.head_checksum(path))
+    return Measured(shard, DocumentLengths.of(np.diff(bounds) - 1), first, largest)
 
 
 def check_shard(
@@ -79,18 +74,18 @@ def check_shard(
     """Read one shard whole and list what is wrong with it (nothing, when all is well)."""
     path = folder / shard.file
     try:
-        found, head = measure(path, on_bytes), shards.head_checksum(path)
+        found = measure(path, shard.split, on_bytes, counts_text=False)
     except ForgeError as error:
         return [f"{shard.file}: {error.what}"]
     problems = []
     for name in ("num_tokens", "num_documents", "checksum"):
-        if (has := getattr(found, name)) != (listed := getattr(shard, name)):
+        if (has := getattr(found.shard, name)) != (listed := getattr(shard, name)):
             problems.append(f"{name.removeprefix('num_')} {has}, the index says {listed}")
     if found.largest >= shards.VOCAB_SIZE:
         problems.append(f"token {found.largest} is outside the vocabulary of {shards.VOCAB_SIZE}")
     if found.first not in (shards.EOT_TOKEN, -1) and whole_documents:
         problems.append("does not start with <|endoftext|>")
-    if not problems and shard.head_checksum not in ("", head):
+    if not problems and shard.head_checksum not in ("", found.shard.head_checksum):
         problems.append("the index has another checksum of its head")
     return [f"{shard.file}: {problem}" for problem in problems]
 
