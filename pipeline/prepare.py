@@ -209,8 +209,9 @@ class _Run:
                     time.sleep(0.05)  # waiting for a download
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in done:
+                    record = future.result()  # or its error, with what was running
                     number = running.pop(future)
-                    self.records[number] = self.made[number] = future.result()
+                    self.records[number] = self.made[number] = record
                 on_progress(self._progress())
         except KeyboardInterrupt:
             raise ForgeError("stopped by Ctrl-C", where=self.folder, fix=KEPT) from None

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline import files, readers, shards, tokenizer, verify
-from pipeline.errors import KEPT, DamageError, ForgeError, refusals
+from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
 from pipeline.readers import Batch, Reading
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
 from pipeline.sources import Slice
@@ -132,7 +132,14 @@ class Side:
 
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its files, then its record. Runs in a worker process."""
-    skipped, damaged = Counter[str](), list[str]()
+    damaged: list[str] = []
+
+    def leave_out(found: DamageError) -> None:
+        at.skipped["damaged"] += 1
+        if len(damaged) < MOST_LISTED:
+            damaged.append(f"{found.where}: {found.what}".replace(f"{job.root}/", "", 1))
+
+    at = Reading(job.root, job.slice.options, leave_out if job.skip_errors else readers.stop)
     record = record_path(job.work, job.slice.number)
     with ExitStack() as stack, refusals("write", job.work.parent, KEPT):
         record.unlink(missing_ok=True)  # of other files or another limit: its shards will change
@@ -140,9 +147,12 @@ def tokenize_slice(job: Job) -> Record:
         for side in sides.values():
             stack.enter_context(side.writer)
         train, val = sides.values()
-        for batch in _batches(job, skipped, damaged):
+        for batch in _batches(job, at):
             before = train.num_tokens + val.num_tokens
-            is_full = write_documents(batch, sides, job, skipped)
+            try:
+                is_full = write_documents(batch, sides, job, at.skipped)
+            except MemoryError as error:
+                raise refusal(error, "tokenize a document", at, KEPT) from error
             with _done.get_lock():
                 _done[0] += batch.source_bytes
                 _done[1] += train.num_tokens + val.num_tokens - before
@@ -155,7 +165,7 @@ def tokenize_slice(job: Job) -> Record:
             first=(first.file.name, first.start),
             num_train_tokens=train.num_tokens,
             num_val_tokens=val.num_tokens,
-            skipped=dict(skipped),
+            skipped=dict(at.skipped),
             damaged=tuple(damaged),
             document_tokens={
                 split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()
@@ -169,19 +179,12 @@ def tokenize_slice(job: Job) -> Record:
         return finished
 
 
-def _batches(job: Job, skipped: Counter[str], damaged: list[str]) -> Iterator[Batch]:
-    """The text of a slice. What is left out is counted in `skipped`, damaged places are listed."""
-
-    def leave_out(found: DamageError) -> None:
-        skipped["damaged"] += 1
-        if len(damaged) < MOST_LISTED:
-            damaged.append(f"{found.where}: {found.what}".replace(f"{job.root}/", "", 1))
-
-    on_damage = leave_out if job.skip_errors else readers.stop
+def _batches(job: Job, at: Reading) -> Iterator[Batch]:
+    """The text of a slice; `at` says where it is read."""
     for part in job.slice.parts:
-        at = Reading(job.root / part.file.name, job.slice.options, on_damage, skipped)
+        at.path, at.unit, at.number = job.root / part.file.name, "", 0
         if part.damage:
-            on_damage(DamageError(part.damage, where=at.path, fix=""))
+            at.on_damage(DamageError(part.damage, where=at.path, fix=""))
             continue
         part.file.check_unchanged(at.path)
         yield from readers.read_texts(job.kind, at, part)
