@@ -16,49 +16,31 @@ from typing import Any
 
 import click
 
-from pipeline.command import ForgeCommand
+from pipeline.command import Count, ForgeCommand, counted
 from pipeline.errors import ForgeError
 
 # Before numpy: its BLAS, which nothing here calls, would spin with a thread a core in each process.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-class Count(click.ParamType[int]):
-    """A whole number such as 250000, 500k, 2.5M, 10B or 1e9."""
-
-    name = "count"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        if isinstance(value, int):
-            return value
-        plain = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", str(value).lower())  # of thousands
-        match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\d\d?)?)([kmbt]?)", plain)
-        number = round(float(match[1]) * COUNT_UNITS[match[2]]) if match else 0
-        if number < 1:
-            self.fail(f"{value!r} is no count; write 250000, 500k, 2.5M, 10B or 1e9", param, ctx)
-        return number
 
 
 def next_commands(folder: Path, index: Any) -> str:
     """What to type next, with a config that the shards are enough for."""
-    tokens = {split: index.total("num_tokens", split) for split in ("train", "val")}
-    config = "gpt2" if min(tokens.values()) > 2**20 else "tiny"  # gpt2 validates on a million
-    quoted, most = shlex.quote(str(folder)), max(0, tokens["val"] - 1) // 128 * 128
-    train = f"Train: forge-train {config} --data {quoted} --check"
+    train, val = (index.total("num_tokens", split) for split in ("train", "val"))
+    config = "gpt2" if min(train, val) > 2**20 else "tiny"  # gpt2 validates on a million
+    quoted, most = shlex.quote(str(folder)), max(0, val - 1) // 128 * 128  # tiny's context
+    advice = f"forge-train {config} --data {quoted} --check"
     if index.total("num_documents") == 1:
-        train = (
-            "Train: a document is never split, and forge-train needs two; --split-on cuts a .txt"
-        )
-    elif tokens["train"] <= 1_024 or not most:  # tiny's step, and its context
-        split = "train" if most else "val"
-        train = f"Train: too few {split} tokens, even for the config tiny: tokenize more text"
-        train += ", or with a larger --val-fraction" * (split == "val")
+        advice = "a document is never split, and forge-train needs two; --split-on cuts a .txt"
+    elif not most:
+        advice = "too few val tokens, even for the config tiny: tokenize more text, "
+        advice += "or start again with a larger --val-fraction and --overwrite"
+    elif train <= 1_024:  # tiny's step
+        advice = "too few train tokens, even for the config tiny: tokenize more text"
     elif most < 8_192:  # tiny validates on as many
-        train += f" --set evaluate.num_tokens={most}"
-    return f"Look:  forge-prep info {quoted}\n{train}"
+        advice += f" --set evaluate.num_tokens={most}"
+    return f"Look:  forge-prep info {quoted}\nTrain: {advice}"
 
 
 def cores() -> int:
@@ -82,7 +64,7 @@ class ForgeGroup(click.Group):
 @click.group(cls=ForgeGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llm-forge")
 def main() -> None:
-    """Turn text into shards: tokenize once, offline; train from them as often as you like.
+    """Turn text into shards of tokens, once; then train from them as often as you like.
 
     \b
     Typical use:
@@ -102,7 +84,7 @@ shown = functools.partial(click.option, show_default=True)
 @click.option(
     "--out",
     type=A_PATH,
-    help="Folder for the shards.  [default: data_cache/ and the name of the config or source]",
+    help="Folder for the shards.  [default: data_cache/NAME, after the config or the source]",
 )
 @click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup.")
 @shown("--split", default="train", help="Split of a hub dataset.")
@@ -119,21 +101,21 @@ shown = functools.partial(click.option, show_default=True)
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of the documents held out, by the hash of their text.",
 )
-@shown("--shard-tokens", default="10M", type=Count(), help="Tokens a train shard, at most, about.")
-@click.option("--min-score", type=float, help="Drop documents with a lower int_score, or none.")
+@shown("--shard-tokens", default="10M", type=Count(), help="Tokens in a train shard, roughly.")
+@click.option("--min-score", type=float, help="Drop documents with a lower score, or none.")
 @click.option(
     "--split-on",
     metavar="TEXT",
-    help="Start a new document of a .txt file at each line that begins with TEXT: '' for blank "
-    "lines, 'CHAPTER', '<|endoftext|>'.",
+    help="Start a new document of a .txt file at each line that begins with TEXT, such as "
+    "'CHAPTER' or '<|endoftext|>'; '' means at blank lines.",
 )
 @shown(
     "--on-error",
     default="stop",
     type=click.Choice(["stop", "skip"]),
-    help="At a damaged file, row group, line or text: stop, or leave it out and count it.",
+    help="Stop at a damaged file, row group, line or text, or leave it out and count it.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
+@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]")
 @click.option("--overwrite", is_flag=True, help="Remove forge-prep's shards in the folder first.")
 @click.option("--keep-downloads", is_flag=True, help="Keep a hub dataset's files, in downloads/.")
 @AS_JSON
@@ -147,14 +129,14 @@ def tokenize(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Tokenize SOURCE into a folder of shards with an index.
+    """Tokenize SOURCE into a folder of shards.
 
-    SOURCE is a .parquet, .jsonl, .json (of JSON Lines; also .gz, .zst) or .txt file, a folder or a
-    quoted glob of such files, or a hub dataset id. A line of JSON Lines is a document, and so is a
-    .txt file without --split-on.
+    SOURCE is a .parquet, .jsonl, .json (JSON Lines; also .gz, .zst) or .txt file, a folder or a
+    quoted glob of such files, or the id of a hub dataset. Each line of JSON Lines is a document. A
+    .txt file is one document, unless --split-on cuts it.
 
-    Stopped or killed, the same command resumes where it was, and ends with the same bytes. When the
-    source has more files, or --max-tokens is larger, it extends a finished folder.
+    After a stop or a kill, the same command resumes, and ends with the same bytes. When the source
+    has more files, or --max-tokens is larger, it extends a finished folder.
 
     \b
     Examples:
@@ -162,15 +144,14 @@ def tokenize(
       forge-prep tokenize 'books/*.jsonl.zst' --out data_cache/books --text-column body
     """
     from pipeline.prepare import tokenize
-    from pipeline.readers import with_marker
-    from pipeline.sources import Options, resolve
+    from pipeline.sources import Options, resolve, with_marker
 
     hub = {name: options.pop(name) for name in ("config", "split", "revision")}
     resolved = resolve(source, **hub)
     given = click.get_current_context().get_parameter_source
     for name in hub:
         if not resolved.hub and given(name) is not click.core.ParameterSource.DEFAULT:
-            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is none")
+            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is not one")
     if options["split_on"] is not None and resolved.kind != "txt":
         raise click.UsageError(f"--split-on is for .txt files; {source} holds {resolved.kind}")
     if others := resolved.not_read:
@@ -191,43 +172,48 @@ def tokenize(
             skip_errors=on_error == "skip",
             on_progress=bar.update,
         )
-    index, seconds = outcome.index, outcome.seconds
-    train, val = (index.total("num_tokens", split) for split in ("train", "val"))
-    documents, skipped = index.total("num_documents"), index.skipped
     if as_json:
-        summary = {"folder": str(folder), "up_to_date": outcome.up_to_date}
-        summary |= {"num_train_tokens": train, "num_val_tokens": val, "num_documents": documents}
-        summary |= {"text_bytes": index.total("text_bytes"), "skipped": skipped}
-        summary |= {"num_files_not_read": len(resolved.not_read), "seconds": round(seconds, 3)}
-        click.echo(json.dumps(summary))
-        return
+        summary = {"folder": str(folder), "num_files_not_read": len(resolved.not_read)}
+        click.echo(json.dumps(summary | outcome.summary()))
+    else:
+        report(folder, outcome, options["max_tokens"])
+
+
+def report(folder: Path, outcome: Any, max_tokens: int | None) -> None:
+    """Say how a prepare.Outcome ended."""
+    facts, skipped = outcome.summary(), outcome.index.skipped
     if outcome.up_to_date:
         click.echo(f"{folder} is up to date.")
     else:
-        speeds = (count / 1e6 / seconds for count in (outcome.new_bytes, outcome.new_tokens))
+        speeds = (n / 1e6 / outcome.seconds for n in (outcome.new_bytes, outcome.new_tokens))
         text = "{:.0f} MB/s of text, {:.1f} M tokens/s".format(*speeds)
-        click.echo(f"Done in {seconds:.1f} s: {text}.")
+        click.echo(f"Done in {outcome.seconds:.1f} s: {text}.")
     num_blank = skipped["null_documents"] + skipped["empty_documents"]
     click.echo(
-        f"{train:,} train + {val:,} val tokens of {documents:,} documents in "
-        f"{len(index.shards):,} shards; {num_blank:,} null or empty documents skipped."
+        f"{facts['num_train_tokens']:,} train + {facts['num_val_tokens']:,} val tokens of "
+        f"{counted(facts['num_documents'], 'document')} in "
+        f"{counted(len(outcome.index.shards), 'shard')}; "
+        f"{counted(num_blank, 'null or empty document')} skipped."
     )
     if low := skipped.get("low_score_documents"):
-        click.echo(f"{low:,} documents below --min-score, or without a score, dropped.")
+        click.echo(f"{counted(low, 'document')} below --min-score, or without a score, dropped.")
     for place in skipped.get("damaged", []):
         click.echo(f"Left out, damaged: {place}")
     if (more := skipped.get("num_damaged", 0) - len(skipped.get("damaged", []))) > 0:
         click.echo(f"And {more:,} more.")
-    if train < (wanted := options["max_tokens"] or 0):
-        click.echo(f"The source has no more: fewer than --max-tokens, {wanted:,}.")
-    click.echo(next_commands(folder, index))
+    if facts["num_train_tokens"] < (max_tokens or 0):
+        click.echo(f"The source has no more: fewer than --max-tokens, {max_tokens:,}.")
+    click.echo(next_commands(folder, outcome.index))
 
 
 @main.command()
 @DIR
 @AS_JSON
 def info(folder: Path, as_json: bool) -> None:
-    """Show what a folder of shards holds, and how many epochs each config makes of it."""
+    """Show what a folder of shards holds.
+
+    Also how many epochs of it each config's budget makes.
+    """
     from pipeline import info, shards
 
     index = shards.load_index(folder)
@@ -240,7 +226,10 @@ def info(folder: Path, as_json: bool) -> None:
 @click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
 @click.option("--tokens", is_flag=True, help="Show the token ids too.")
 def show(folder: Path, document: int, split: str, tokens: bool) -> None:
-    """Decode DOCUMENT (a number from 0) of a folder of shards."""
+    """Print one document of a folder of shards.
+
+    DOCUMENT is its number, from 0.
+    """
     from pipeline import info, shards, tokenizer
 
     shard, start, ids = info.find_document(shards.load_index(folder), split, document)
@@ -253,13 +242,13 @@ def show(folder: Path, document: int, split: str, tokens: bool) -> None:
 
 @main.command()
 @DIR
-@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
+@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one per core]")
 @AS_JSON
 def verify(folder: Path, workers: int | None, as_json: bool) -> None:
-    """Read every byte of a folder of shards and check it against its index.
+    """Check every byte of a folder of shards.
 
-    Finds flipped bits, truncated, missing and strange shards, tokens outside the vocabulary and
-    wrong document counts. Exit code 1 when anything is wrong.
+    Finds flipped bits; truncated, missing and unlisted shards; tokens outside the vocabulary; wrong
+    document counts. The exit code is 1 when anything is wrong.
     """
     from pipeline import shards
     from pipeline.verify import verify
@@ -273,19 +262,23 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
         click.echo(json.dumps(facts | {"problems": problems}))
     if problems:
         fix = "restore those files, or make the folder again: forge-prep tokenize --overwrite"
-        what = "\n  ".join([f"{len(problems)} problems:", *problems])
+        what = "\n  ".join([f"{counted(len(problems), 'problem')}:", *problems])
         raise ForgeError(what, where=folder, fix=fix)
     if not as_json:
-        click.echo(f"Sound: {len(index.shards):,} shards, {total / 1e9:.3f} GB.")
+        click.echo(f"Sound: {counted(len(index.shards), 'shard')}, {total / 1e9:.3f} GB.")
         if (folder / shards.WORK_FOLDER).exists():
-            click.echo("An unfinished run lies here, too: the same forge-prep tokenize ends it.")
+            click.echo(
+                "An unfinished run lies here, too: its forge-prep tokenize command finishes it."
+            )
 
 
 @main.command()
 @DIR
-@click.option("--raw", is_flag=True, help="Headerless train.bin and val.bin, as nanoGPT's.")
+@click.option(
+    "--raw", is_flag=True, help="Take nanoGPT's train.bin and val.bin, which have no header."
+)
 def index(folder: Path, raw: bool) -> None:
-    """Make an index for a folder of other people's GPT-2 token files.
+    """Make an index for other people's GPT-2 token files.
 
     DIR holds llm.c or modded-nanogpt shards (fineweb_train_*.bin, fineweb_val_*.bin), which stay as
     they are; or, with --raw, nanoGPT's train.bin and val.bin, which are copied into shards.
@@ -294,17 +287,23 @@ def index(folder: Path, raw: bool) -> None:
 
     made = foreign.index_folder(folder, raw)
     train, val = (made.total("num_tokens", split) for split in ("train", "val"))
-    click.echo(f"{train:,} train + {val:,} val tokens in {len(made.shards):,} shards.")
+    shard_count = counted(len(made.shards), "shard")
+    click.echo(f"{train:,} train + {val:,} val tokens in {shard_count}.")
     click.echo(next_commands(folder, made))
 
 
 @main.command("python-docs")
 @click.argument("file", type=A_PATH)
 def python_docs(file: Path) -> None:
-    """Write Python's own documentation as JSON Lines to FILE: 1.4 MB and more, no download."""
+    """Write Python's own documentation to FILE, to try things.
+
+    1.4 MB and more of JSON Lines, without a download.
+    """
     from pipeline import pydocs
 
-    click.echo(f"{pydocs.write(file):,} documents, {file.stat().st_size / 1e6:.1f} MB: {file}")
+    click.echo(
+        f"{counted(pydocs.write(file), 'document')}, {file.stat().st_size / 1e6:.1f} MB: {file}"
+    )
 
 
 def default_name(source: str, config: str | None) -> str:
@@ -326,7 +325,7 @@ class ProgressBar:
     def __init__(self, total: int | None = None) -> None:
         from tqdm import tqdm
 
-        self.first: Any = None  # the last prepare.Progress before any text was done
+        self.start_bytes = -1
         width = min(110, shutil.get_terminal_size().columns)
         look = {"unit": "B", "unit_scale": True, "ncols": width, "smoothing": 0.1, "leave": False}
         self.bar = tqdm(total=total, disable=None, **look)
@@ -342,14 +341,11 @@ class ProgressBar:
         """Show a prepare.Progress. The clock starts with the first text."""
         if self.bar.disable:
             return
-        if self.first is None or progress.done_bytes == self.first.done_bytes:
-            self.first = progress
+        if self.start_bytes in (-1, progress.done_bytes):
+            self.start_bytes = self.bar.initial = progress.done_bytes
             self.bar.reset(progress.total_bytes)
-            self.bar.initial = progress.done_bytes
         self.bar.n, self.bar.total = progress.done_bytes, progress.total_bytes
-        new = (progress.num_tokens - self.first.num_tokens) / 1e6
-        speed = new / max(1e-3, self.bar.format_dict["elapsed"])
-        self.bar.set_postfix_str(f"{speed:.1f} M tokens/s", refresh=False)
+        self.bar.set_postfix_str(f"{progress.num_tokens / 1e6:,.1f} M tokens", refresh=False)
         self.bar.refresh()
 
 

@@ -100,7 +100,8 @@ def render(index: Index) -> str:
     if facts["splits"]["train"]["num_tokens"]:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
-            many = f"{row['epochs']:.2f}" if row["epochs"] >= 0.005 else "< 0.01"
+            many = "> 100" if row["epochs"] > 100 else f"{row['epochs']:.2f}"
+            many = "< 0.01" if row["epochs"] < 0.005 else many
             lines.append(f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {many:>10} epochs")
     return "\n".join(lines)
 

@@ -11,10 +11,10 @@ import multiprocessing
 import os
 import threading
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import chain
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ import xxhash
 
 from pipeline import files, readers, shards, tokenizer, verify
 from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
-from pipeline.readers import Reading
+from pipeline.readers import Batch, Reading
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
-from pipeline.sources import Options, Slice, SourceFile
+from pipeline.sources import Slice
 
 MOST_LISTED = 20  # damaged places of a slice: the others are only counted
-REASONS = ("null", "empty", "low_score", "damaged")  # for which something is skipped
 VAL_SHARD_TOKENS = 100_000_000  # at most, about
 BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
 
@@ -40,78 +39,46 @@ class Job:
 
     slice: Slice
     kind: str
-    paths: tuple[Path, ...]  # one a part
-    files: tuple[SourceFile, ...]  # what the source says of them
+    root: Path  # of the source's files
     work: Path  # the folder for what it makes
-    options: Options
-    limit: int | None  # train tokens after which to stop
+    limit: int | None = None  # train tokens after which to stop
     skip_errors: bool = False  # leave out what is damaged
-
-    @property
-    def pieces(self) -> tuple[str, ...]:
-        """What the slice is made of, in words that change when any of it does."""
-        return tuple(
-            f"{file.name}, {file.bytes} bytes, {file.checksum}, of {file.modified} ns, "
-            f"[{part.start}, {part.stop})"
-            for file, part in zip(self.files, self.slice.parts, strict=True)
-        )
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What slices say of their documents, beside their shards; they add up."""
-
-    num_val_tokens: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # counts, by REASONS
-    damaged: tuple[str, ...] = ()  # the first places of each slice
-    document_tokens: dict[str, DocumentLengths] = field(default_factory=dict)
-
-    @staticmethod
-    def from_json(raw: dict[str, Any]) -> "Figures":
-        lengths = {k: DocumentLengths.from_json(v) for k, v in raw["document_tokens"].items()}
-        return Figures(**raw | {"damaged": tuple(raw["damaged"]), "document_tokens": lengths})
-
-    def __add__(self, other: "Figures") -> "Figures":
-        none, mine, theirs = DocumentLengths(), self.document_tokens, other.document_tokens
-        return Figures(
-            self.num_val_tokens + other.num_val_tokens,
-            {why: self.skipped.get(why, 0) + other.skipped.get(why, 0) for why in REASONS},
-            self.damaged + other.damaged,
-            {k: mine.get(k, none) + theirs.get(k, none) for k in shards.SPLITS},
-        )
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one finished slice says of itself, in `.work/000000.json`."""
+    """What a finished slice says of itself, in `.work/000000.json`; in index.json, less of it."""
 
-    slice: int
-    pieces: tuple[str, ...]  # Job.pieces
-    limit: int | None
-    shards: tuple[Shard, ...]
-    figures: Figures
-
-    @property
-    def train_tokens(self) -> int:
-        return sum(shard.num_tokens for shard in self.shards if shard.split == "train")
+    first: tuple[str, int]  # file and row group that it begins with
+    num_train_tokens: int
+    num_val_tokens: int
+    skipped: dict[str, int]  # counts: null, empty, low_score, damaged
+    damaged: tuple[str, ...]  # the first places
+    document_tokens: dict[str, DocumentLengths]
+    made_of: str = ""  # Slice.made_of
+    limit: int | None = None
+    shards: tuple[Shard, ...] = ()
 
     @staticmethod
-    def from_json(data: bytes) -> "Record":
-        raw = json.loads(data)
-        made = tuple(Shard(**shard) for shard in raw["shards"])
-        figures = Figures.from_json(raw["figures"])
-        return Record(raw["slice"], tuple(raw["pieces"]), raw["limit"], made, figures)
+    def from_json(raw: dict[str, Any]) -> "Record":
+        lengths = {k: DocumentLengths.from_json(v) for k, v in raw["document_tokens"].items()}
+        made = tuple(Shard(**shard) for shard in raw.get("shards", ()))
+        plain = {"first": tuple(raw["first"]), "damaged": tuple(raw["damaged"])}
+        return Record(**raw | plain | {"document_tokens": lengths, "shards": made})
+
+    def row(self) -> dict[str, Any]:
+        """What index.json keeps of it: nothing that another machine or another day would change."""
+        own = asdict(self)
+        return {key: own[key] for key in own if key not in ("made_of", "limit", "shards")}
 
 
 _encoder: tokenizer.BulkEncoder
-_done_bytes: Any
-_done_tokens: Any
+_done: Any  # of all workers: bytes of the source, tokens
 
 
-def start_worker(vocabulary_file: Path, done_bytes: Any, done_tokens: Any) -> None:
-    global _encoder, _done_bytes, _done_tokens
-    _encoder = tokenizer.BulkEncoder(vocabulary_file)
-    _done_bytes, _done_tokens = done_bytes, done_tokens
+def start_worker(vocabulary_file: Path, done: Any) -> None:
+    global _encoder, _done
+    _encoder, _done = tokenizer.BulkEncoder(vocabulary_file), done
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -121,25 +88,20 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def slice_path(work: Path, split: str, number: int) -> Path:
-    """Where a slice's share of a split lies; those of val are joined at the end."""
-    return (
-        shards.shard_path(work, split, number) if split == "train" else work / f"{number:06d}.val"
-    )
-
-
-class _Side:
-    """One split's share of a slice: its file, opened at the first tokens, and its figures."""
+class Side:
+    """One split's share of a slice: its file and its figures."""
 
     def __init__(self, work: Path, split: str, number: int) -> None:
         self.split, self.number = split, number
-        self.path = slice_path(work, split, number)
-        self.writer: ShardWriter | None = None
+        is_train = split == "train"  # the pieces of val are joined at the end
+        name = shards.shard_name(split, number) if is_train else f"{number:06d}.val"
+        self.writer = ShardWriter(work / name)
         self.num_tokens = self.text_bytes = 0
         self.lengths = array("q")
         self._buffer, self._filled = np.empty(BUFFER_TOKENS, np.uint16), 0
 
-    def add(self, document: bytes, tokens: npt.NDArray[np.uint32]) -> None:
+    def add(self, tokens: npt.NDArray[np.uint32], text_bytes: int) -> None:
+        """Write a document: its tokens, behind <|endoftext|>."""
         size = 1 + len(tokens)
         if self._filled + size > len(self._buffer):
             self._flush()
@@ -150,115 +112,118 @@ class _Side:
         self._buffer[start] = shards.EOT_TOKEN
         self._buffer[start + 1 : self._filled] = tokens
         self.num_tokens += size
-        self.text_bytes += len(document)
+        self.text_bytes += text_bytes
         self.lengths.append(len(tokens))
 
-    def _flush(self) -> ShardWriter:
-        self.writer = self.writer or ShardWriter(self.path)
+    def _flush(self) -> None:
         self.writer.write(self._buffer[: self._filled])
         self._filled = 0
-        return self.writer
 
     def commit(self) -> tuple[Shard, ...]:
-        if not self.lengths:  # no document fell on this side
-            self.path.unlink(missing_ok=True)
+        """Put the file in its place. Nothing, if no document fell on this side."""
+        path = self.writer.path
+        if not self.lengths:
+            path.unlink(missing_ok=True)
             return ()
-        checksum = self._flush().commit()
-        counts = (self.num_tokens, len(self.lengths), self.text_bytes, checksum)
-        head = shards.head_checksum(self.path)
-        return (Shard(self.path.name, self.split, *counts, self.number, head),)
+        self._flush()
+        counts = (self.num_tokens, len(self.lengths), self.text_bytes, self.writer.commit())
+        return (Shard(path.name, self.split, *counts, self.number, shards.head_checksum(path)),)
 
 
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its files, then its record. Runs in a worker process."""
-    sides = {split: _Side(job.work, split, job.slice.number) for split in shards.SPLITS}
-    skipped, damaged = Counter(dict.fromkeys(REASONS, 0)), list[str]()
-    at, name = Reading(job.work.parent, job.options), ""
+    damaged: list[str] = []
 
     def leave_out(found: DamageError) -> None:
-        skipped["damaged"] += 1
+        at.skipped["damaged"] += 1
         if len(damaged) < MOST_LISTED:
-            damaged.append(f"{found.where}: {found.what}".replace(str(at.path), name, 1))
+            damaged.append(f"{found.where}: {found.what}".replace(f"{job.root}/", "", 1))
 
-    on_damage = leave_out if job.skip_errors else readers.stop
-    try:
-        for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
-            at, name = Reading(path, job.options, on_damage), file.name
-            if part.damage:
-                on_damage(DamageError(part.damage, where=path, fix=""))
-                continue
-            file.check_unchanged(path)
-            for batch in readers.read_texts(job.kind, at, part):
-                documents = [text for text in batch.texts if text]
-                nulls = batch.texts.count(None)
-                empty = len(batch.texts) - nulls - len(documents)
-                skipped.update(null=nulls, empty=empty, low_score=batch.num_low_scores)
-                before = sides["train"].num_tokens + sides["val"].num_tokens
-                full = _write_documents(documents, sides, job)
-                now = sides["train"].num_tokens + sides["val"].num_tokens
-                with _done_bytes.get_lock():
-                    _done_bytes.value += batch.source_bytes
-                    _done_tokens.value += now - before
-                if full:
-                    return _commit(job, sides, dict(skipped), tuple(damaged))
-            file.check_unchanged(path)
-        return _commit(job, sides, dict(skipped), tuple(damaged))
-    except MemoryError as error:
-        raise refusal(error, "tokenize a document", at, KEPT) from error
-    except OSError as error:
-        raise refusal(error, "write", job.work.parent, KEPT) from error
-    finally:
+    at = Reading(job.root, job.slice.options, leave_out if job.skip_errors else readers.stop)
+    record = record_path(job.work, job.slice.number)
+    with ExitStack() as stack, refusals("write", job.work.parent, KEPT):
+        record.unlink(missing_ok=True)  # of other files or another limit: its shards will change
+        sides = {split: Side(job.work, split, job.slice.number) for split in shards.SPLITS}
         for side in sides.values():
-            if side.writer is not None:
-                side.writer.discard()
+            stack.enter_context(side.writer)
+        train, val = sides.values()
+        for batch in _batches(job, at):
+            before = train.num_tokens + val.num_tokens
+            try:
+                is_full = write_documents(batch, sides, job, at.skipped)
+            except MemoryError as error:
+                raise refusal(error, "tokenize a document", at, KEPT) from error
+            with _done.get_lock():
+                _done[0] += batch.source_bytes
+                _done[1] += train.num_tokens + val.num_tokens - before
+            if is_full:
+                break
+        made = (*train.commit(), *val.commit())
+        files.sync_folder(job.work)
+        first = job.slice.parts[0]
+        finished = Record(
+            first=(first.file.name, first.start),
+            num_train_tokens=train.num_tokens,
+            num_val_tokens=val.num_tokens,
+            skipped=dict(at.skipped),
+            damaged=tuple(damaged),
+            document_tokens={
+                split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()
+            },
+            made_of=job.slice.made_of,
+            limit=job.limit,
+            shards=made,
+        )
+        # Not waited for: should a power cut take it, its slice is made again.
+        files.write_whole(record, json.dumps(asdict(finished)).encode(), wait_for_disk=False)
+        return finished
 
 
-def _commit(
-    job: Job, sides: dict[str, _Side], skipped: dict[str, int], damaged: tuple[str, ...]
-) -> Record:
-    made = tuple(shard for side in sides.values() for shard in side.commit())
-    files.sync_folder(job.work)
-    lengths = {split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()}
-    figures = Figures(sides["val"].num_tokens, skipped, damaged, lengths)
-    record = Record(job.slice.number, job.pieces, job.limit, made, figures)
-    # Not waited for: should a power cut take it, its slice is made again.
-    data = (json.dumps(asdict(record)) + "\n").encode()
-    files.write_whole(record_path(job.work, job.slice.number), data, wait_for_disk=False)
-    return record
+def _batches(job: Job, at: Reading) -> Iterator[Batch]:
+    """The text of a slice; `at` says where it is read."""
+    for part in job.slice.parts:
+        at.path, at.unit, at.number = job.root / part.file.name, "", 0
+        if part.damage:
+            at.on_damage(DamageError(part.damage, where=at.path, fix=""))
+            continue
+        part.file.check_unchanged(at.path)
+        yield from readers.read_texts(job.kind, at, part)
+        part.file.check_unchanged(at.path)
 
 
-def _write_documents(documents: list[bytes], sides: dict[str, _Side], job: Job) -> bool:
-    """Encode documents and write each to its side; True once train has job.limit tokens."""
-    # One at a time: what was just made is still in the cache when the next step takes it up.
-    threshold = int(job.options.val_fraction * 2**64)
+def write_documents(batch: Batch, sides: dict[str, Side], job: Job, skipped: Counter[str]) -> bool:
+    """Encode the texts of a batch and write each to its side; True at job.limit train tokens."""
+    threshold = int(job.slice.options.val_fraction * 2**64)
     train, val = sides["train"], sides["val"]
+    documents = [text for text in batch.texts if text]
+    nulls = batch.texts.count(None)
+    skipped.update(null=nulls, empty=len(batch.texts) - nulls - len(documents))
+    # One at a time: what was just made is still in the cache when the next step takes it up.
     for document, tokens in zip(documents, _encoder.encode(documents), strict=True):
         side = val if xxhash.xxh3_64_intdigest(document) < threshold else train
-        side.add(document, tokens)
+        side.add(tokens, len(document))
         if job.limit is not None and train.num_tokens >= job.limit:
             return True
     return False
 
 
-def finished(job: Job) -> Record | None:
+def record_path(work: Path, number: int) -> Path:
+    return work / f"{number:06d}.json"
+
+
+def finished(work: Path, each: Slice) -> Record | None:
     """The record of a slice that an earlier run finished; None if it has to be made.
 
     It has to be when a file of it has changed since, when a shard of it is not whole, and when
     damaged places were left out of it: they may be sound by now.
     """
     try:
-        record = Record.from_json(record_path(job.work, job.slice.number).read_bytes())
-        sound = all(
-            shards.check_header(job.work / shard.file) == shard.num_tokens
-            for shard in record.shards
-        )
+        record = Record.from_json(json.loads(record_path(work, each.number).read_bytes()))
+        tokens = [shards.check_header(work / shard.file) for shard in record.shards]
     except (OSError, ValueError, KeyError, TypeError, ForgeError):
         return None
-    return record if sound and record.pieces == job.pieces and not record.figures.damaged else None
-
-
-def record_path(work: Path, number: int) -> Path:
-    return work / f"{number:06d}.json"
+    is_same = record.made_of == each.made_of and not record.damaged
+    return record if is_same and tokens == [s.num_tokens for s in record.shards] else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -272,47 +237,36 @@ def join_val(
 
     Others' trainers want procs * B * T + 1 tokens in each shard, so all are about as large.
     """
-    work, pieces, left = folder / shards.WORK_FOLDER, [], kept_tokens
-    for shard in kept:
-        pieces.append((folder / shard.file, shard, min(left, shard.num_tokens)))
-        left -= pieces[-1][2]
-    pieces += [(work / each.file, each, each.num_tokens) for each in made if each.split == "val"]
-    total = sum(num_tokens for _, _, num_tokens in pieces)
+    work = folder / shards.WORK_FOLDER
+    pieces = deque([(folder / shard.file, shard) for shard in kept])
+    pieces.extend((work / shard.file, shard) for shard in made)
+    total = kept_tokens + sum(shard.num_tokens for shard in made)
     count = math.ceil(total / VAL_SHARD_TOKENS)
-    paths = [shards.shard_path(work, "val", number) for number in range(count)]
-    position, rest, chunks = 0, np.empty(0, np.uint16), _first_tokens(pieces)
-    ends: Any
-    for number, path in enumerate(paths):
-        writer, wanted = ShardWriter(path), total * (number + 1) // count
-        try:
-            for chunk in chain([rest], chunks):
-                near = max(0, wanted - position)  # the next document from there on ends the shard
-                ends = np.flatnonzero(chunk[near:] == shards.EOT_TOKEN) if wanted < total else []
-                stop = near + int(ends[0]) if len(ends) else len(chunk)
-                writer.write(chunk[:stop])
-                position, rest = position + stop, chunk[stop:]
-                if len(ends):
+    paths = [work / shards.shard_name("val", number) for number in range(count)]
+    position, rest = 0, np.empty(0, np.uint16)
+    for number, path in enumerate(paths, 1):
+        wanted = total * number // count  # the next document from there on ends the shard
+        with ShardWriter(path) as writer:
+            while len(rest) or pieces:
+                if not len(rest):
+                    rest = _checked_tokens(*pieces.popleft())
+                    rest = rest[: kept_tokens - position] if position < kept_tokens else rest
+                stop = len(rest)
+                if number < count:
+                    stop = shards.next_document(rest, wanted - position)
+                writer.write(rest[:stop])
+                position, rest = position + stop, rest[stop:]
+                if len(rest):
                     break
             writer.commit()
-        finally:
-            writer.discard()
-    return tuple(verify.describe(path, "val")[0] for path in paths)
+    return tuple(verify.measure(path, "val").shard for path in paths)
 
 
-def _first_tokens(pieces: list[tuple[Path, Shard, int]]) -> Iterator[shards.Tokens]:
-    """The first tokens of each shard, as many as the piece says; every byte is checked."""
-    for path, shard, tokens_left in pieces:
-        digest = xxhash.xxh3_64()
-        with refusals("read a shard", path), path.open("rb") as file:
-            file.seek(shards.HEADER.size)
-            while data := file.read(verify.CHUNK_BYTES):
-                digest.update(data)
-                tokens = np.frombuffer(data, "<u2")[:tokens_left]
-                tokens_left -= len(tokens)
-                yield tokens
-        if digest.hexdigest() != shard.checksum:
-            raise ForgeError(
-                "the shard is damaged: its bytes are not those that were written",
-                where=path,
-                fix="run forge-prep verify on its folder",
-            )
+def _checked_tokens(path: Path, shard: Shard) -> shards.Tokens:
+    """All tokens of a shard, read into memory; ForgeError if a byte has changed."""
+    with refusals("read a shard", path):
+        tokens = np.fromfile(path, "<u2", offset=shards.HEADER.size)
+    if xxhash.xxh3_64_hexdigest(tokens.data) != shard.checksum:
+        what = "the shard is damaged: its bytes are not those that were written"
+        raise ForgeError(what, where=path, fix="run forge-prep verify on its folder")
+    return tokens

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline import prepare, pydocs, shards, sources
-from pipeline.slices import Options
+from pipeline.sources import Options
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -114,7 +114,7 @@ def test_wrong_usage_is_exit_code_2(forge, arguments: list[str]) -> None:
     ],
 )
 def test_counts_are_written_as_people_write_them(written: str, meant: int) -> None:
-    from pipeline.cli import Count
+    from pipeline.command import Count
 
     assert Count()(written) == meant
 
@@ -171,7 +171,7 @@ def test_verify_is_exit_code_0_or_1(forge, small_shards: Path, tmp_path: Path) -
     with (copy / "train_000000.bin").open("r+b") as file:
         file.seek(3000)
         file.write(b"\1\1")
-    assert_error(forge("prep", "verify", copy), "1 problems", "train_000000.bin: checksum")
+    assert_error(forge("prep", "verify", copy), "1 problem:", "train_000000.bin: checksum")
     with (copy / "train_000000.bin").open("r+b") as file:
         file.seek(shards.HEADER.size + 2)
         file.write(b"\xff\xff")

@@ -30,7 +30,8 @@ from conftest import HOSTILE, ROOT
 
 from pipeline import foreign, prepare, readers, shards, slices, sources, tokenizer, verify
 from pipeline.errors import ForgeError
-from pipeline.slices import Options
+from pipeline.plan import Plan
+from pipeline.sources import Options
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def all_but_the_index(source: Path, out: Path, **options: object) -> dict[str, i
     found = sources.resolve(str(source), None, "train", None)
     chosen = Options(**{"val_fraction": 0.2} | options)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "_index", None)
+        patch.setattr(prepare._Run, "index", None)
         with pytest.raises(TypeError, match="not callable"):
             prepare.tokenize(found, out, chosen, workers=1)
     return {p.name: p.stat().st_mtime_ns for p in out.glob(".work/train_*.bin")}
@@ -195,11 +196,11 @@ def pieces(source: Path, first: Iterable[str] = ()) -> dict[int, tuple[tuple[str
     """What each slice is made of: one letter for a file, and row groups."""
     found = sources.resolve(str(source), None, "train", None)
     found = found.ordered([f"{name}.parquet" for name in by_hash(first)])
-    plan = sources.Plan(found, Options(), readers.stop)
+    plan = Plan(found, Options(), readers.stop)
     plan.reach(math.inf)
     return {
-        each.number: tuple((found.files[p.file].name[0], p.start, p.stop) for p in each.parts)
-        for each in plan.slices
+        each.number: tuple((p.file.name[0], p.start, p.stop) for p in each.parts)
+        for each in plan.slices.values()
     }
 
 
@@ -669,7 +670,7 @@ def test_what_an_earlier_version_began_is_refused_and_what_it_finished_is_left_a
 ) -> None:
     source, index = finished.parent / "a.parquet", finished / "index.json"
     raw = json.loads(index.read_text())
-    del raw["base"], raw["options"]["split_on"]
+    del raw["slices"], raw["options"]["split_on"]
     raw["options"]["shard_tokens"] = 100_000_000
     index.write_text(json.dumps(raw))
     before = stamps(finished)
@@ -685,12 +686,11 @@ def test_what_an_earlier_version_began_is_refused_and_what_it_finished_is_left_a
     plan = {key: raw[key] for key in ("source", "options", "tokenizer")}
     (finished / ".work" / "plan.json").write_text(json.dumps(plan))
     before = stamps(finished)
-    with pytest.raises(ForgeError, match="earlier version of forge-prep began this folder"):
-        make_shards(source, finished)
-    assert stamps(finished) == before
     found = sources.resolve(str(source), None, "train", None)
-    prepare.tokenize(found, finished, Options(), workers=1, overwrite=True)
-    assert verify.verify(shards.load_index(finished), 1, lambda count: None) == []
+    for overwrite in (False, True):
+        with pytest.raises(ForgeError, match="earlier version of forge-prep began this folder"):
+            prepare.tokenize(found, finished, Options(), workers=1, overwrite=overwrite)
+    assert stamps(finished) == before
 
 
 def test_val_is_few_shards_of_one_size_cut_between_documents(
@@ -748,7 +748,7 @@ def test_a_folder_of_other_peoples_shards_is_not_overwritten(
     foreign.index_folder(theirs, raw=False)
     source = sources.resolve(str(tmp_path / "a.parquet"), None, "train", None)
     before = stamps(theirs)
-    with pytest.raises(ForgeError, match="others made"):
+    with pytest.raises(ForgeError, match="other files"):
         prepare.tokenize(source, theirs, Options(), workers=1, overwrite=True)
     assert stamps(theirs) == before
 
@@ -772,7 +772,7 @@ def test_what_does_not_carry_our_format_is_never_touched(
     (out / name).write_text(content)
     before = stamps(out)
     source = sources.resolve(str(make_parquet(tmp_path / "a.parquet", ["a"])), None, "train", None)
-    with pytest.raises(ForgeError, match=r"others made|name of a shard"):
+    with pytest.raises(ForgeError, match=r"other files|name of a shard"):
         prepare.tokenize(source, out, Options(), workers=1, overwrite=overwrite)
     assert stamps(out) == before
 
@@ -834,7 +834,7 @@ def test_overwrite_goes_on_after_a_kill(tmp_path: Path, folder_of_text: Path, ma
     for run in range(3):
         with pytest.MonkeyPatch.context() as patch:
             if run < 2:
-                patch.setattr(prepare, "_index", None)
+                patch.setattr(prepare._Run, "index", None)
             with pytest.raises(TypeError) if run < 2 else contextlib.nullcontext():
                 found = sources.resolve(str(folder_of_text), None, "train", None)
                 options = Options(val_fraction=0.2)
@@ -993,7 +993,7 @@ def test_shared_memory_that_is_full_is_not_a_full_disk(
     def fail(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(multiprocessing.get_context("spawn").__class__, "Value", fail)
+    monkeypatch.setattr(multiprocessing.get_context("spawn").__class__, "Array", fail)
     with pytest.raises(ForgeError, match="cannot make shared memory") as caught:
         make_shards(make_parquet(tmp_path / "a.parquet", ["a"]), tmp_path / "out")
     assert caught.value.where == where

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline import readers, sources
+from pipeline import plan, readers, sources
 from pipeline.errors import DamageError, ForgeError
+from pipeline.plan import Plan
 from pipeline.readers import Reading
-from pipeline.sources import Options, Part, Plan, Slice
+from pipeline.sources import Options, Part, Slice, SourceFile
 
 TEXTS = ["one", None, "zwei — две", "", "a\nb", "quatre"]
 
@@ -34,7 +35,7 @@ def read(path: Path, column: str = "text", split_on: str | None = None) -> list[
     options, texts = Options(column, split_on=split_on), []
     for each in planned(source, options):
         for part in each.parts:
-            at = Reading(source.local_path(part.file), options)
+            at = Reading(source.root / part.file.name, options)
             for batch in readers.read_texts(source.kind, at, part):
                 texts += [None if text is None else text.decode() for text in batch.texts]
     return texts
@@ -43,7 +44,7 @@ def read(path: Path, column: str = "text", split_on: str | None = None) -> list[
 def planned(source: sources.Source, options: Options) -> list[Slice]:
     plan = Plan(source, options, readers.stop)
     plan.reach(math.inf)
-    return plan.slices
+    return list(plan.slices.values())
 
 
 def failure(action: Callable[..., object], *arguments: object) -> ForgeError:
@@ -139,7 +140,7 @@ def test_what_the_machine_refuses_is_never_damage(
         raise error
 
     def fail_in_a_stream(*arguments: object, **named: object) -> object:
-        with sources.damage("cannot decompress a source file", path):
+        with readers.damage("cannot decompress a source file", path):
             raise error
 
     path.write_bytes(b"not empty")
@@ -150,7 +151,9 @@ def test_what_the_machine_refuses_is_never_damage(
     else:
         monkeypatch.setattr(readers, "decompressed_lines", fail_in_a_stream)
     left_out: list[ForgeError] = []
-    texts = readers.read_texts(kind, Reading(path, Options(), left_out.append), Part(0, 0, 1, 9))
+    texts = readers.read_texts(
+        kind, Reading(path, Options(), left_out.append), Part(SourceFile("a", 0, ""), 0, 1, 9)
+    )
     caught = failure(list, texts)
     assert left_out == []
     assert not isinstance(caught, DamageError)
@@ -296,7 +299,7 @@ def test_batches_of_long_documents_have_few_rows(tmp_path: Path, make_parquet) -
     """Or their text would take gigabytes."""
     texts = [f"{n} " * 100_000 for n in range(200)]
     path = make_parquet(tmp_path / "a.parquet", texts, rows=200)
-    part = sources.Part(0, 0, 1, 0)
+    part = Part(SourceFile("a", 0, ""), 0, 1, 0)
     batches = list(readers.read_texts("parquet", Reading(path, Options()), part))
     assert [text.decode() for batch in batches for text in batch.texts] == texts
     assert max(sum(map(len, batch.texts)) for batch in batches) < 3 * readers.BATCH_BYTES
@@ -429,9 +432,12 @@ def test_a_plan_covers_every_row_group_once_in_order(tmp_path: Path, make_parque
     most = max(part.bytes for part in whole[0].parts) // 2
     cut = planned(source, Options(shard_tokens=round(most / sources.BYTES_PER_TOKEN)))
     covered = [
-        (part.file, g) for each in cut for part in each.parts for g in range(part.start, part.stop)
+        (part.file.name, group)
+        for each in cut
+        for part in each.parts
+        for group in range(part.start, part.stop)
     ]
-    assert covered == [(file, g) for file in range(3) for g in range(6)]
+    assert covered == [(f"{name}.parquet", group) for name in "abc" for group in range(6)]
     assert sum(each.bytes for each in cut) == whole[0].bytes
     assert all(each.bytes <= most for each in cut)
 
@@ -446,9 +452,9 @@ def test_a_plan_is_the_same_from_any_slice_on(tmp_path: Path, make_parquet) -> N
     assert len(whole) > 5
     for number, each in enumerate(whole):
         first = each.parts[0]
-        plan = Plan(source, options, readers.stop, (number, first.file, first.start))
-        plan.reach(math.inf)
-        assert plan.slices == whole[number:]
+        rest = Plan(source, options, readers.stop, number, first.file.name, first.start)
+        rest.reach(math.inf)
+        assert list(rest.slices.values()) == whole[number:]
 
 
 def test_a_plan_reads_the_footers_of_no_more_files_than_it_needs(
@@ -457,20 +463,20 @@ def test_a_plan_reads_the_footers_of_no_more_files_than_it_needs(
     for n in range(30):
         make_parquet(tmp_path / f"{n:02}.parquet", [f"{n} some words"] * 100)
     source = sources.resolve(str(tmp_path), None, "train", None)
-    row_groups, read = sources.row_groups, []
+    row_groups, read = plan.row_groups, []
     monkeypatch.setattr(
-        sources, "row_groups", lambda *three: read.append(three[1]) or row_groups(*three)
+        plan, "row_groups", lambda *three: read.append(three[1].name) or row_groups(*three)
     )
-    plan = Plan(source, Options(), readers.stop)
-    plan.reach(1)
-    assert read == [0]
-    per_file = plan.bytes
-    plan.reach(10.5 * per_file)
+    cut = Plan(source, Options(), readers.stop)
+    cut.reach(1)
+    assert read == ["00.parquet"]
+    per_file = cut.bytes
+    cut.reach(10.5 * per_file)
     assert len(read) in (11, 12)
-    assert not plan.whole
-    plan.reach(math.inf)
-    assert sorted(read) == list(range(30))
-    assert plan.whole
+    assert not cut.whole
+    cut.reach(math.inf)
+    assert sorted(read) == [file.name for file in source.files]
+    assert cut.whole
 
 
 def test_new_files_go_behind_the_known_ones_in_the_order_of_a_hash(tmp_path: Path) -> None:
@@ -485,7 +491,7 @@ def test_new_files_go_behind_the_known_ones_in_the_order_of_a_hash(tmp_path: Pat
 
 
 def test_a_file_that_vanishes_is_an_error_with_its_name(tmp_path: Path) -> None:
-    part = Part(0, 0, 1, 10)
+    part = Part(SourceFile("a", 0, ""), 0, 1, 10)
     for kind in ("jsonl", "txt", "parquet"):
         path = tmp_path / f"gone.{kind}"
         error = failure(list, readers.read_texts(kind, Reading(path, Options()), part))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import prepare, pydocs, sources
-from pipeline.slices import Options
+from pipeline.sources import Options
 from trainer import checkpoint
 from trainer.ranks import OWN_STORE
 

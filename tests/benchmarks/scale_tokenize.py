@@ -100,7 +100,7 @@ def start_watched_worker(*arguments: Any) -> None:
 
         return make
 
-    slices._write_documents = clocked("documents", slices._write_documents)
+    slices.write_documents = clocked("documents", slices.write_documents)
     slices.tokenize_slice = noted(slices.tokenize_slice)
     readers.read_texts = clocked_batches(readers.read_texts)
     encode = tokenizer.BulkEncoder.encode  # lazy; the clock needs it done
