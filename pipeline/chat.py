@@ -5,9 +5,10 @@ A window has exactly context_length tokens. It holds whole conversations, each o
 one of REASONS.
 """
 
+import re
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,12 @@ REASONS = {
     "no_assistant": "without an assistant's turn",
     "too_long": "longer than the context",
 }
+COUNTS = ("num_turns", "num_trained_tokens", "num_padding_tokens")
 MIN_CONTEXT_LENGTH = 16
+NAME_COLUMNS = (
+    "name the column of the messages, or those of prompt and answer: "
+    "--columns dialog, --columns question,response"
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,16 @@ class ChatOptions:
         if self.context_length < MIN_CONTEXT_LENGTH:
             what = f"--context-length {self.context_length} is too short for a conversation"
             raise ForgeError(what, fix=f"take the model's own, from {MIN_CONTEXT_LENGTH} on")
+
+    def record(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        return asdict(self) | {"columns": list(self.columns)}
+
+
+def describe_skipped(counts: Mapping[str, int]) -> str:
+    """How many conversations were left out for each reason, in words."""
+    found = [f"{counts[why]:,} {REASONS[why]}" for why in REASONS if counts.get(why)]
+    return "; ".join(found) or "no conversation was left out"
 
 
 class LeftOutError(Exception):
@@ -73,12 +89,21 @@ def find_columns(names: Iterable[str], wanted: tuple[str, ...], where: object) -
         if set(columns) <= set(names):
             return columns
     known = " or ".join(" + ".join(columns) for columns in ((wanted,) if wanted else LAYOUTS))
-    raise ForgeError(
-        f"no conversations: no columns {known}; there are: {', '.join(names)}",
-        where=where,
-        fix="name the column of the messages, or those of prompt and answer: "
-        "--columns dialog, --columns question,response",
-    )
+    what = f"no conversations: no columns {known}; there are: {', '.join(names)}"
+    raise ForgeError(what, where=where, fix=NAME_COLUMNS)
+
+
+def columns_of(schema: Any, options: ChatOptions, where: object) -> tuple[str, ...]:
+    """The layout of a parquet file, by its Arrow schema. ForgeError if none fits."""
+    columns = find_columns(schema.names, options.columns, where)
+    wanted, says = r"(large_)?list<.*|null", "lists of messages"
+    if len(columns) > 1:
+        wanted, says = r"(large_)?string(_view)?|null", "strings"
+    for name in columns:
+        if not re.fullmatch(wanted, kind := str(schema.field(name).type)):
+            what = f"column {name!r} holds {kind}, not {says}"
+            raise ForgeError(what, where=where, fix=NAME_COLUMNS)
+    return columns
 
 
 def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
@@ -140,6 +165,18 @@ def encode(messages: Messages, encode_text: Callable[[str], Iterable[int]]) -> T
     return np.array(chatml.render(messages, encode_text), np.uint16)
 
 
+def fit(tokens: Tokens, options: ChatOptions) -> Tokens:
+    """A conversation that fits into a window: all of it, or with `long` "cut" its beginning.
+
+    Raises LeftOutError if it is left out.
+    """
+    if len(tokens) <= options.context_length:
+        return tokens
+    if options.long == "leave":
+        raise LeftOutError("too_long")
+    return cut(tokens, options.context_length)
+
+
 def cut(tokens: Tokens, context_length: int) -> Tokens:
     """The beginning of a conversation, up to the last end of an assistant's turn that fits.
 
@@ -198,5 +235,12 @@ def count(windows: Tokens) -> dict[str, int]:
     """What windows hold. A turn is a message, of any role."""
     starts, ends = (int((windows == token).sum()) for token in (chatml.IM_START, chatml.IM_END))
     num_trained = int(chatml.trained(windows).sum())
-    counts = {"num_turns": starts, "num_trained_tokens": num_trained}
-    return counts | {"num_padding_tokens": ends - starts}
+    return dict(zip(COUNTS, (starts, num_trained, ends - starts), strict=True))
+
+
+def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sums over some of count()'s results."""
+    sums = dict.fromkeys(COUNTS, 0)
+    for row in counts:
+        sums = {name: sums[name] + row[name] for name in COUNTS}
+    return sums

@@ -35,12 +35,19 @@ TEMPLATE = (
 )
 
 
+def as_text(messages: Iterable[Mapping[str, str]]) -> str:
+    """A conversation of {"role", "content"} as TEMPLATE renders it."""
+    start, end = MARKERS[IM_START], MARKERS[IM_END]
+    turns = (f"{start}{each['role']}\n{each['content'].strip()}{end}\n" for each in messages)
+    return MARKERS[EOT_TOKEN] + "".join(turns)
+
+
 def render(
     messages: Iterable[Mapping[str, str]],
     encode: Callable[[str], Iterable[int]],
     add_generation_prompt: bool = False,
 ) -> list[int]:
-    """Token ids of a conversation of {"role", "content"}, as TEMPLATE renders it.
+    """Token ids of a conversation of {"role", "content"}; see as_text().
 
     `encode` gives the ids of ordinary text. Markers in a message's content are ordinary text, too.
     `add_generation_prompt` opens the assistant's next turn.

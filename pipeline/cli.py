@@ -8,9 +8,8 @@ import json
 import math
 import os
 import re
-import shlex
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,12 @@ import click
 
 from pipeline.command import Count, ForgeCommand, counted
 from pipeline.errors import ForgeError
+from pipeline.terminal import ProgressBar, next_commands, report
 
 # Before numpy: its BLAS, which nothing here calls, would spin with a thread a core in each process.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-
-
-def next_commands(folder: Path, index: Any) -> str:
-    """What to type next, with a config that the shards are enough for."""
-    train, val = (index.total("num_tokens", split) for split in ("train", "val"))
-    config = "gpt2" if min(train, val) > 2**20 else "tiny"  # gpt2 validates on a million
-    quoted, most = shlex.quote(str(folder)), max(0, val - 1) // 128 * 128  # tiny's context
-    advice = f"forge-train {config} --data {quoted} --check"
-    if index.total("num_documents") == 1:
-        advice = "a document is never split, and forge-train needs two; --split-on cuts a .txt"
-    elif not most:
-        advice = "too few val tokens, even for the config tiny: tokenize more text, "
-        advice += "or start again with a larger --val-fraction and --overwrite"
-    elif train <= 1_024:  # tiny's step
-        advice = "too few train tokens, even for the config tiny: tokenize more text"
-    elif most < 8_192:  # tiny validates on as many
-        advice += f" --set evaluate.num_tokens={most}"
-    return f"Look:  forge-prep info {quoted}\nTrain: {advice}"
 
 
 def cores() -> int:
@@ -73,34 +55,59 @@ def main() -> None:
     """
 
 
+Command = Callable[..., Any]
 A_PATH = click.Path(path_type=Path)
 DIR = click.argument("folder", metavar="DIR", type=A_PATH)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 shown = functools.partial(click.option, show_default=True)
 
 
+OF_A_SOURCE = (
+    click.argument("source"),
+    click.option(
+        "--out",
+        type=A_PATH,
+        help="Folder for the shards.  [default: data_cache/NAME, after the config or the source]",
+    ),
+    click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup."),
+    shown("--split", default="train", help="Split of a hub dataset."),
+    click.option("--revision", help="Branch, tag or commit of a hub dataset; it is recorded."),
+    click.option(
+        "--max-tokens",
+        type=Count(),
+        help="Stop after this many training tokens (10B, 500M). A larger number adds to a folder.",
+    ),
+    shown(
+        "--on-error",
+        default="stop",
+        type=click.Choice(["stop", "skip"]),
+        help="Stop at a damaged file, row group, line or text, or leave it out and count it.",
+    ),
+    click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]"),
+    click.option("--overwrite", is_flag=True, help="Remove forge-prep's shards there first."),
+    click.option("--keep-downloads", is_flag=True, help="Keep a hub dataset's files, downloads/."),
+    AS_JSON,
+)
+
+
+def of_a_source(command: Command) -> Command:
+    """Give a command SOURCE, and the options of all that make shards of one."""
+    for each in reversed(OF_A_SOURCE):
+        command = each(command)
+    return command
+
+
+def val_fraction(default: float, what: str) -> Callable[[Command], Command]:
+    says = f"Share of the {what} held out, by the hash of their text."
+    return shown(
+        "--val-fraction", default=default, type=click.FloatRange(0, 1, max_open=True), help=says
+    )
+
+
 @main.command()
-@click.argument("source")
-@click.option(
-    "--out",
-    type=A_PATH,
-    help="Folder for the shards.  [default: data_cache/NAME, after the config or the source]",
-)
-@click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup.")
-@shown("--split", default="train", help="Split of a hub dataset.")
-@click.option("--revision", help="Branch, tag or commit of a hub dataset; the commit is recorded.")
+@of_a_source
+@val_fraction(0.005, "documents")
 @shown("--text-column", default="text", help="Column or key of the text.")
-@click.option(
-    "--max-tokens",
-    type=Count(),
-    help="Stop after this many training tokens (10B, 500M). A larger number extends the folder.",
-)
-@shown(
-    "--val-fraction",
-    default=0.005,
-    type=click.FloatRange(0, 1, max_open=True),
-    help="Share of the documents held out, by the hash of their text.",
-)
 @shown("--shard-tokens", default="10M", type=Count(), help="Tokens in a train shard, roughly.")
 @click.option("--min-score", type=float, help="Drop documents with a lower score, or none.")
 @click.option(
@@ -109,26 +116,7 @@ shown = functools.partial(click.option, show_default=True)
     help="Start a new document of a .txt file at each line that begins with TEXT, such as "
     "'CHAPTER' or '<|endoftext|>'; '' means at blank lines.",
 )
-@shown(
-    "--on-error",
-    default="stop",
-    type=click.Choice(["stop", "skip"]),
-    help="Stop at a damaged file, row group, line or text, or leave it out and count it.",
-)
-@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]")
-@click.option("--overwrite", is_flag=True, help="Remove forge-prep's shards in the folder first.")
-@click.option("--keep-downloads", is_flag=True, help="Keep a hub dataset's files, in downloads/.")
-@AS_JSON
-def tokenize(
-    source: str,
-    out: Path | None,
-    on_error: str,
-    workers: int | None,
-    overwrite: bool,
-    keep_downloads: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def tokenize(source: str, split_on: str | None, **given: Any) -> None:
     """Tokenize SOURCE into a folder of shards.
 
     SOURCE is a .parquet, .jsonl, .json (JSON Lines; also .gz, .zst) or .txt file, a folder or a
@@ -143,67 +131,106 @@ def tokenize(
       forge-prep tokenize HuggingFaceTB/smollm-corpus --config fineweb-edu-dedup --max-tokens 10B
       forge-prep tokenize 'books/*.jsonl.zst' --out data_cache/books --text-column body
     """
-    from pipeline.prepare import tokenize
-    from pipeline.sources import Options, resolve, with_marker
+    from pipeline.sources import Options, with_marker
 
-    hub = {name: options.pop(name) for name in ("config", "split", "revision")}
-    resolved = resolve(source, **hub)
-    given = click.get_current_context().get_parameter_source
-    for name in hub:
-        if not resolved.hub and given(name) is not click.core.ParameterSource.DEFAULT:
-            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is not one")
-    if options["split_on"] is not None and resolved.kind != "txt":
-        raise click.UsageError(f"--split-on is for .txt files; {source} holds {resolved.kind}")
-    if others := resolved.not_read:
-        more = f" and {len(others) - 3} more" * (len(others) > 3)
-        click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
-    if options["split_on"] is None and resolved.kind == "txt" and (marked := with_marker(resolved)):
+    found = find(source, given)
+    if split_on is not None and found.kind != "txt":
+        raise click.UsageError(f"--split-on is for .txt files; {source} holds {found.kind}")
+    if split_on is None and found.kind == "txt" and (marked := with_marker(found)):
         hint = "--split-on '<|endoftext|>' makes documents of its pieces"
         click.echo(f"{marked} holds <|endoftext|> as plain text: {hint}.", err=True)
-    folder = out or Path("data_cache") / default_name(source, hub["config"])
+    names = ("val_fraction", "max_tokens", "text_column", "shard_tokens", "min_score")
+    make(source, found, Options(**{name: given[name] for name in names}, split_on=split_on), given)
+
+
+@main.command()
+@of_a_source
+@val_fraction(0.02, "conversations")
+@shown(
+    "--context-length",
+    default=1024,
+    type=click.IntRange(1),
+    help="Tokens of a window: the context_length of the model that is to be tuned.",
+)
+@shown(
+    "--long",
+    default="leave",
+    type=click.Choice(["leave", "cut"]),
+    help="Leave longer conversations out, or cut them behind the last answer that fits.",
+)
+@click.option(
+    "--columns",
+    metavar="NAMES",
+    default="",
+    help="Where conversations are, if not found: the column of the messages, or those of the "
+    "prompt and the answer, such as question,response.",
+)
+def chat(source: str, context_length: int, long: str, columns: str, **given: Any) -> None:
+    """Turn the conversations of SOURCE into a folder of shards.
+
+    SOURCE is as for tokenize, but for .txt. Each row or line is a conversation: `messages`, a list
+    of role and content; or `conversations`, of from and value; or `instruction`, `input` and
+    `output`; or `prompt` and `completion`. Roles are system, user and assistant (or human, gpt).
+
+    Conversations are written as ChatML and packed whole into windows of --context-length tokens.
+    The model will learn the assistant's words only: forge-prep show marks them. What cannot be
+    trained on is left out: forge-prep info counts it, by reason.
+
+    After a stop or a kill, the same command resumes, and ends with the same bytes.
+
+    \b
+    Examples:
+      forge-prep chat HuggingFaceTB/smol-smoltalk
+      forge-prep chat faq.jsonl --out data_cache/faq --columns question,answer --val-fraction 0.1
+    """
+    from pipeline.chat import ChatOptions
+    from pipeline.sources import Options
+
+    how = ChatOptions(context_length, long, tuple(filter(None, columns.split(","))))
+    found = find(source, given)
+    if found.kind == "txt":
+        raise click.UsageError(f"conversations are .parquet or .jsonl; {source} holds .txt")
+    options = Options(val_fraction=given["val_fraction"], max_tokens=given["max_tokens"], chat=how)
+    make(source, found, options, given)
+
+
+def find(source: str, given: dict[str, Any]) -> Any:
+    """The resolved SOURCE; says which files there are not read."""
+    from pipeline.sources import resolve
+
+    names = ("config", "split", "revision")
+    found = resolve(source, **{name: given[name] for name in names})
+    origin = click.get_current_context().get_parameter_source
+    for name in names:
+        if not found.hub and origin(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is not one")
+    if others := found.not_read:
+        more = f" and {len(others) - 3} more" * (len(others) > 3)
+        click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
+    return found
+
+
+def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
+    """Make shards of a resolved SOURCE, and say what was made."""
+    from pipeline.prepare import tokenize
+
+    folder = given["out"] or Path("data_cache") / default_name(source, given["config"])
     with ProgressBar() as bar:
         outcome = tokenize(
-            resolved,
+            found,
             folder,
-            Options(**options),
-            workers=workers or cores(),
-            overwrite=overwrite,
-            keep_downloads=keep_downloads,
-            skip_errors=on_error == "skip",
+            options,
+            workers=given["workers"] or cores(),
+            overwrite=given["overwrite"],
+            keep_downloads=given["keep_downloads"],
+            skip_errors=given["on_error"] == "skip",
             on_progress=bar.update,
         )
-    if as_json:
-        summary = {"folder": str(folder), "num_files_not_read": len(resolved.not_read)}
+    if given["as_json"]:
+        summary = {"folder": str(folder), "num_files_not_read": len(found.not_read)}
         click.echo(json.dumps(summary | outcome.summary()))
     else:
-        report(folder, outcome, options["max_tokens"])
-
-
-def report(folder: Path, outcome: Any, max_tokens: int | None) -> None:
-    """Say how a prepare.Outcome ended."""
-    facts, skipped = outcome.summary(), outcome.index.skipped
-    if outcome.up_to_date:
-        click.echo(f"{folder} is up to date.")
-    else:
-        speeds = (n / 1e6 / outcome.seconds for n in (outcome.new_bytes, outcome.new_tokens))
-        text = "{:.0f} MB/s of text, {:.1f} M tokens/s".format(*speeds)
-        click.echo(f"Done in {outcome.seconds:.1f} s: {text}.")
-    num_blank = skipped["null_documents"] + skipped["empty_documents"]
-    click.echo(
-        f"{facts['num_train_tokens']:,} train + {facts['num_val_tokens']:,} val tokens of "
-        f"{counted(facts['num_documents'], 'document')} in "
-        f"{counted(len(outcome.index.shards), 'shard')}; "
-        f"{counted(num_blank, 'null or empty document')} skipped."
-    )
-    if low := skipped.get("low_score_documents"):
-        click.echo(f"{counted(low, 'document')} below --min-score, or without a score, dropped.")
-    for place in skipped.get("damaged", []):
-        click.echo(f"Left out, damaged: {place}")
-    if (more := skipped.get("num_damaged", 0) - len(skipped.get("damaged", []))) > 0:
-        click.echo(f"And {more:,} more.")
-    if facts["num_train_tokens"] < (max_tokens or 0):
-        click.echo(f"The source has no more: fewer than --max-tokens, {max_tokens:,}.")
-    click.echo(next_commands(folder, outcome.index))
+        report(folder, outcome, options.max_tokens)
 
 
 @main.command()
@@ -228,16 +255,18 @@ def info(folder: Path, as_json: bool) -> None:
 def show(folder: Path, document: int, split: str, tokens: bool) -> None:
     """Print one document of a folder of shards.
 
-    DOCUMENT is its number, from 0.
+    DOCUMENT is its number, from 0. Of a conversation, lines that are trained on begin with "> ".
     """
     from pipeline import info, shards, tokenizer
 
-    shard, start, ids = info.find_document(shards.load_index(folder), split, document)
+    index = shards.load_index(folder)
+    shard, start, ids = info.find_document(index, split, document)
     found = f"{len(ids):,} tokens, at token {start:,} of {shard.file}"
     click.echo(f"{split} document {document:,}: {found}", err=True)
     if tokens:
         click.echo(" ".join(map(str, ids.tolist())), err=True)
-    sys.stdout.buffer.write(tokenizer.decode(ids) + b"\n")
+    text = info.marked(ids) if index.chat else tokenizer.decode(ids)
+    sys.stdout.buffer.write(text + b"\n")
 
 
 @main.command()
@@ -317,36 +346,6 @@ def default_name(source: str, config: str | None) -> str:
     for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".json", ".txt"):
         name = name.removesuffix(suffix)
     return re.sub(r"[^\w.-]+", "_", name).strip("_") or "shards"
-
-
-class ProgressBar:
-    """tqdm by bytes on a terminal, silent elsewhere."""
-
-    def __init__(self, total: int | None = None) -> None:
-        from tqdm import tqdm
-
-        self.start_bytes = -1
-        width = min(110, shutil.get_terminal_size().columns)
-        look = {"unit": "B", "unit_scale": True, "ncols": width, "smoothing": 0.1, "leave": False}
-        self.bar = tqdm(total=total, disable=None, **look)
-        self.add = self.bar.update
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def update(self, progress: Any) -> None:
-        """Show a prepare.Progress. The clock starts with the first text."""
-        if self.bar.disable:
-            return
-        if self.start_bytes in (-1, progress.done_bytes):
-            self.start_bytes = self.bar.initial = progress.done_bytes
-            self.bar.reset(progress.total_bytes)
-        self.bar.n, self.bar.total = progress.done_bytes, progress.total_bytes
-        self.bar.set_postfix_str(f"{progress.num_tokens / 1e6:,.1f} M tokens", refresh=False)
-        self.bar.refresh()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import shards
+from pipeline import chat, chatml, shards, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import DocumentLengths, Index, Shard
 
@@ -23,8 +23,9 @@ def summarize(index: Index) -> dict[str, Any]:
         "options": index.options,
         "tokenizer": index.tokenizer,
         "skipped": index.skipped,
+        "chat": index.chat,
         "splits": {split: summarize_split(index, split) for split in shards.SPLITS},
-        "epochs": epochs(index.total("num_tokens", "train")),
+        "epochs": {} if index.chat else epochs(index.total("num_tokens", "train")),
         "index_sha256": index.sha256,
     }
 
@@ -66,7 +67,7 @@ def epochs(train_tokens: int) -> dict[str, dict[str, Any]]:
 def render(index: Index) -> str:
     """The facts as text for a terminal."""
     facts = summarize(index)
-    source, tokenizer, skipped = facts["source"], facts["tokenizer"], facts["skipped"]
+    source, tokens, skipped = facts["source"], facts["tokenizer"], facts["skipped"]
     hub, fraction = source.get("hub") or {}, facts["options"].get("val_fraction")
     origin = f"{source['name']} ({source['kind']}, {source['num_files']} files)"
     if hub:
@@ -77,12 +78,13 @@ def render(index: Index) -> str:
     lines = [
         f"folder     {facts['folder']}",
         f"source     {origin}",
-        f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, "
-        f"sha256 {tokenizer['sha256'][:16]}",
+        f"tokenizer  {tokens['name']}, {tokens['vocab_size']:,} tokens, "
+        f"sha256 {tokens['sha256'][:16]}",
         f"split      {facts['options'].get('split_rule')}{rule}",
         f"skipped    {skipped['null_documents']:,} null and {skipped['empty_documents']:,} empty "
         f"documents, {skipped.get('low_score_documents', 0):,} below min_score, "
         f"{num_damaged:,} damaged places",
+        *chat_lines(index),
         "",
         f"{'':8}{'tokens':>16}{'documents':>13}{'text bytes':>18}{'bytes/token':>13}{'shards':>8}"
         "   tokens a shard",
@@ -97,13 +99,51 @@ def render(index: Index) -> str:
     described = ", ".join(f"{name} {value:,}" for name, value in figures.items())
     lines += ["", f"document length in tokens (train): {described}"]
     lines += histogram(index.document_tokens.get("train", DocumentLengths()))
-    if facts["splits"]["train"]["num_tokens"]:
+    if facts["epochs"] and facts["splits"]["train"]["num_tokens"]:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
             many = "> 100" if row["epochs"] > 100 else f"{row['epochs']:.2f}"
             many = "< 0.01" if row["epochs"] < 0.005 else many
             lines.append(f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {many:>10} epochs")
     return "\n".join(lines)
+
+
+def chat_lines(index: Index) -> list[str]:
+    """What the windows of a folder of chat hold, and what was left out."""
+    if index.chat is None:
+        return []
+    counts = {name.removesuffix("_documents"): n for name, n in index.skipped.items()}
+    lines = [
+        f"chat       {index.chat['template']}, windows of {index.chat['context_length']:,} tokens",
+        f"left out   {chat.describe_skipped(counts)}",
+    ]
+    if num_cut := index.chat["num_cut"]:
+        lines.append(f"cut        {num_cut:,} longer than the context, behind an answer that fits")
+    lines += ["", f"{'':8}{'conversations':>16}{'turns':>13}{'trained tokens':>22}{'padding':>22}"]
+    for split, row in index.chat["splits"].items():
+        total = max(1, index.total("num_tokens", split))
+        num_conversations = index.total("num_documents", split)
+        line = f"{split:8}{num_conversations:>16,}{row['num_turns']:>13,}"
+        for name in ("num_trained_tokens", "num_padding_tokens"):
+            line += f"{f'{row[name]:,} ({row[name] / total:.2%})':>22}"
+        lines.append(line)
+    return lines
+
+
+def marked(conversation: np.ndarray) -> bytes:
+    """A conversation's text: lines that are trained on begin with "> ", the others with blanks."""
+    mask, texts = chatml.trained(conversation), tokenizer.token_bytes()
+    starts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist()]
+    lines = []
+    # A run of trained tokens fills whole lines: the header ends one, <|im_end|> the last.
+    for start, stop in zip(starts, [*starts[1:], len(mask)], strict=True):
+        pieces = [
+            chatml.MARKERS[token].encode() if token in chatml.MARKERS else texts[token]
+            for token in conversation[start:stop].tolist()
+        ]
+        mark = b"> " if mask[start] else b"  "
+        lines += [mark + line for line in b"".join(pieces).strip(b"\n").split(b"\n")]
+    return b"\n".join(lines).rstrip()
 
 
 def histogram(lengths: DocumentLengths) -> list[str]:
@@ -133,7 +173,9 @@ def find_document(index: Index, split: str, number: int) -> tuple[Shard, int, np
             what = "the shard is damaged" if len(starts) != shard.num_documents else ""
             bounds = [*starts[position : position + 2].tolist(), len(tokens), len(tokens)]
             ids = np.array(tokens[bounds[0] + 1 : bounds[1]])
-            if not what and ids.size and ids.max() >= shards.VOCAB_SIZE:
+            if index.chat:  # what follows the last line's end is padding
+                ids = ids[: 1 + np.flatnonzero(ids != chatml.IM_END).max(initial=-1)]
+            if not what and ids.size and ids.max() >= index.tokenizer["vocab_size"]:
                 what = f"the shard is damaged: token {ids.max()} is none of GPT-2's"
             if what:
                 raise ForgeError(what, where=path, fix="run forge-prep verify")

@@ -7,10 +7,17 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 
-from pipeline import sources
+from pipeline import chat, sources
 from pipeline.errors import DamageError, refusals
 from pipeline.hub import open_on_hub
-from pipeline.readers import OnDamage, check_column, check_score, damage, score_column
+from pipeline.readers import (
+    OnDamage,
+    check_column,
+    check_score,
+    columns_bytes,
+    damage,
+    score_column,
+)
 from pipeline.sources import Options, Part, Slice, Source, SourceFile
 
 FOOTERS_AT_ONCE = 16
@@ -99,12 +106,16 @@ def row_groups(source: Source, file: SourceFile, options: Options) -> list[Part]
     in_whole = damage("not a whole parquet file", where)
     with refusals("read a source file", where), in_whole, opened as readable:
         metadata = pq.read_metadata(readable)
-    check_column(metadata.schema.to_arrow_schema(), options.text_column, where)
+    schema = metadata.schema.to_arrow_schema()
+    if options.chat:
+        wanted = chat.columns_of(schema, options.chat, where)
+    else:
+        check_column(schema, options.text_column, where)
+        wanted = (options.text_column,)
     columns = {metadata.schema.column(c).path: c for c in range(metadata.num_columns)}
     if options.min_score is not None:
         score = score_column(list(columns), where)
         kind = metadata.schema.column(columns[score]).physical_type
         check_score(kind in ("INT32", "INT64", "FLOAT", "DOUBLE"), score, kind, where)
-    groups = range(metadata.num_row_groups)
-    texts = [metadata.row_group(g).column(columns[options.text_column]) for g in groups]
-    return [Part(file, g, g + 1, texts[g].total_uncompressed_size) for g in groups]
+    sizes = [columns_bytes(metadata.row_group(g), wanted) for g in range(metadata.num_row_groups)]
+    return [Part(file, g, g + 1, size) for g, size in enumerate(sizes)]

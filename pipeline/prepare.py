@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import files, readers, shards, slices, tokenizer, verify
+from pipeline import chat, chatml, files, readers, shards, slices, tokenizer, verify
 from pipeline.downloads import DOWNLOADS_FOLDER, Downloads
 from pipeline.errors import KEPT, ForgeError, refusals
 from pipeline.plan import Plan
@@ -84,7 +84,7 @@ def tokenize(
     started = time.perf_counter()
     with files.hold(folder, "forge-prep"), refusals("write", folder, KEPT):
         wanted = {"source": source.record(), "options": options.record()}
-        wanted |= {"tokenizer": tokenizer.describe()}
+        wanted |= {"tokenizer": tokenizer.describe(vocab_size(options))}
         index, known_files = verify.look_at(folder, wanted, overwrite)
         work = folder / WORK_FOLDER
         if index and verify.is_enough(index, wanted):
@@ -106,6 +106,11 @@ def tokenize(
     new = [shard for record in run.made.values() for shard in record.shards]
     new_bytes, new_tokens = sum(s.text_bytes for s in new), sum(s.num_tokens for s in new)
     return Outcome(index, False, time.perf_counter() - started, new_bytes, new_tokens)
+
+
+def vocab_size(options: Options) -> int:
+    """Token ids of a folder: chat has its markers, too."""
+    return chatml.VOCAB_SIZE if options.chat else shards.VOCAB_SIZE
 
 
 @contextmanager
@@ -303,6 +308,9 @@ class _Run:
             what = "the source holds no text: every document is null, empty, damaged or below "
             what += "--min-score" + "; damaged: " * bool(damaged) + ", ".join(damaged[:3])
             fix = "look at the source, or name another column with --text-column"
+            if self.options.chat:
+                what = f"nothing to train on: {chat.describe_skipped(skipped)}"
+                fix = "look at the source; --columns names the columns of the conversations"
             raise ForgeError(what, where=self.source.name, fix=fix)
         kept, new = self.settled[: self.num_kept], self.settled[self.num_kept :]
         made = [shard for record in new for shard in record.shards]
@@ -313,12 +321,14 @@ class _Run:
             tuple(shard for shard in old if shard.split == "val"),
             sum(record.num_val_tokens for record in kept),
             [each for each in made if each.split == "val"],
+            self.options.chat.context_length if self.options.chat else None,
         )
-        counts = {f"{why}_documents": skipped[why] for why in ("null", "empty", "low_score")}
+        reasons = chat.REASONS if self.options.chat else ("null", "empty", "low_score")
+        counts = {f"{why}_documents": skipped[why] for why in reasons}
         none = DocumentLengths()
         return Index(
             folder=self.folder,
-            tokenizer=tokenizer.describe(),
+            tokenizer=tokenizer.describe(vocab_size(self.options)),
             source=self.source.record(),
             options=self.options.record(),
             skipped=counts | {"num_damaged": skipped["damaged"], "damaged": damaged},
@@ -328,4 +338,16 @@ class _Run:
             },
             shards=(*(s for s in old if s.split == "train" and s.slice < len(kept)), *train, *val),
             slices=tuple(record.row() for record in self.settled),
+            chat=self._describe_chat(skipped),
         )
+
+    def _describe_chat(self, skipped: Counter[str]) -> dict[str, Any] | None:
+        """What index.json says of a folder of chat."""
+        if self.options.chat is None:
+            return None
+        head = {"template": chatml.NAME, "context_length": self.options.chat.context_length}
+        splits = {
+            split: chat.total(record.chat[split] for record in self.settled)
+            for split in shards.SPLITS
+        }
+        return head | {"num_cut": skipped["cut"], "splits": splits}

@@ -117,7 +117,7 @@ def read_parquet(at: Reading, part: Part) -> Iterator[Batch]:
 def read_row_group(
     file: pq.ParquetFile, at: Reading, columns: list[str], kept: Any
 ) -> Iterator[Batch]:
-    num_rows = batch_rows(file.metadata.row_group(at.number), columns[0])
+    num_rows = batch_rows(file.metadata.row_group(at.number), columns[:1])
     groups, first = [at.number], 0
     for batch in file.iter_batches(num_rows, row_groups=groups, columns=columns, use_threads=False):
         texts = batch.column(columns[0]).cast(pa.large_string())
@@ -152,11 +152,18 @@ def invalid_texts(texts: pa.LargeStringArray, at: Reading, first: int) -> set[in
     return bad
 
 
-def batch_rows(group: Any, text_column: str) -> int:
+def batch_rows(group: Any, columns: Sequence[str]) -> int:
     """Rows of a row group that hold some BATCH_BYTES of text: books are long."""
-    columns = [group.column(c) for c in range(group.num_columns)]
-    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_column)
-    return max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / max(1, size))))
+    size = max(1, columns_bytes(group, columns))
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / size)))
+
+
+def columns_bytes(group: Any, columns: Sequence[str]) -> int:
+    """Uncompressed bytes of some columns of a row group, with all that is nested in them."""
+    leaves = [group.column(c) for c in range(group.num_columns)]
+    inside = tuple(f"{column}." for column in columns)
+    wanted = [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(inside)]
+    return sum(leaf.total_uncompressed_size for leaf in wanted)
 
 
 def check_column(schema: pa.Schema, text_column: str, where: str) -> None:

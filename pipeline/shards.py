@@ -9,9 +9,10 @@ A shard is an llm.c / modded-nanogpt token file, little-endian throughout:
     12      1012     zero
     1024    2 each   tokens, uint16
 
-Every document starts with <|endoftext|> (50256), and text never makes that token. Beside the shards
-lie `r50k_base.tiktoken` (the vocabulary: one `base64(bytes) rank` a line) and index.json, which is
-written last: a folder without it is not finished. What is still being made lies in `.work/`.
+Every document starts with <|endoftext|> (50256), and text never makes that token. Shards of chat
+are windows of conversations (chat.py). Beside the shards lie `r50k_base.tiktoken` (the vocabulary:
+one `base64(bytes) rank` a line) and index.json, which is written last: a folder without it is not
+finished. What is still being made lies in `.work/`.
 
 Sources: llm.c dev/data/data_common.py (write_datafile), modded-nanogpt data/fineweb.py.
 """
@@ -48,15 +49,15 @@ INDEX_FORMAT = "llm-forge shards"
 INDEX_VERSION = 1
 VOCABULARY_FILE = "r50k_base.tiktoken"
 WORK_FOLDER = ".work"  # of a run of forge-prep that is not finished
-PLAN_FILE = "plan.json"  # in it: what the run makes
 # The very hash that tiktoken pins for OpenAI's published r50k_base.tiktoken.
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 SPLITS = ("train", "val")
-SECTIONS = ("tokenizer", "source", "options", "skipped")  # plain records of index.json
+SECTIONS = ("tokenizer", "source", "options", "skipped", "chat")  # plain records of index.json
 RELIED_ON = {
     "tokenizer": ("vocab_size", "sha256"),
     "source": ("name",),
     "skipped": ("null_documents", "empty_documents"),
+    "chat": ("template", "context_length", "splits"),  # None for text
 }
 COUNTS = ("num_tokens", "num_documents", "text_bytes")  # of a shard
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin")
@@ -141,6 +142,7 @@ class Index:
     document_tokens: dict[str, DocumentLengths]
     shards: tuple[Shard, ...]
     slices: tuple[dict[str, Any], ...] = ()
+    chat: dict[str, Any] | None = None
     sha256: str = field(default="", compare=False)  # of index.json itself, once it is on disk
 
     def of(self, split: str) -> tuple[Shard, ...]:
@@ -309,10 +311,7 @@ def is_ours(path: Path) -> bool:
 
 
 def load_index(folder: Path) -> Index:
-    """Read and check index.json of a folder of shards.
-
-    ForgeError when there is none, or it is damaged or of another format.
-    """
+    """The checked index.json of a folder. ForgeError if it is absent, damaged or another format."""
     path = folder / INDEX_FILE
     try:
         data = path.read_bytes()
@@ -324,16 +323,15 @@ def load_index(folder: Path) -> Index:
         what, fix = "another program made this index.json", "give a folder of forge-prep's shards"
         raise ForgeError(what, where=path, fix=fix)
     try:
-        raw = json.loads(data)
+        raw = {"chat": None} | json.loads(data)
         if (raw["format"], raw["version"]) != (INDEX_FORMAT, INDEX_VERSION):
             what = f"the index is of another version: {raw['version']}"
             fix = "read it with the version of llm-forge that made it, or make it again"
             raise ForgeError(what, where=path, fix=fix)
         for section, keys in RELIED_ON.items():
-            for key in keys:
+            for key in keys if section != "chat" or raw["chat"] else ():
                 raw[section][key]
-        for shard in raw["shards"]:
-            _check_counts(*(shard[key] for key in COUNTS))
+        _check_counts(*(shard[key] for shard in raw["shards"] for key in COUNTS))
         figures = {split: each["document_tokens"] for split, each in raw["splits"].items()}
         return Index(
             folder=folder,

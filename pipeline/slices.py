@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import threading
-from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,15 +21,19 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline import files, readers, shards, tokenizer, verify
+from pipeline import chat, chatml, files, readers, rows, shards, tokenizer, verify
+from pipeline.chat import ChatOptions, LeftOutError
 from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
 from pipeline.readers import Batch, Reading
+from pipeline.rows import Conversations
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
+from pipeline.sides import ChatSide, Side
 from pipeline.sources import Slice
+
+Encoded = tuple[bytes, npt.NDArray[Any], int]  # text, tokens behind <|endoftext|>, text bytes
 
 MOST_LISTED = 20  # damaged places of a slice: the others are only counted
 VAL_SHARD_TOKENS = 100_000_000  # at most, about
-BUFFER_TOKENS = 2**19  # 1 MiB: it stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Record:
     skipped: dict[str, int]  # counts: null, empty, low_score, damaged
     damaged: tuple[str, ...]  # the first places
     document_tokens: dict[str, DocumentLengths]
+    chat: dict[str, dict[str, int]]  # chat.count(), by split; empty for text
     made_of: str = ""  # Slice.made_of
     limit: int | None = None
     shards: tuple[Shard, ...] = ()
@@ -88,48 +92,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-class Side:
-    """One split's share of a slice: its file and its figures."""
-
-    def __init__(self, work: Path, split: str, number: int) -> None:
-        self.split, self.number = split, number
-        is_train = split == "train"  # the pieces of val are joined at the end
-        name = shards.shard_name(split, number) if is_train else f"{number:06d}.val"
-        self.writer = ShardWriter(work / name)
-        self.num_tokens = self.text_bytes = 0
-        self.lengths = array("q")
-        self._buffer, self._filled = np.empty(BUFFER_TOKENS, np.uint16), 0
-
-    def add(self, tokens: npt.NDArray[np.uint32], text_bytes: int) -> None:
-        """Write a document: its tokens, behind <|endoftext|>."""
-        size = 1 + len(tokens)
-        if self._filled + size > len(self._buffer):
-            self._flush()
-            capacity = max(size, BUFFER_TOKENS)
-            if len(self._buffer) != capacity:  # a long document comes, or went
-                self._buffer = np.empty(capacity, np.uint16)
-        start, self._filled = self._filled, self._filled + size
-        self._buffer[start] = shards.EOT_TOKEN
-        self._buffer[start + 1 : self._filled] = tokens
-        self.num_tokens += size
-        self.text_bytes += text_bytes
-        self.lengths.append(len(tokens))
-
-    def _flush(self) -> None:
-        self.writer.write(self._buffer[: self._filled])
-        self._filled = 0
-
-    def commit(self) -> tuple[Shard, ...]:
-        """Put the file in its place. Nothing, if no document fell on this side."""
-        path = self.writer.path
-        if not self.lengths:
-            path.unlink(missing_ok=True)
-            return ()
-        self._flush()
-        counts = (self.num_tokens, len(self.lengths), self.text_bytes, self.writer.commit())
-        return (Shard(path.name, self.split, *counts, self.number, shards.head_checksum(path)),)
-
-
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its files, then its record. Runs in a worker process."""
     damaged: list[str] = []
@@ -143,7 +105,7 @@ def tokenize_slice(job: Job) -> Record:
     record = record_path(job.work, job.slice.number)
     with ExitStack() as stack, refusals("write", job.work.parent, KEPT):
         record.unlink(missing_ok=True)  # of other files or another limit: its shards will change
-        sides = {split: Side(job.work, split, job.slice.number) for split in shards.SPLITS}
+        sides = {split: _side(job, split) for split in shards.SPLITS}
         for side in sides.values():
             stack.enter_context(side.writer)
         train, val = sides.values()
@@ -170,6 +132,7 @@ def tokenize_slice(job: Job) -> Record:
             document_tokens={
                 split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()
             },
+            chat={k: side.counts for k, side in sides.items() if isinstance(side, ChatSide)},
             made_of=job.slice.made_of,
             limit=job.limit,
             shards=made,
@@ -179,32 +142,67 @@ def tokenize_slice(job: Job) -> Record:
         return finished
 
 
-def _batches(job: Job, at: Reading) -> Iterator[Batch]:
-    """The text of a slice; `at` says where it is read."""
+def _side(job: Job, split: str) -> Side:
+    if options := job.slice.options.chat:
+        return ChatSide(job.work, split, job.slice.number, options.context_length)
+    return Side(job.work, split, job.slice.number)
+
+
+def _batches(job: Job, at: Reading) -> Iterator[Batch | Conversations]:
+    """The text, or the conversations, of a slice; `at` says where it is read."""
+    read = rows.read_conversations if job.slice.options.chat else readers.read_texts
     for part in job.slice.parts:
         at.path, at.unit, at.number = job.root / part.file.name, "", 0
         if part.damage:
             at.on_damage(DamageError(part.damage, where=at.path, fix=""))
             continue
         part.file.check_unchanged(at.path)
-        yield from readers.read_texts(job.kind, at, part)
+        yield from read(job.kind, at, part)
         part.file.check_unchanged(at.path)
 
 
-def write_documents(batch: Batch, sides: dict[str, Side], job: Job, skipped: Counter[str]) -> bool:
-    """Encode the texts of a batch and write each to its side; True at job.limit train tokens."""
+def write_documents(
+    batch: Batch | Conversations, sides: dict[str, Side], job: Job, skipped: Counter[str]
+) -> bool:
+    """Encode what a batch holds and write each to its side; True at job.limit train tokens."""
     threshold = int(job.slice.options.val_fraction * 2**64)
     train, val = sides["train"], sides["val"]
-    documents = [text for text in batch.texts if text]
-    nulls = batch.texts.count(None)
-    skipped.update(null=nulls, empty=len(batch.texts) - nulls - len(documents))
+    if isinstance(batch, Conversations):
+        assert job.slice.options.chat is not None
+        encoded = _encoded_conversations(batch, job.slice.options.chat, skipped)
+    else:
+        encoded = _encoded_documents(batch, skipped)
     # One at a time: what was just made is still in the cache when the next step takes it up.
-    for document, tokens in zip(documents, _encoder.encode(documents), strict=True):
-        side = val if xxhash.xxh3_64_intdigest(document) < threshold else train
-        side.add(tokens, len(document))
+    for text, tokens, text_bytes in encoded:
+        side = val if xxhash.xxh3_64_intdigest(text) < threshold else train
+        side.add(tokens, text_bytes)
         if job.limit is not None and train.num_tokens >= job.limit:
             return True
     return False
+
+
+def _encoded_documents(batch: Batch, skipped: Counter[str]) -> Iterator[Encoded]:
+    documents = [text for text in batch.texts if text]
+    nulls = batch.texts.count(None)
+    skipped.update(null=nulls, empty=len(batch.texts) - nulls - len(documents))
+    for text, tokens in zip(documents, _encoder.encode(documents), strict=True):
+        yield text, tokens, len(text)
+
+
+def _encoded_conversations(
+    batch: Conversations, options: ChatOptions, skipped: Counter[str]
+) -> Iterator[Encoded]:
+    encode = _encoder.encode_one()
+    for messages in batch.conversations:
+        whole = chat.encode(messages, lambda text: encode(text.encode()).tolist())
+        try:
+            tokens = chat.fit(whole, options)
+        except LeftOutError as left_out:
+            skipped[left_out.reason] += 1
+            continue
+        skipped["cut"] += len(tokens) < len(whole)
+        text_bytes = int(verify.token_lengths()[tokens].sum())
+        yield chatml.as_text(messages).encode(), tokens[1:], text_bytes
 
 
 def record_path(work: Path, number: int) -> Path:
@@ -231,25 +229,33 @@ def finished(work: Path, each: Slice) -> Record | None:
 
 
 def join_val(
-    folder: Path, kept: tuple[Shard, ...], kept_tokens: int, made: list[Shard]
+    folder: Path,
+    kept: tuple[Shard, ...],
+    kept_tokens: int,
+    made: list[Shard],
+    context_length: int | None,
 ) -> tuple[Shard, ...]:
     """Join val into few large shards in `.work/`: `kept_tokens` of the old ones, then the pieces.
 
-    Others' trainers want procs * B * T + 1 tokens in each shard, so all are about as large.
+    Others' trainers want procs * B * T + 1 tokens in each shard, so all are about as large. Shards
+    of chat, which has a context_length, are whole windows and one more <|im_end|>.
     """
+    last = np.array([chatml.IM_END] if context_length else [], np.uint16)
     work = folder / shards.WORK_FOLDER
     pieces = deque([(folder / shard.file, shard) for shard in kept])
     pieces.extend((work / shard.file, shard) for shard in made)
-    total = kept_tokens + sum(shard.num_tokens for shard in made)
+    total = kept_tokens + sum(shard.num_tokens - len(last) for shard in made)
     count = math.ceil(total / VAL_SHARD_TOKENS)
     paths = [work / shards.shard_name("val", number) for number in range(count)]
     position, rest = 0, np.empty(0, np.uint16)
     for number, path in enumerate(paths, 1):
         wanted = total * number // count  # the next document from there on ends the shard
+        wanted -= wanted % (context_length or 1)  # where a window begins, so does a conversation
         with ShardWriter(path) as writer:
             while len(rest) or pieces:
                 if not len(rest):
                     rest = _checked_tokens(*pieces.popleft())
+                    rest = rest[: len(rest) - len(last)]
                     rest = rest[: kept_tokens - position] if position < kept_tokens else rest
                 stop = len(rest)
                 if number < count:
@@ -258,6 +264,7 @@ def join_val(
                 position, rest = position + stop, rest[stop:]
                 if len(rest):
                     break
+            writer.write(last)
             writer.commit()
     return tuple(verify.measure(path, "val").shard for path in paths)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from pipeline.chat import ChatOptions
 from pipeline.errors import KEPT, ForgeError, refusals
 from pipeline.files import files_in
 from pipeline.hub import resolve_hub
@@ -41,6 +42,7 @@ class Options:
     shard_tokens: int = 10_000_000  # of a slice, about
     min_score: float | None = None  # documents below it, or without a score, are dropped
     split_on: str | None = None  # starts a new document of a .txt file: see readers.py
+    chat: ChatOptions | None = None  # how conversations are read; None for text
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:  # NaN, too
@@ -50,8 +52,11 @@ class Options:
             raise ForgeError("--min-score is not a number", fix="write it as 3 or 2.5")
 
     def record(self) -> dict[str, Any]:
-        rule = "val if xxh3_64(utf-8 text) < val_fraction * 2**64"
-        return {**asdict(self), "split_rule": rule}
+        text = "text" if self.chat is None else "conversation"
+        rule = f"val if xxh3_64(utf-8 {text}) < val_fraction * 2**64"
+        of_chat = self.chat.record() if self.chat else {}
+        of_text = {key: value for key, value in asdict(self).items() if key != "chat"}
+        return {**of_text, **of_chat, "split_rule": rule}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,9 @@ def vocabulary() -> bytes:
     return data
 
 
-def describe() -> dict[str, Any]:
-    """The tokenizer as index.json records it."""
-    described = {"name": "gpt2", "vocab_size": shards.VOCAB_SIZE, "eot_token": shards.EOT_TOKEN}
+def describe(vocab_size: int = shards.VOCAB_SIZE) -> dict[str, Any]:
+    """The tokenizer as index.json records it; chat has a few tokens more."""
+    described = {"name": "gpt2", "vocab_size": vocab_size, "eot_token": shards.EOT_TOKEN}
     file, sha256 = shards.VOCABULARY_FILE, shards.VOCABULARY_SHA256
     return described | {"vocabulary_file": file, "sha256": sha256}
 
@@ -120,11 +120,16 @@ class BulkEncoder:
 
     def encode(self, documents: list[bytes]) -> Iterator[npt.NDArray[np.uint32]]:
         """Token ids of each document, which is UTF-8, made when it is asked for."""
+        # One document a call keeps up with batches of 1,024, needs no awkward arrays (0.3 s and
+        # more of import) and never touches gigatoken's threads, which workers must not use.
+        return map(self.encode_one(), documents)
+
+    def encode_one(self) -> Callable[[bytes], npt.NDArray[np.uint32]]:
+        """What encodes one document. To be asked for anew for each batch."""
         import gigatoken
 
         if memory_bytes() - self._first_bytes >= CACHE_LIMIT_BYTES:
             self._encoder = gigatoken.Tokenizer.from_tiktoken(self.vocabulary_file, "r50k", {})
             self._first_bytes = memory_bytes()
-        # One document a call keeps up with batches of 1,024, needs no awkward arrays (0.3 s and
-        # more of import) and never touches gigatoken's threads, which workers must not use.
-        return map(self._encoder.backend.encode, documents)
+        one: Callable[[bytes], npt.NDArray[np.uint32]] = self._encoder.backend.encode
+        return one

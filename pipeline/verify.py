@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline import shards, tokenizer
+from pipeline import chatml, shards, tokenizer
 from pipeline.downloads import DOWNLOADS_FOLDER
 from pipeline.errors import ForgeError, refusals
 from pipeline.files import sync_folder, write_whole
@@ -23,13 +23,15 @@ from pipeline.shards import DocumentLengths, Index, Shard
 from pipeline.sources import KINDS, Options
 
 CHUNK_BYTES = 2**22
+PLAN_FILE = "plan.json"  # in .work/: what an unfinished run makes
 ANEW = "choose another --out, or start again with --overwrite"
 
 
 @cache
 def token_lengths() -> npt.NDArray[np.int64]:
-    """Length in bytes of each token."""
-    return np.array([len(token) for token in tokenizer.token_bytes()], np.int64)
+    """Length in bytes of each token; the markers of chat are no text."""
+    lengths = [len(token) for token in tokenizer.token_bytes()]
+    return np.array(lengths + [0] * (chatml.VOCAB_SIZE - len(lengths)), np.int64)
 
 
 class Measured(NamedTuple):
@@ -68,11 +70,11 @@ def measure(
     return Measured(shard, DocumentLengths.of(np.diff(bounds) - 1), first, largest)
 
 
-def check_shard(
-    folder: Path, shard: Shard, whole_documents: bool, on_bytes: Callable[[int], None]
-) -> list[str]:
+def check_shard(index: Index, shard: Shard, on_bytes: Callable[[int], None]) -> list[str]:
     """Read one shard whole and list what is wrong with it (nothing, when all is well)."""
-    path = folder / shard.file
+    path, vocab_size = index.folder / shard.file, index.tokenizer["vocab_size"]
+    whole_documents = index.source.get("kind") != "token files"  # other people's may cut documents
+    context_length = index.chat["context_length"] if index.chat else 1
     try:
         found = measure(path, shard.split, on_bytes, counts_text=False)
     except ForgeError as error:
@@ -81,8 +83,10 @@ def check_shard(
     for name in ("num_tokens", "num_documents", "checksum"):
         if (has := getattr(found.shard, name)) != (listed := getattr(shard, name)):
             problems.append(f"{name.removeprefix('num_')} {has}, the index says {listed}")
-    if found.largest >= shards.VOCAB_SIZE:
-        problems.append(f"token {found.largest} is outside the vocabulary of {shards.VOCAB_SIZE}")
+    if found.largest >= vocab_size:
+        problems.append(f"token {found.largest} is outside the vocabulary of {vocab_size}")
+    if (found.shard.num_tokens - 1) % context_length:
+        problems.append(f"not windows of {context_length} tokens, and one token more")
     if found.first not in (shards.EOT_TOKEN, -1) and whole_documents:
         problems.append("does not start with <|endoftext|>")
     if not problems and shard.head_checksum not in ("", found.shard.head_checksum):
@@ -113,10 +117,9 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
             problems.append(f"{shards.VOCABULARY_FILE}: changed")
     except OSError as error:
         problems.append(f"{shards.VOCABULARY_FILE}: cannot be read: {error.strerror}")
-    whole = index.source.get("kind") != "token files"  # other people's may cut documents
 
     def check(shard: Shard) -> list[str]:
-        return check_shard(index.folder, shard, whole, on_bytes)
+        return check_shard(index, shard, on_bytes)
 
     with ThreadPoolExecutor(workers) as pool:
         return problems + [problem for found in pool.map(check, index.shards) for problem in found]
@@ -159,7 +162,7 @@ def look_at(
 def read_plan(folder: Path) -> dict[str, Any]:
     """The plan of an unfinished run of this version or an older one; empty if there is none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        data = (folder / shards.WORK_FOLDER / shards.PLAN_FILE).read_bytes()
+        data = (folder / shards.WORK_FOLDER / PLAN_FILE).read_bytes()
         plan: dict[str, Any] = json.loads(data)
         if plan["tokenizer"]["sha256"] == shards.VOCABULARY_SHA256:
             return plan
@@ -216,7 +219,7 @@ def begin(folder: Path, plan: dict[str, Any]) -> Path:
     for leftover in work.glob("*.partial"):
         leftover.unlink()
     marked = {"format": shards.INDEX_FORMAT, "version": shards.INDEX_VERSION} | plan
-    write_whole(work / shards.PLAN_FILE, (json.dumps(marked) + "\n").encode())
+    write_whole(work / PLAN_FILE, (json.dumps(marked) + "\n").encode())
     return work
 
 
@@ -250,6 +253,11 @@ def finish_publishing(folder: Path) -> None:
 
 def differences(made: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     """The options in which a run differs from what is wanted now; files and max_tokens apart."""
+    holds = [
+        "chat" if "context_length" in each["options"] else "text" for each in (made, plan) if made
+    ]
+    if len(set(holds)) > 1:
+        return ["it holds {}, now {}".format(*holds)]
     wanted = [("options", key, now) for key, now in plan["options"].items() if key != "max_tokens"]
     wanted += [("source", key, plan["source"][key]) for key in ("kind", "hub")]
     wanted += [("tokenizer", "sha256", plan["tokenizer"]["sha256"])]

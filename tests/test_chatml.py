@@ -52,7 +52,7 @@ def test_the_constants_are_those_of_the_tokenizer_and_the_format() -> None:
 
 def test_a_conversation_is_rendered_as_chatml() -> None:
     tokens = chatml.render(TALK, tokenizer.encode)
-    assert text_of(tokens) == RENDERED
+    assert text_of(tokens) == chatml.as_text(TALK) == RENDERED
     opened = chatml.render(TALK[:2], tokenizer.encode, add_generation_prompt=True)
     assert tokens[: len(opened)] == opened
     assert text_of(opened).endswith("<|im_start|>assistant\n")
