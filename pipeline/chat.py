@@ -65,10 +65,9 @@ class ChatOptions:
         return asdict(self) | {"columns": list(self.columns)}
 
 
-def describe_skipped(counts: Mapping[str, int]) -> str:
+def describe_skipped(counts: Mapping[str, int]) -> list[str]:
     """How many conversations were left out for each reason, in words."""
-    found = [f"{counts[why]:,} {REASONS[why]}" for why in REASONS if counts.get(why)]
-    return "; ".join(found) or "no conversation was left out"
+    return [f"{counts[why]:,} {REASONS[why]}" for why in REASONS if counts.get(why)]
 
 
 class LeftOutError(Exception):

@@ -309,7 +309,7 @@ class _Run:
             what += "--min-score" + "; damaged: " * bool(damaged) + ", ".join(damaged[:3])
             fix = "look at the source, or name another column with --text-column"
             if self.options.chat:
-                what = f"nothing to train on: {chat.describe_skipped(skipped)}"
+                what = "nothing to train on: " + "; ".join(chat.describe_skipped(skipped))
                 fix = "look at the source; --columns names the columns of the conversations"
             raise ForgeError(what, where=self.source.name, fix=fix)
         kept, new = self.settled[: self.num_kept], self.settled[self.num_kept :]

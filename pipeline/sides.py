@@ -73,7 +73,9 @@ class ChatSide(Side):
 
     def add(self, tokens: npt.NDArray[Any], text_bytes: int) -> None:
         """Take a conversation: its tokens, behind <|endoftext|>. It has to fit into a window."""
-        self._waiting.append(np.array([shards.EOT_TOKEN, *tokens], np.uint16))
+        conversation = np.empty(1 + len(tokens), np.uint16)
+        conversation[0], conversation[1:] = shards.EOT_TOKEN, tokens
+        self._waiting.append(conversation)
         self._num_waiting += 1 + len(tokens)
         self.num_tokens += 1 + len(tokens)
         self.text_bytes += text_bytes

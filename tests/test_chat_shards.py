@@ -243,9 +243,7 @@ def test_kills_change_no_byte(tmp_path: Path) -> None:
         for _ in range(9):
             command = [sys.executable, "-c", program, "chat", source, "--out", out]
             command += ["--context-length", LENGTH, "--workers", 2]
-            process = subprocess.Popen(
-                list(map(str, command)), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-            )
+            process = subprocess.Popen(list(map(str, command)), cwd=ROOT)
             before = len(list(out.glob(".work/[0-9]*.json")))
             while kills < most_kills and process.poll() is None:
                 if len(list(out.glob(".work/[0-9]*.json"))) > before + 5:
@@ -327,8 +325,8 @@ def test_each_kind_of_bad_conversation_is_left_out_and_counted(tmp_path: Path, f
         assert {key: index.skipped[key] for key in wanted} == wanted
         assert index.total("num_documents") == len(rows)
         shown = forge("prep", "info", out).output
-        assert "1 null; 2 without a message" in shown
-        assert "1 longer than the context" in shown
+        assert "left out   1 null\n           2 without a message" in shown
+        assert "           1 longer than the context\n" in shown
 
 
 def test_a_source_of_nothing_but_bad_conversations_is_an_error(tmp_path: Path) -> None:
