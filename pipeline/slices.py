@@ -231,7 +231,7 @@ def finished(work: Path, each: Slice) -> Record | None:
 
 
 def join_val(
-    folder: Path, kept: tuple[Shard, ...], kept_tokens: int, made: list[Shard]
+    folder: Path, kept: list[Shard], kept_tokens: int, made: list[Shard]
 ) -> tuple[Shard, ...]:
     """Join val into few large shards in `.work/`: `kept_tokens` of the old ones, then the pieces.
 
