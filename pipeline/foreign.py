@@ -1,4 +1,4 @@
-"""Token files that others made, checked and given an index so that forge-train can use them.
+"""Checks token files that other programs made, and indexes them so that forge-train can use them.
 
 Files with a header stay as they are. Headerless ones are copied into shards; nanoGPT puts
 <|endoftext|> behind each document, so the copy moves it in front, where ours has it.

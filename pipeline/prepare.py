@@ -76,7 +76,7 @@ def tokenize(
     skip_errors: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
-    """Make a folder of shards of a source, or extend one; resume where an earlier run stopped.
+    """Make or extend a folder of shards of a source; resume where an earlier run stopped.
 
     The same source and options give the same bytes for any number of workers. Raises ForgeError
     when the folder holds something else, and for every failure of input, output or worker.
@@ -114,8 +114,8 @@ def vocab_size(options: Options) -> int:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """For the processes that are started here; this one hears of it afterwards."""
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Block SIGINT in the processes that are started inside; this one gets it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -126,8 +126,8 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 class _Run:
     """One run. `settled` are the records of the slices in order, up to the first without one.
 
-    `kept` is the index of a folder that is extended. `records` are those of earlier runs that were
-    stopped, and of this one, which are in `made` as well.
+    A folder that is extended has an `index`, whose records are settled from the start, but the
+    last. `records` are those of stopped runs and of this one; the latter are in `made`, too.
     """
 
     def __init__(
@@ -135,14 +135,16 @@ class _Run:
         source: Source,
         folder: Path,
         options: Options,
-        kept: Index | None,
+        index: Index | None,
         skip_errors: bool,
     ) -> None:
         self.source, self.folder, self.options = source, folder, options
-        self.kept, self.skip_errors, self.work = kept, skip_errors, folder / WORK_FOLDER
-        rows = [Record.from_json(row) for row in kept.slices] if kept else []
+        self.skip_errors, self.work = skip_errors, folder / WORK_FOLDER
+        rows = [Record.from_json(row) for row in index.slices] if index else []
         self.settled = rows[:-1]
         self.num_kept = len(self.settled)
+        old = index.shards if index else ()
+        self.kept = [each for each in old if each.split == "val" or each.slice < self.num_kept]
         on_damage = (lambda found: None) if skip_errors else readers.stop
         first = rows[-1].first if rows else ("", 0)
         self.plan = Plan(source, options, on_damage, self.num_kept, *first)
@@ -154,8 +156,9 @@ class _Run:
 
     def tokens_left(self) -> float:
         """Train tokens up to max_tokens."""
-        limit = self.options.max_tokens or math.inf
-        return max(0.0, limit - sum(record.num_train_tokens for record in self.settled))
+        if self.options.max_tokens is None:
+            return math.inf
+        return max(0, self.options.max_tokens - sum(r.num_train_tokens for r in self.settled))
 
     def _tokens_per_byte(self) -> float:
         """Of train, as the settled slices have it: a score drops text, an archive is dense."""
@@ -206,7 +209,7 @@ class _Run:
         processes: list[Any] = []
         try:
             while not self._settle():
-                with _deaf_to_ctrl_c(), refusals("start the workers", self.folder, KEPT):
+                with _ctrl_c_blocked(), refusals("start the workers", self.folder, KEPT):
                     for job in self._next_jobs(set(running.values()), workers + 1, downloads):
                         running[pool.submit(slices.tokenize_slice, job)] = job.slice.number
                 processes = list((pool._processes or {}).values())
@@ -301,9 +304,7 @@ class _Run:
         """The index of all slices, once val is joined in `.work/`."""
         skipped = sum((Counter(record.skipped) for record in self.settled), Counter[str]())
         damaged = list(chain.from_iterable(record.damaged for record in self.settled))
-        if not any(
-            sum(lengths.histogram) for r in self.settled for lengths in r.document_tokens.values()
-        ):
+        if not any(record.num_train_tokens + record.num_val_tokens for record in self.settled):
             verify.forget(self.folder)  # or it would hold the next try to these options
             what = "the source holds no text: every document is null, empty, damaged or below "
             what += "--min-score" + "; damaged: " * bool(damaged) + ", ".join(damaged[:3])
@@ -312,19 +313,19 @@ class _Run:
                 what = "nothing to train on: " + "; ".join(chat.describe_skipped(skipped))
                 fix = "look at the source; --columns names the columns of the conversations"
             raise ForgeError(what, where=self.source.name, fix=fix)
-        kept, new = self.settled[: self.num_kept], self.settled[self.num_kept :]
-        made = [shard for record in new for shard in record.shards]
-        train = [each for each in made if each.split == "train"]
-        old = self.kept.shards if self.kept else ()
-        val = slices.join_val(
-            self.folder,
-            tuple(shard for shard in old if shard.split == "val"),
-            sum(record.num_val_tokens for record in kept),
-            [each for each in made if each.split == "val"],
-            self.options.chat.context_length if self.options.chat else None,
+        new = self.settled[self.num_kept :]
+        made = list(chain.from_iterable(record.shards for record in new))
+        kept_val, made_val = (
+            [shard for shard in some if shard.split == "val"] for some in (self.kept, made)
         )
-        reasons = chat.REASONS if self.options.chat else ("null", "empty", "low_score")
+        kept_tokens = sum(record.num_val_tokens for record in self.settled[: self.num_kept])
+        how = self.options.chat
+        context_length = how.context_length if how else None
+        val = slices.join_val(self.folder, kept_val, kept_tokens, made_val, context_length)
+        train = [shard for shard in (*self.kept, *made) if shard.split == "train"]
+        reasons = chat.REASONS if how else ("null", "empty", "low_score")
         counts = {f"{why}_documents": skipped[why] for why in reasons}
+        lengths = [record.document_tokens for record in self.settled]
         none = DocumentLengths()
         return Index(
             folder=self.folder,
@@ -333,10 +334,9 @@ class _Run:
             options=self.options.record(),
             skipped=counts | {"num_damaged": skipped["damaged"], "damaged": damaged},
             document_tokens={
-                split: sum((record.document_tokens[split] for record in self.settled), none)
-                for split in shards.SPLITS
+                split: sum((each[split] for each in lengths), none) for split in shards.SPLITS
             },
-            shards=(*(s for s in old if s.split == "train" and s.slice < len(kept)), *train, *val),
+            shards=(*train, *val),
             slices=tuple(record.row() for record in self.settled),
             chat=self._describe_chat(skipped),
         )

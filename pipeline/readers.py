@@ -1,4 +1,4 @@
-"""The text of a source file: parquet, JSON Lines (.gz, .zst) or .txt, as batches of documents.
+"""Reads the text of a parquet, JSON Lines (.gz, .zst) or .txt file, as batches of documents.
 
 Damage (a bad line, text, row group or file) goes to `on_damage`, which raises it or leaves it out.
 """

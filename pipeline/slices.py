@@ -230,7 +230,7 @@ def finished(work: Path, each: Slice) -> Record | None:
 
 def join_val(
     folder: Path,
-    kept: tuple[Shard, ...],
+    kept: list[Shard],
     kept_tokens: int,
     made: list[Shard],
     context_length: int | None,

@@ -144,7 +144,9 @@ class Source:
         return replace(self, files=tuple(sorted(self.files, key=order)))
 
 
-def resolve(name: str, config: str | None, split: str, revision: str | None) -> Source:
+def resolve(
+    name: str, config: str | None = None, split: str = "train", revision: str | None = None
+) -> Source:
     """Find the files that SOURCE names. ForgeError when there are none."""
     path = Path(name)
     if not name:

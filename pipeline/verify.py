@@ -132,10 +132,10 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
 def look_at(
     folder: Path, wanted: dict[str, Any], overwrite: bool
 ) -> tuple[Index | None, tuple[str, ...]]:
-    """What lies in a folder that is to hold what `wanted` says.
+    """What a folder already holds of what is wanted in it.
 
-    Returns the index of a finished folder, unless that is overwritten, and the names of the source
-    files whose order stands. ForgeError if the folder may not be used.
+    Returns the index of a finished folder, unless it is overwritten, and the names of the source
+    files whose order is fixed. ForgeError if the folder may not be used.
     """
     begun = read_plan(folder)
     if begun and "format" not in begun:
@@ -170,7 +170,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 def check_ours(folder: Path, begun: dict[str, Any]) -> None:
-    """ForgeError if something lies there that does not carry our format: only ours is removed."""
+    """ForgeError if the folder holds files that are not forge-prep's: only its own are removed."""
     path, work = folder / shards.INDEX_FILE, folder / shards.WORK_FOLDER
     index = None
     with suppress(ForgeError):  # no index, or a damaged one

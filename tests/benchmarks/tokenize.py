@@ -212,7 +212,7 @@ def main() -> None:
 
 def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, tuple[float, float]]:
     """Rows a, b, e and f."""
-    source = sources.resolve(str(arguments.source), None, "train", None)
+    source = sources.resolve(str(arguments.source))
     texts = list(batches(source))
     vocabulary = folder / shards.VOCABULARY_FILE
     vocabulary.write_bytes(tokenizer.vocabulary())
