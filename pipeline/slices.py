@@ -242,9 +242,12 @@ def join_val(
     """
     last = np.array([chatml.IM_END] if context_length else [], np.uint16)
     work = folder / shards.WORK_FOLDER
-    pieces = deque([(folder / shard.file, shard) for shard in kept])
-    pieces.extend((work / shard.file, shard) for shard in made)
-    total = kept_tokens + sum(shard.num_tokens - len(last) for shard in made)
+    pieces, left = deque[tuple[Path, Shard, int]](), kept_tokens
+    for shard in kept:
+        pieces.append((folder / shard.file, shard, min(left, shard.num_tokens - len(last))))
+        left -= pieces[-1][2]
+    pieces.extend((work / shard.file, shard, shard.num_tokens - len(last)) for shard in made)
+    total = sum(num_tokens for _, _, num_tokens in pieces)
     count = math.ceil(total / VAL_SHARD_TOKENS)
     paths = [work / shards.shard_name("val", number) for number in range(count)]
     position, rest = 0, np.empty(0, np.uint16)
@@ -254,9 +257,8 @@ def join_val(
         with ShardWriter(path) as writer:
             while len(rest) or pieces:
                 if not len(rest):
-                    rest = _checked_tokens(*pieces.popleft())
-                    rest = rest[: len(rest) - len(last)]
-                    rest = rest[: kept_tokens - position] if position < kept_tokens else rest
+                    path_of_piece, shard, num_tokens = pieces.popleft()
+                    rest = _checked_tokens(path_of_piece, shard)[:num_tokens]
                 stop = len(rest)
                 if number < count:
                     stop = shards.next_document(rest, wanted - position)

@@ -221,8 +221,11 @@ def test_a_larger_max_tokens_extends_a_folder_to_the_bytes_of_one_run(tmp_path: 
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
-@pytest.mark.usefixtures("small_slices")
-def test_more_files_extend_a_finished_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bytes_per_token", [0.0001, sources.BYTES_PER_TOKEN])
+def test_more_files_extend_a_finished_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_per_token: float
+) -> None:
+    monkeypatch.setattr(sources, "BYTES_PER_TOKEN", bytes_per_token)
     rows, source = some_rows(150), tmp_path / "in"
     write_parquet(source / "a.parquet", rows[:70])
     make(source, tmp_path / "out")

@@ -608,6 +608,18 @@ def test_more_files_extend_a_finished_folder_behind_what_it_has(
     assert stamps(out) == before, "up to date"
 
 
+def test_a_folder_of_one_slice_is_extended_and_no_document_comes_twice(
+    tmp_path: Path, make_parquet, make_shards
+) -> None:
+    texts = [f"document {n}" for n in range(80)]
+    for name, some in (("b", texts[:40]), ("a", texts[40:])):
+        make_parquet(tmp_path / "in" / f"{name}.parquet", some)
+        index = make_shards(tmp_path / "in", tmp_path / "out", val_fraction=0.5)
+        assert len(index.slices) == 1
+    found = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
+    assert sorted(found) == sorted(text.encode() for text in texts)
+
+
 @pytest.mark.usefixtures("small_slices")
 def test_an_extension_that_is_killed_leaves_the_folder_whole_and_resumes(
     tmp_path: Path, documents, make_parquet, make_shards
