@@ -39,6 +39,7 @@ REASONS = {
     "no_assistant": "without an assistant's turn",
     "too_long": "longer than the context",
 }
+COUNTS = ("num_turns", "num_trained_tokens", "num_padding_tokens")
 MIN_CONTEXT_LENGTH = 16
 NAME_COLUMNS = (
     "name the column of the messages, or those of prompt and answer: "
@@ -64,10 +65,9 @@ class ChatOptions:
         return asdict(self) | {"columns": list(self.columns)}
 
 
-def describe_skipped(counts: Mapping[str, int]) -> str:
+def describe_skipped(counts: Mapping[str, int]) -> list[str]:
     """How many conversations were left out for each reason, in words."""
-    found = [f"{counts[why]:,} {REASONS[why]}" for why in REASONS if counts.get(why)]
-    return "; ".join(found) or "no conversation was left out"
+    return [f"{counts[why]:,} {REASONS[why]}" for why in REASONS if counts.get(why)]
 
 
 class LeftOutError(Exception):
@@ -92,15 +92,17 @@ def find_columns(names: Iterable[str], wanted: tuple[str, ...], where: object) -
     raise ForgeError(what, where=where, fix=NAME_COLUMNS)
 
 
-def check_types(kinds: Mapping[str, str], where: object) -> None:
-    """ForgeError unless the columns of a layout have the types that it needs, in Arrow's names."""
+def columns_of(schema: Any, options: ChatOptions, where: object) -> tuple[str, ...]:
+    """The layout of a parquet file, by its Arrow schema. ForgeError if none fits."""
+    columns = find_columns(schema.names, options.columns, where)
     wanted, says = r"(large_)?list<.*|null", "lists of messages"
-    if len(kinds) > 1:
+    if len(columns) > 1:
         wanted, says = r"(large_)?string(_view)?|null", "strings"
-    for name, kind in kinds.items():
-        if not re.fullmatch(wanted, kind):
+    for name in columns:
+        if not re.fullmatch(wanted, kind := str(schema.field(name).type)):
             what = f"column {name!r} holds {kind}, not {says}"
             raise ForgeError(what, where=where, fix=NAME_COLUMNS)
+    return columns
 
 
 def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
@@ -232,10 +234,12 @@ def count(windows: Tokens) -> dict[str, int]:
     """What windows hold. A turn is a message, of any role."""
     starts, ends = (int((windows == token).sum()) for token in (chatml.IM_START, chatml.IM_END))
     num_trained = int(chatml.trained(windows).sum())
-    counts = {"num_turns": starts, "num_trained_tokens": num_trained}
-    return counts | {"num_padding_tokens": ends - starts}
+    return dict(zip(COUNTS, (starts, num_trained, ends - starts), strict=True))
 
 
-def add(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
-    """The sums of two of count()'s, of which either may be empty."""
-    return {name: counts.get(name, 0) + more.get(name, 0) for name in {**counts, **more}}
+def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sums over some of count()'s results."""
+    sums = dict.fromkeys(COUNTS, 0)
+    for row in counts:
+        sums = {name: sums[name] + row[name] for name in COUNTS}
+    return sums

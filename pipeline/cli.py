@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from pipeline.command import ForgeCommand
+from pipeline.command import Count, ForgeCommand, counted
 from pipeline.errors import ForgeError
 from pipeline.terminal import ProgressBar, next_commands, report
 
@@ -23,23 +23,6 @@ from pipeline.terminal import ProgressBar, next_commands, report
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-class Count(click.ParamType[int]):
-    """A whole number such as 250000, 500k, 2.5M, 10B or 1e9."""
-
-    name = "count"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        if isinstance(value, int):
-            return value
-        plain = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", str(value).lower())  # of thousands
-        match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\d\d?)?)([kmbt]?)", plain)
-        number = round(float(match[1]) * COUNT_UNITS[match[2]]) if match else 0
-        if number < 1:
-            self.fail(f"{value!r} is no count; write 250000, 500k, 2.5M, 10B or 1e9", param, ctx)
-        return number
 
 
 def cores() -> int:
@@ -63,7 +46,7 @@ class ForgeGroup(click.Group):
 @click.group(cls=ForgeGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llm-forge")
 def main() -> None:
-    """Turn text into shards: tokenize once, offline; train from them as often as you like.
+    """Turn text into shards of tokens, once; then train from them as often as you like.
 
     \b
     Typical use:
@@ -79,85 +62,76 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result
 shown = functools.partial(click.option, show_default=True)
 
 
-def val_fraction(default: float, what: str) -> Callable[[Command], Command]:
-    return shown(
-        "--val-fraction",
-        default=default,
-        type=click.FloatRange(0, 1, max_open=True),
-        help=f"Share of the {what} held out, by the hash of their text.",
-    )
-
-
 OF_A_SOURCE = (
     click.argument("source"),
     click.option(
         "--out",
         type=A_PATH,
-        help="Folder for the shards.  [default: data_cache/ and the name of the config or source]",
+        help="Folder for the shards.  [default: data_cache/NAME, after the config or the source]",
     ),
     click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup."),
     shown("--split", default="train", help="Split of a hub dataset."),
-    click.option(
-        "--revision", help="Branch, tag or commit of a hub dataset; the commit is recorded."
-    ),
+    click.option("--revision", help="Branch, tag or commit of a hub dataset; it is recorded."),
     click.option(
         "--max-tokens",
         type=Count(),
-        help="Stop after this many training tokens (10B, 500M). A larger number adds to it.",
+        help="Stop after this many training tokens (10B, 500M). A larger number adds to a folder.",
     ),
     shown(
         "--on-error",
         default="stop",
         type=click.Choice(["stop", "skip"]),
-        help="At a damaged file, row group, line or text: stop, or leave it out and count it.",
+        help="Stop at a damaged file, row group, line or text, or leave it out and count it.",
     ),
-    click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]"),
-    click.option(
-        "--overwrite", is_flag=True, help="Remove forge-prep's shards in the folder first."
-    ),
-    click.option(
-        "--keep-downloads", is_flag=True, help="Keep a hub dataset's files, in downloads/."
-    ),
+    click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]"),
+    click.option("--overwrite", is_flag=True, help="Remove forge-prep's shards there first."),
+    click.option("--keep-downloads", is_flag=True, help="Keep a hub dataset's files, downloads/."),
     AS_JSON,
 )
 
 
 def of_a_source(command: Command) -> Command:
-    """The argument and options of a command that makes shards of a SOURCE."""
+    """Give a command SOURCE, and the options of all that make shards of one."""
     for each in reversed(OF_A_SOURCE):
         command = each(command)
     return command
+
+
+def val_fraction(default: float, what: str) -> Callable[[Command], Command]:
+    says = f"Share of the {what} held out, by the hash of their text."
+    return shown(
+        "--val-fraction", default=default, type=click.FloatRange(0, 1, max_open=True), help=says
+    )
 
 
 @main.command()
 @of_a_source
 @val_fraction(0.005, "documents")
 @shown("--text-column", default="text", help="Column or key of the text.")
-@shown("--shard-tokens", default="10M", type=Count(), help="Tokens a train shard, at most, about.")
-@click.option("--min-score", type=float, help="Drop documents with a lower int_score, or none.")
+@shown("--shard-tokens", default="10M", type=Count(), help="Tokens in a train shard, roughly.")
+@click.option("--min-score", type=float, help="Drop documents with a lower score, or none.")
 @click.option(
     "--split-on",
     metavar="TEXT",
-    help="Start a new document of a .txt file at each line that begins with TEXT: '' for blank "
-    "lines, 'CHAPTER', '<|endoftext|>'.",
+    help="Start a new document of a .txt file at each line that begins with TEXT, such as "
+    "'CHAPTER' or '<|endoftext|>'; '' means at blank lines.",
 )
 def tokenize(source: str, split_on: str | None, **given: Any) -> None:
-    """Tokenize SOURCE into a folder of shards with an index.
+    """Tokenize SOURCE into a folder of shards.
 
-    SOURCE is a .parquet, .jsonl, .json (of JSON Lines; also .gz, .zst) or .txt file, a folder or a
-    quoted glob of such files, or a hub dataset id. A line of JSON Lines is a document, and so is a
-    .txt file without --split-on.
+    SOURCE is a .parquet, .jsonl, .json (JSON Lines; also .gz, .zst) or .txt file, a folder or a
+    quoted glob of such files, or the id of a hub dataset. Each line of JSON Lines is a document. A
+    .txt file is one document, unless --split-on cuts it.
 
-    Stopped or killed, the same command resumes where it was, and ends with the same bytes. When the
-    source has more files, or --max-tokens is larger, it extends a finished folder.
+    After a stop or a kill, the same command resumes, and ends with the same bytes. When the source
+    has more files, or --max-tokens is larger, it extends a finished folder.
 
     \b
     Examples:
       forge-prep tokenize HuggingFaceTB/smollm-corpus --config fineweb-edu-dedup --max-tokens 10B
       forge-prep tokenize 'books/*.jsonl.zst' --out data_cache/books --text-column body
     """
-    from pipeline.readers import with_marker
-    from pipeline.sources import Options
+    from pipeline.sources import Options, with_marker
 
     found = find(source, given)
     if split_on is not None and found.kind != "txt":
@@ -166,8 +140,7 @@ def tokenize(source: str, split_on: str | None, **given: Any) -> None:
         hint = "--split-on '<|endoftext|>' makes documents of its pieces"
         click.echo(f"{marked} holds <|endoftext|> as plain text: {hint}.", err=True)
     names = ("val_fraction", "max_tokens", "text_column", "shard_tokens", "min_score")
-    options = Options(**{name: given[name] for name in names}, split_on=split_on)
-    make(source, found, options, given)
+    make(source, found, Options(**{name: given[name] for name in names}, split_on=split_on), given)
 
 
 @main.command()
@@ -177,35 +150,33 @@ def tokenize(source: str, split_on: str | None, **given: Any) -> None:
     "--context-length",
     default=1024,
     type=click.IntRange(1),
-    help="Tokens of a window: the context_length of the model that will be tuned.",
+    help="Tokens of a window: the context_length of the model that is to be tuned.",
 )
 @shown(
     "--long",
     default="leave",
     type=click.Choice(["leave", "cut"]),
-    help="Longer conversations: leave them out, or cut them behind the last answer that fits.",
+    help="Leave longer conversations out, or cut them behind the last answer that fits.",
 )
 @click.option(
     "--columns",
     metavar="NAMES",
     default="",
-    help="Columns of the conversations, if not found: one of lists of messages, or those of the "
-    "prompt and of the answer, as question,response.",
+    help="Where conversations are, if not found: the column of the messages, or those of the "
+    "prompt and the answer, such as question,response.",
 )
 def chat(source: str, context_length: int, long: str, columns: str, **given: Any) -> None:
-    """Turn the conversations of SOURCE into a folder of shards to tune a model on.
+    """Turn the conversations of SOURCE into a folder of shards.
 
-    SOURCE is as for tokenize, without .txt. A row or line is a conversation, in the column
-    `messages` (a list of role and content) or `conversations` (from and value), or in
-    `instruction`, `input` and `output`, or in `prompt` and `completion`. Roles are system, user
-    and assistant (or human and gpt).
+    SOURCE is as for tokenize, but for .txt. Each row or line is a conversation: `messages`, a list
+    of role and content; or `conversations`, of from and value; or `instruction`, `input` and
+    `output`; or `prompt` and `completion`. Roles are system, user and assistant (or human, gpt).
 
-    It is written as ChatML, `<|im_start|>role`, the content, `<|im_end|>`, and conversations are
-    packed whole into windows of --context-length tokens. The loss is over the assistant's words.
-    What cannot be trained on is left out and counted: forge-prep info says why, and forge-prep
-    show marks what is trained on.
+    Conversations are written as ChatML and packed whole into windows of --context-length tokens.
+    The model will learn the assistant's words only: forge-prep show marks them. What cannot be
+    trained on is left out: forge-prep info counts it, by reason.
 
-    Stopped or killed, the same command resumes where it was, and ends with the same bytes.
+    After a stop or a kill, the same command resumes, and ends with the same bytes.
 
     \b
     Examples:
@@ -215,25 +186,24 @@ def chat(source: str, context_length: int, long: str, columns: str, **given: Any
     from pipeline.chat import ChatOptions
     from pipeline.sources import Options
 
-    named = tuple(name.strip() for name in columns.split(",") if name.strip())
-    how = ChatOptions(context_length, long, named)
+    how = ChatOptions(context_length, long, tuple(filter(None, columns.split(","))))
     found = find(source, given)
     if found.kind == "txt":
-        raise click.UsageError(f"conversations are rows of .parquet or .jsonl; {source} holds .txt")
+        raise click.UsageError(f"conversations are .parquet or .jsonl; {source} holds .txt")
     options = Options(val_fraction=given["val_fraction"], max_tokens=given["max_tokens"], chat=how)
     make(source, found, options, given)
 
 
 def find(source: str, given: dict[str, Any]) -> Any:
-    """The resolved SOURCE. Says which files of it are not read."""
+    """The resolved SOURCE; says which files there are not read."""
     from pipeline.sources import resolve
 
     names = ("config", "split", "revision")
-    found = resolve(source, *(given[name] for name in names))
+    found = resolve(source, **{name: given[name] for name in names})
     origin = click.get_current_context().get_parameter_source
     for name in names:
         if not found.hub and origin(name) is not click.core.ParameterSource.DEFAULT:
-            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is none")
+            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is not one")
     if others := found.not_read:
         more = f" and {len(others) - 3} more" * (len(others) > 3)
         click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
@@ -241,7 +211,7 @@ def find(source: str, given: dict[str, Any]) -> Any:
 
 
 def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
-    """Make the shards, and say what was made."""
+    """Make shards of a resolved SOURCE, and say what was made."""
     from pipeline.prepare import tokenize
 
     folder = given["out"] or Path("data_cache") / default_name(source, given["config"])
@@ -256,14 +226,21 @@ def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
             skip_errors=given["on_error"] == "skip",
             on_progress=bar.update,
         )
-    report(outcome, folder, found, given["as_json"])
+    if given["as_json"]:
+        summary = {"folder": str(folder), "num_files_not_read": len(found.not_read)}
+        click.echo(json.dumps(summary | outcome.summary()))
+    else:
+        report(folder, outcome, options.max_tokens)
 
 
 @main.command()
 @DIR
 @AS_JSON
 def info(folder: Path, as_json: bool) -> None:
-    """Show what a folder of shards holds, and how many epochs each config makes of it."""
+    """Show what a folder of shards holds.
+
+    Also how many epochs of it each config's budget makes.
+    """
     from pipeline import info, shards
 
     index = shards.load_index(folder)
@@ -276,9 +253,9 @@ def info(folder: Path, as_json: bool) -> None:
 @click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
 @click.option("--tokens", is_flag=True, help="Show the token ids too.")
 def show(folder: Path, document: int, split: str, tokens: bool) -> None:
-    """Decode DOCUMENT (a number from 0) of a folder of shards.
+    """Print one document of a folder of shards.
 
-    Of a conversation, lines that are trained on begin with "> ".
+    DOCUMENT is its number, from 0. Of a conversation, lines that are trained on begin with "> ".
     """
     from pipeline import info, shards, tokenizer
 
@@ -294,13 +271,13 @@ def show(folder: Path, document: int, split: str, tokens: bool) -> None:
 
 @main.command()
 @DIR
-@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
+@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one per core]")
 @AS_JSON
 def verify(folder: Path, workers: int | None, as_json: bool) -> None:
-    """Read every byte of a folder of shards and check it against its index.
+    """Check every byte of a folder of shards.
 
-    Finds flipped bits, truncated, missing and strange shards, tokens outside the vocabulary and
-    wrong document counts. Exit code 1 when anything is wrong.
+    Finds flipped bits; truncated, missing and unlisted shards; tokens outside the vocabulary; wrong
+    document counts. The exit code is 1 when anything is wrong.
     """
     from pipeline import shards
     from pipeline.verify import verify
@@ -314,19 +291,23 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
         click.echo(json.dumps(facts | {"problems": problems}))
     if problems:
         fix = "restore those files, or make the folder again: forge-prep tokenize --overwrite"
-        what = "\n  ".join([f"{len(problems)} problems:", *problems])
+        what = "\n  ".join([f"{counted(len(problems), 'problem')}:", *problems])
         raise ForgeError(what, where=folder, fix=fix)
     if not as_json:
-        click.echo(f"Sound: {len(index.shards):,} shards, {total / 1e9:.3f} GB.")
+        click.echo(f"Sound: {counted(len(index.shards), 'shard')}, {total / 1e9:.3f} GB.")
         if (folder / shards.WORK_FOLDER).exists():
-            click.echo("An unfinished run lies here, too: the same forge-prep tokenize ends it.")
+            click.echo(
+                "An unfinished run lies here, too: its forge-prep tokenize command finishes it."
+            )
 
 
 @main.command()
 @DIR
-@click.option("--raw", is_flag=True, help="Headerless train.bin and val.bin, as nanoGPT's.")
+@click.option(
+    "--raw", is_flag=True, help="Take nanoGPT's train.bin and val.bin, which have no header."
+)
 def index(folder: Path, raw: bool) -> None:
-    """Make an index for a folder of other people's GPT-2 token files.
+    """Make an index for other people's GPT-2 token files.
 
     DIR holds llm.c or modded-nanogpt shards (fineweb_train_*.bin, fineweb_val_*.bin), which stay as
     they are; or, with --raw, nanoGPT's train.bin and val.bin, which are copied into shards.
@@ -335,17 +316,23 @@ def index(folder: Path, raw: bool) -> None:
 
     made = foreign.index_folder(folder, raw)
     train, val = (made.total("num_tokens", split) for split in ("train", "val"))
-    click.echo(f"{train:,} train + {val:,} val tokens in {len(made.shards):,} shards.")
+    shard_count = counted(len(made.shards), "shard")
+    click.echo(f"{train:,} train + {val:,} val tokens in {shard_count}.")
     click.echo(next_commands(folder, made))
 
 
 @main.command("python-docs")
 @click.argument("file", type=A_PATH)
 def python_docs(file: Path) -> None:
-    """Write Python's own documentation as JSON Lines to FILE: 1.4 MB and more, no download."""
+    """Write Python's own documentation to FILE, to try things.
+
+    1.4 MB and more of JSON Lines, without a download.
+    """
     from pipeline import pydocs
 
-    click.echo(f"{pydocs.write(file):,} documents, {file.stat().st_size / 1e6:.1f} MB: {file}")
+    click.echo(
+        f"{counted(pydocs.write(file), 'document')}, {file.stat().st_size / 1e6:.1f} MB: {file}"
+    )
 
 
 def default_name(source: str, config: str | None) -> str:

@@ -1,13 +1,37 @@
-"""How every program ends that fails: one message and exit code 1."""
+"""What the command lines share: counts, and one message with exit code 1 for every failure."""
 
 import contextlib
 import io
+import re
 import sys
 from typing import Any
 
 import click
 
 from pipeline.errors import ForgeError, refusal
+
+COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+class Count(click.ParamType[int]):
+    """A whole number such as 250000, 500k, 2.5M, 10B or 1e9."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        plain = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", str(value).lower())  # of thousands
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\d\d?)?)([kmbt]?)", plain)
+        number = round(float(match[1]) * COUNT_UNITS[match[2]]) if match else 0
+        if number < 1:
+            self.fail(f"{value!r} is no count; write 250000, 500k, 2.5M, 10B or 1e9", param, ctx)
+        return number
+
+
+def counted(number: int, noun: str) -> str:
+    """1 file, 2 files."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 class ForgeCommand(click.Command):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,69 +23,65 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO,
 class Downloads:
     """Files of a hub dataset, fetched a few ahead of the workers and removed behind them."""
 
-    def __init__(self, source: Source, folder: Path, keep_downloads: bool) -> None:
+    def __init__(self, source: Source, keep_downloads: bool) -> None:
         assert source.hub is not None
         self.source, self.hub, self.keep = source, source.hub, keep_downloads
-        self.folder = folder
-        self.fetched: dict[int, Future[Path]] = {}
+        self.places = {file: place for place, file in enumerate(source.files)}
+        self.fetched: dict[SourceFile, Future[None]] = {}
 
-    def paths(self, each: Slice, later: Iterator[Slice]) -> tuple[Path, ...] | None:
-        """Paths of the files of a slice, once they are here; starts some of those of `later`."""
+    def are_here(self, each: Slice, later: Iterator[Slice]) -> bool:
+        """Whether the files of a slice are here; starts to fetch them, and some of `later`."""
         wanted = [part.file for part in each.parts if not part.damage]
         files = dict.fromkeys(wanted)
-        for other in later:
+        for part in chain.from_iterable(other.parts for other in later):
             if len(files) >= len(wanted) + FILES_AHEAD:
                 break
-            files |= dict.fromkeys(part.file for part in other.parts if not part.damage)
-        for file in list(files)[: len(wanted) + FILES_AHEAD]:
+            files |= {} if part.damage else {part.file: None}
+        for file in files:
             if file not in self.fetched:
                 self.fetched[file] = Future()
                 # A daemon: Ctrl-C does not wait for gigabytes.
                 threading.Thread(target=self._run, args=(file,), daemon=True).start()
-        if not all(self.fetched[file].done() for file in wanted):
-            return None
-        return tuple(
-            Path() if part.damage else self.fetched[part.file].result() for part in each.parts
-        )
+        done = all(self.fetched[file].done() for file in wanted)
+        return done and all(self.fetched[file].result() is None for file in wanted)
 
-    def _run(self, file: int) -> None:
+    def _run(self, file: SourceFile) -> None:
         try:
-            self.fetched[file].set_result(self._fetch(file))
+            self._fetch(file)
+            self.fetched[file].set_result(None)
         except BaseException as error:
             self.fetched[file].set_exception(error)
 
-    def _fetch(self, file: int) -> Path:
+    def _fetch(self, wanted: SourceFile) -> None:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-        wanted = self.source.files[file]
         for attempt in range(DOWNLOAD_TRIES):
             try:
-                at: Any = {"revision": self.hub["revision"], "local_dir": self.folder}
+                at: Any = {"revision": self.hub["revision"], "local_dir": self.source.root}
                 name = self.hub["dataset"]
                 path = Path(hf_hub_download(name, wanted.name, repo_type="dataset", **at))
                 if is_whole(path, wanted):
-                    return path
+                    return
                 problem = "the bytes that came do not have the hash that the hub lists"
                 path.unlink()
             except Exception as error:  # network trouble has a dozen unrelated types
                 if isinstance(error, OSError) and error.errno in OF_THE_DISK:
-                    raise refusal(error, "write a download", self.folder) from error
+                    raise refusal(error, "write a download", self.source.root) from error
                 problem = f"{type(error).__name__}: {error}"
             if attempt + 1 < DOWNLOAD_TRIES:
                 time.sleep(min(60.0, FIRST_PAUSE_SECONDS * 2.0**attempt))
         where = f"{self.hub['dataset']} {wanted.name}"
-        what, fix = (
-            f"cannot download a file of the dataset: {problem}",
-            f"check the network; {KEPT}",
-        )
-        raise ForgeError(what, where=where, fix=fix)
+        what = f"cannot download a file of the dataset: {problem}"
+        raise ForgeError(what, where=where, fix=f"check the network; {KEPT}")
 
-    def release_before(self, file: int) -> None:
+    def release_before(self, file: SourceFile) -> None:
         """Remove the files in front of `file`: nobody needs them any more."""
-        for each in [] if self.keep else [each for each in self.fetched if each < file]:
-            self.fetched.pop(each).result().unlink(missing_ok=True)
+        done = [each for each in self.fetched if self.places[each] < self.places[file]]
+        for each in [] if self.keep else done:
+            self.fetched.pop(each).result()
+            (self.source.root / each.name).unlink(missing_ok=True)
 
 
 def is_whole(path: Path, wanted: SourceFile) -> bool:

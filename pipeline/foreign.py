@@ -1,4 +1,4 @@
-"""Token files that others made, checked and given an index so that forge-train can use them.
+"""Checks token files that other programs made, and indexes them so that forge-train can use them.
 
 Files with a header stay as they are. Headerless ones are copied into shards; nanoGPT puts
 <|endoftext|> behind each document, so the copy moves it in front, where ours has it.
@@ -41,9 +41,7 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
             raise ForgeError(what, where=folder, fix="forge-prep info DIR")
         if (folder / shards.WORK_FOLDER).exists() and kind not in (RAW_KIND, THEIR_KIND):
             what = "an unfinished run of forge-prep tokenize lies here"
-            raise ForgeError(
-                what, where=folder, fix="run the same command again, which finishes it"
-            )
+            raise ForgeError(what, where=folder, fix="finish it: run the same command again")
         found = sorted(folder.glob("*.bin"))
         rows = [{"name": path.name, "bytes": path.stat().st_size} for path in found]
         source: dict[str, Any] = {"name": folder.resolve().name, "hub": None, "files": rows}
@@ -55,17 +53,16 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
             lengths = {split: DocumentLengths() for split in shards.SPLITS}
             for shard, documents in made:
                 lengths[shard.split] += documents
-            return verify.publish(
-                Index(
-                    folder=folder,
-                    tokenizer=tokenizer.describe(),
-                    source=source,
-                    options={"split_rule": "by the name of the file"},
-                    skipped={"null_documents": 0, "empty_documents": 0},
-                    document_tokens=lengths,
-                    shards=tuple(shard for shard, _ in made),
-                )
+            index = Index(
+                folder=folder,
+                tokenizer=tokenizer.describe(),
+                source=source,
+                options={"split_rule": "by the name of the file"},
+                skipped={"null_documents": 0, "empty_documents": 0},
+                document_tokens=lengths,
+                shards=tuple(shard for shard, _ in made),
             )
+            return verify.publish(index)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -74,9 +71,8 @@ def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, D
     """Shards with a header, as the index lists them."""
     used = [path for path in paths if not re.search(NOT_TRAINING, path.stem.lower())]
     if not used:
-        what = "no token files (*.bin) for training here" + " (test, eval, dev are not)" * bool(
-            paths
-        )
+        what = "no token files (*.bin) for training here"
+        what += " (test, eval, dev are not)" * bool(paths)
         fix = "text becomes shards with forge-prep tokenize"
         raise ForgeError(what, where=paths[0] if paths else None, fix=fix)
     for path in used:
@@ -87,11 +83,11 @@ def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, D
             raise ForgeError(error.what, where=path, fix=fix) from error
         tokens = shards.map_shard(path, num_tokens)
         check_tokens(tokens, path, is_text)
-        if end_of_document(tokens, 0) == len(tokens) and tokens[-1] != shards.EOT_TOKEN:
+        if shards.next_document(tokens, 0) == len(tokens):
             what = "no <|endoftext|> in the whole file: it has no documents"
             raise ForgeError(what, where=path, fix=THEIRS)
         split = "val" if re.search(VALIDATION, path.stem.lower()) else "train"
-        yield verify.describe(path, split)
+        yield verify.measure(path, split)[:2]
 
 
 def convert(
@@ -105,19 +101,20 @@ def convert(
     for split, tokens in raw.items():
         start = number = 0
         while start < len(tokens):
-            stop = end_of_document(tokens, start + RAW_SHARD_TOKENS)
             # A separator is the last token of the documents; it becomes the first.
-            body = tokens[start : stop - 1 if tokens[stop - 1] == shards.EOT_TOKEN else stop]
-            writer = ShardWriter(shards.shard_path(work, split, number))
-            try:
+            stop = shards.next_document(tokens, start + RAW_SHARD_TOKENS)
+            is_last = stop >= len(tokens) - 1
+            body = tokens[start : len(tokens) if is_last else stop]
+            if is_last and body[-1] == shards.EOT_TOKEN:
+                body = body[:-1]
+            path = work / shards.shard_name(split, number)
+            with ShardWriter(path) as writer:
                 writer.write(np.array([shards.EOT_TOKEN], np.uint16))
                 for chunk in range(0, len(body), CHUNK_TOKENS):
                     writer.write(body[chunk : chunk + CHUNK_TOKENS])
                 writer.commit()
-            finally:
-                writer.discard()
-            yield verify.describe(writer.path, split)
-            start, number = stop, number + 1
+            yield verify.measure(path, split)[:2]
+            start, number = len(tokens) if is_last else stop + 1, number + 1
 
 
 def read_raw(path: Path, is_text: bool) -> Tokens:
@@ -168,12 +165,3 @@ def share_alike(sample: Tokens) -> float:
 def placed(tokens: list[int]) -> Iterator[tuple[int, int]]:
     """Each token, and the byte of the text at which it ends."""
     return zip(tokens, np.cumsum(verify.token_lengths()[tokens]).tolist(), strict=True)
-
-
-def end_of_document(tokens: Tokens, near: int) -> int:
-    """The first position from `near` on behind an <|endoftext|>; the end, if there is none."""
-    for start in range(near, len(tokens), CHUNK_TOKENS):
-        found = np.flatnonzero(tokens[start : start + CHUNK_TOKENS] == shards.EOT_TOKEN)
-        if found.size:
-            return start + int(found[0]) + 1
-    return len(tokens)

@@ -11,10 +11,10 @@ from pipeline.errors import ForgeError
 
 def resolve_hub(
     name: str, config: str | None, split: str, revision: str | None
-) -> tuple[list[tuple[str, int, str]], dict[str, str]]:
+) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
     """The data files of a hub dataset at one commit, by the `datasets` library.
 
-    Returns (name, bytes, checksum) of each, and the commit that they are of.
+    Returns the bytes and checksum of each, by its name, and the commit that they are of.
     """
     import datasets
     from datasets.utils.logging import disable_progress_bar
@@ -40,10 +40,10 @@ def resolve_hub(
     with on_the_hub(name):
         infos = {path: hub.info(path) for path in paths}
         parsed: list[Any] = [hub.resolve_path(path) for path in paths]
-    files = [
-        (p.path_in_repo, int(infos[path]["size"]), hub_checksum(infos[path]))
-        for p, path in zip(parsed, paths, strict=True)
-    ]
+    files = {
+        place.path_in_repo: (int(infos[path]["size"]), hub_checksum(infos[path]))
+        for place, path in zip(parsed, paths, strict=True)
+    }
     commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
     return files, commit | ({"config": config} if config else {})
 

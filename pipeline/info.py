@@ -75,15 +75,16 @@ def render(index: Index) -> str:
         origin += f"\n           {config}split {hub['split']}, revision {hub['revision']}"
     rule = f", val_fraction {fraction}" if fraction is not None else ""
     num_damaged = skipped.get("num_damaged", len(skipped.get("damaged", [])))
+    num_low = skipped.get("low_score_documents", 0)
+    blank = f"{skipped['null_documents']:,} null and {skipped['empty_documents']:,} empty documents"
+    of_text = "" if index.chat else f"{blank}, {num_low:,} below min_score, "
     lines = [
         f"folder     {facts['folder']}",
         f"source     {origin}",
         f"tokenizer  {tokens['name']}, {tokens['vocab_size']:,} tokens, "
         f"sha256 {tokens['sha256'][:16]}",
         f"split      {facts['options'].get('split_rule')}{rule}",
-        f"skipped    {skipped['null_documents']:,} null and {skipped['empty_documents']:,} empty "
-        f"documents, {skipped.get('low_score_documents', 0):,} below min_score, "
-        f"{num_damaged:,} damaged places",
+        f"skipped    {of_text}{num_damaged:,} damaged places",
         *chat_lines(index),
         "",
         f"{'':8}{'tokens':>16}{'documents':>13}{'text bytes':>18}{'bytes/token':>13}{'shards':>8}"
@@ -102,7 +103,8 @@ def render(index: Index) -> str:
     if facts["epochs"] and facts["splits"]["train"]["num_tokens"]:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
-            many = f"{row['epochs']:.2f}" if row["epochs"] >= 0.005 else "< 0.01"
+            many = "> 100" if row["epochs"] > 100 else f"{row['epochs']:.2f}"
+            many = "< 0.01" if row["epochs"] < 0.005 else many
             lines.append(f"  {name:14}{row['tokens'] / 1e6:>10,.1f} M tokens {many:>10} epochs")
     return "\n".join(lines)
 
@@ -112,9 +114,10 @@ def chat_lines(index: Index) -> list[str]:
     if index.chat is None:
         return []
     counts = {name.removesuffix("_documents"): n for name, n in index.skipped.items()}
+    left_out = chat.describe_skipped(counts) or ["nothing"]
     lines = [
         f"chat       {index.chat['template']}, windows of {index.chat['context_length']:,} tokens",
-        f"left out   {chat.describe_skipped(counts)}",
+        "left out   " + "\n           ".join(left_out),
     ]
     if num_cut := index.chat["num_cut"]:
         lines.append(f"cut        {num_cut:,} longer than the context, behind an answer that fits")

@@ -1,4 +1,4 @@
-"""The text of a source file: parquet, JSON Lines (.gz, .zst) or .txt, as batches of documents.
+"""Reads the text of a parquet, JSON Lines (.gz, .zst) or .txt file, as batches of documents.
 
 Damage (a bad line, text, row group or file) goes to `on_damage`, which raises it or leaves it out.
 """
@@ -7,29 +7,35 @@ import gzip
 import io
 import json
 import math
+import re
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline import sources
-from pipeline.errors import KEPT, DamageError, refusals
-from pipeline.sources import OnDamage, Options, Part, Source, check_score, damage, score_column
+from pipeline.errors import KEPT, DamageError, ForgeError, refusals
+from pipeline.sources import Options, Part
 from pipeline.tokenizer import EOT_TEXT
 
 BATCH_BYTES = 8 * 2**20
 BATCH_ROWS = 1024
 ARCHIVE_BYTES = 2**14  # read at a time
 BOM = "\ufeff".encode()
+# Where a document's educational score may stand, in order of preference.
+SCORE_COLUMNS = ("metadata.int_score", "metadata.score", "int_score", "score")
+NO_SCORES = "leave out --min-score, or take a source with scores"
+REPAIR = "restore the file and run the same command again, or leave it out with --on-error skip"
 SKIP = "or leave it out with --on-error skip"
+
+OnDamage = Callable[[DamageError], None]
 
 
 def stop(found: DamageError) -> None:
@@ -39,12 +45,12 @@ def stop(found: DamageError) -> None:
 
 @dataclass
 class Reading:
-    """A file that is being read, what is wanted of it, and where the reader stands."""
+    """A file that is being read, what is wanted of it, where the reader stands, what it skipped."""
 
     path: Path
     options: Options
     on_damage: OnDamage = stop
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)  # low_score
     unit: str = ""  # line, row group or document
     number: int = 0
 
@@ -64,14 +70,32 @@ class Batch(NamedTuple):
 
     texts: list[bytes | None]
     source_bytes: int
-    num_low_scores: int = 0  # documents below min_score, or without a score: not among the texts
 
 
 def read_texts(kind: str, at: Reading, part: Part) -> Iterator[Batch]:
     """Stream the text of one part. Raises ForgeError, naming the place, for all that fails."""
-    readers = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}
     with at.leaves_out(), refusals("read a source file", at, KEPT):
-        yield from readers[kind](at, part)
+        if kind == "parquet":
+            yield from read_parquet(at, part)
+        else:
+            with at.path.open("rb") as raw:
+                yield from batches(
+                    read_jsonl(raw, at) if kind == "jsonl" else read_txt(raw, at), raw
+                )
+
+
+@contextmanager
+def damage(what: str, where: object) -> Iterator[None]:
+    """Make a DamageError of what a parser says of its input; the machine's errors pass."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise  # the machine said it, not a parser
+        if re.search(r"not enough memory|allocat|\bError -4\b", str(error), re.IGNORECASE):
+            raise MemoryError(str(error)) from error  # as a decompressor reports it
+        reason = str(error).strip().splitlines()[0]
+        raise DamageError(f"{what}: {reason}", where=str(where), fix=REPAIR) from error
 
 
 def read_parquet(at: Reading, part: Part) -> Iterator[Batch]:
@@ -105,7 +129,8 @@ def read_row_group(
             batch = batch.filter(kept)
         if len(batch) < len(texts):
             texts = batch.column(columns[0]).cast(pa.large_string())
-        yield Batch(texts.cast(pa.large_binary()).to_pylist(), size, num_read - len(batch))
+        at.skipped["low_score"] += num_read - len(batch)
+        yield Batch(texts.cast(pa.large_binary()).to_pylist(), size)
 
 
 def invalid_texts(texts: pa.LargeStringArray, at: Reading, first: int) -> set[int]:
@@ -129,60 +154,95 @@ def invalid_texts(texts: pa.LargeStringArray, at: Reading, first: int) -> set[in
 
 def batch_rows(group: Any, columns: Sequence[str]) -> int:
     """Rows of a row group that hold some BATCH_BYTES of text: books are long."""
-    size = sources.columns_bytes(group, columns)
-    return max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / max(1, size))))
+    size = max(1, columns_bytes(group, columns))
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / size)))
 
 
-def read_jsonl(at: Reading, part: Part) -> Iterator[Batch]:
+def columns_bytes(group: Any, columns: Sequence[str]) -> int:
+    """Uncompressed bytes of some columns of a row group, with all that is nested in them."""
+    leaves = [group.column(c) for c in range(group.num_columns)]
+    inside = tuple(f"{column}." for column in columns)
+    wanted = [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(inside)]
+    return sum(leaf.total_uncompressed_size for leaf in wanted)
+
+
+def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
+    """ForgeError unless the schema has one column of that name, and it holds strings."""
+    kinds = [field.type for field in schema if field.name == text_column]
+    plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    if not kinds:
+        what = f"no column {text_column!r}; there are: {', '.join(schema.names)}"
+    elif len(kinds) > 1:
+        what = f"{len(kinds)} columns are called {text_column!r}"
+    elif plain[0] in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):  # null: all are
+        return
+    else:
+        what = f"column {text_column!r} holds {kinds[0]}, not strings"
+    raise ForgeError(what, where=where, fix="name the column of the text with --text-column")
+
+
+def check_score(is_number: bool, column: str, kind: str, where: object) -> None:
+    if not is_number:
+        what = f"the score {column!r} holds {kind}, not a number"
+        raise ForgeError(what, where=where, fix=NO_SCORES)
+
+
+def score_column(columns: Sequence[str], where: object) -> str:
+    """The column of the score, by its full path."""
+    for column in SCORE_COLUMNS:
+        if column in columns:
+            return column
+    what = f"no score: none of {', '.join(SCORE_COLUMNS)}; there are: {', '.join(columns)}"
+    raise ForgeError(what, where=where, fix=NO_SCORES)
+
+
+def batches(texts: Iterable[bytes | None], raw: io.BufferedReader) -> Iterator[Batch]:
+    """The texts of an open file, in batches of limited size."""
+    batch: list[bytes | None] = []
+    size = read_before = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text or b"")
+        if size >= BATCH_BYTES or len(batch) == BATCH_ROWS:
+            yield Batch(batch, raw.tell() - read_before)
+            batch, size, read_before = [], 0, raw.tell()
+    yield Batch(batch, raw.tell() - read_before)
+
+
+def read_jsonl(raw: io.BufferedReader, at: Reading) -> Iterator[bytes | None]:
+    """The text of each line whose score is high enough."""
     at.unit, least = "line", at.options.min_score
-    texts: list[bytes | None] = []
-    size = read_before = num_low_scores = 0
-    cut: DamageError | None = None
-    with at.path.open("rb") as raw:
-        lines = decompressed_lines(raw, at)
-        while True:
-            try:
-                line = next(lines, b"")
-            except DamageError as found:  # what came before is sound
-                line, cut = b"", found
-            at.number += 1
-            if line and not line.isspace():
-                size += len(line)
-                try:
-                    document, text = parse_line(line, at)
-                    if least is None or score_of(document, at) >= least:
-                        texts.append(text)
-                    else:
-                        num_low_scores += 1
-                except DamageError as found:
-                    at.on_damage(found)
-            if size and (size >= BATCH_BYTES or not line):
-                yield Batch(texts, raw.tell() - read_before, num_low_scores)
-                texts, size, read_before, num_low_scores = [], 0, raw.tell(), 0
-            if cut:
-                raise cut
-            if not line:
-                return
+    for line in decompressed_lines(raw, at):
+        at.number += 1
+        if line.isspace():
+            continue
+        try:
+            document, text = parse_line(line, at)
+            is_low = least is not None and score_of(document, at) < least
+        except DamageError as found:
+            at.on_damage(found)
+            continue
+        if is_low:
+            at.skipped["low_score"] += 1
+        else:
+            yield text
 
 
 def decompressed_lines(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
-    """Lines of a plain, .gz or .zst file; DamageError for one that is cut off."""
-    name, number = at.path.name.lower(), 0
+    """Lines of a plain, .gz or .zst file. Damage ends them: what came before is sound."""
+    name, stream = at.path.name.lower(), cast("Iterable[bytes]", raw)
     try:
         with damage("cannot decompress a source file", at.path):
-            stream: Any = raw
-            if name.endswith((".gz", ".zst")):
-                if not raw.peek(1):  # even an archive of nothing has a header
-                    raise EOFError("the archive is empty: it was cut off")
-                is_gzip = name.endswith(".gz")
-                stream = (
-                    gzip.GzipFile(fileobj=raw) if is_gzip else io.BufferedReader(ZstdFrames(raw))
-                )
-            for number, line in enumerate(stream, 1):  # noqa: B007
-                yield line
+            if name.endswith((".gz", ".zst")) and not raw.peek(1):
+                raise EOFError("the archive is empty: it was cut off")  # even of nothing: a header
+            if name.endswith(".gz"):
+                stream = gzip.GzipFile(fileobj=raw)
+            elif name.endswith(".zst"):
+                stream = io.BufferedReader(ZstdFrames(raw))
+            yield from stream
     except DamageError as found:
-        what = f"{found.what}; line {number:,} is the last that could be read"
-        raise DamageError(what, where=found.where, fix=found.fix) from found
+        what = f"{found.what}; line {at.number:,} is the last that could be read"
+        at.on_damage(DamageError(what, where=found.where, fix=found.fix))
 
 
 class ZstdFrames(io.RawIOBase):
@@ -247,7 +307,7 @@ def score_of(document: dict[str, Any], at: Reading) -> float:
     inner = document.get("metadata")
     inner = inner if isinstance(inner, dict) else {}
     flat = document | {f"metadata.{key}": value for key, value in inner.items()}
-    column = next((column for column in sources.SCORE_COLUMNS if column in flat), "")
+    column = next((column for column in SCORE_COLUMNS if column in flat), "")
     score = flat.get(column)
     if score is None:
         return -math.inf
@@ -255,32 +315,25 @@ def score_of(document: dict[str, Any], at: Reading) -> float:
     return float(score)
 
 
-def read_txt(at: Reading, part: Part) -> Iterator[Batch]:
-    """A .txt file is one document, or with split_on as many as cut_lines() makes."""
+def read_txt(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
+    """The whole file, which is one document, or with split_on as many as cut_lines() makes."""
     if at.options.min_score is not None:
         score_column([], at)
-    with at.path.open("rb") as raw:
-        if raw.peek(len(BOM)).startswith(BOM):  # a byte order mark is no text
-            raw.read(len(BOM))
-        pieces: Iterable[bytes] = (raw.read() for _ in range(1))
-        if at.options.split_on is not None:
-            pieces, at.unit = cut_lines(raw, at.options.split_on.encode()), "document"
-        texts: list[bytes | None] = []
-        size = 0
-        for piece in chain(pieces, [None]):
-            if texts and (piece is None or size >= BATCH_BYTES):
-                yield Batch(texts, size)
-                texts, size = [], 0
-            if piece is None:
-                return
-            at.number, size = at.number + 1, size + len(piece)
-            try:
-                piece.decode()
-                texts.append(piece)
-            except UnicodeDecodeError as error:
-                what = f"invalid UTF-8: {error.reason} at byte {error.start:,}"
-                fix = f"convert the file to UTF-8, for example with iconv, {SKIP}"
-                at.on_damage(DamageError(what, where=str(at), fix=fix))
+    if raw.peek(len(BOM)).startswith(BOM):  # a byte order mark is no text
+        raw.read(len(BOM))
+    pieces: Iterable[bytes] = (raw.read() for _ in range(1))
+    if at.options.split_on is not None:
+        pieces, at.unit = cut_lines(raw, at.options.split_on.encode()), "document"
+    for piece in pieces:
+        at.number += 1
+        try:
+            piece.decode()
+        except UnicodeDecodeError as error:
+            what = f"invalid UTF-8: {error.reason} at byte {error.start:,}"
+            fix = f"convert the file to UTF-8, for example with iconv, {SKIP}"
+            at.on_damage(DamageError(what, where=str(at), fix=fix))
+        else:
+            yield piece
 
 
 def cut_lines(lines: Iterable[bytes], mark: bytes) -> Iterator[bytes]:
@@ -303,13 +356,3 @@ def cut_lines(lines: Iterable[bytes], mark: bytes) -> Iterator[bytes]:
         document.append(line)
     if text := b"".join(document).strip(b"\r\n"):
         yield text
-
-
-def with_marker(source: Source) -> str:
-    """The name of the first text file that has <|endoftext|> near its beginning, or ""."""
-    for number, file in enumerate(source.files):
-        path = source.local_path(number)
-        with refusals("read a source file", path), path.open("rb") as raw:
-            if EOT_TEXT.encode() in raw.read(sources.TAIL_BYTES):
-                return file.name
-    return ""

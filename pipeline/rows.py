@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from pipeline import chat, readers
 from pipeline.chat import LeftOutError, Messages
 from pipeline.errors import KEPT, DamageError, ForgeError, refusals
-from pipeline.readers import SKIP, Reading
-from pipeline.sources import Part, damage, text_columns
+from pipeline.readers import SKIP, Reading, damage
+from pipeline.sources import Part
 
 
 class Conversations(NamedTuple):
@@ -34,7 +34,8 @@ def read_conversations(kind: str, at: Reading, part: Part) -> Iterator[Conversat
 def read_parquet(at: Reading, part: Part) -> Iterator[Conversations]:
     with damage("not a whole parquet file", at):
         file = pq.ParquetFile(at.path, memory_map=True, page_checksum_verification=True)
-    columns = text_columns(file.schema_arrow, at.options, str(at))
+    assert at.options.chat is not None
+    columns = chat.columns_of(file.schema_arrow, at.options.chat, at.path)
     at.unit = "row group"
     with file:
         for at.number in range(part.start, part.stop):
@@ -45,12 +46,13 @@ def read_parquet(at: Reading, part: Part) -> Iterator[Conversations]:
 def read_row_group(
     file: pq.ParquetFile, at: Reading, columns: tuple[str, ...]
 ) -> Iterator[Conversations]:
-    num_rows, first = readers.batch_rows(file.metadata.row_group(at.number), columns), 0
+    group, first = file.metadata.row_group(at.number), 0
+    num_rows, size = readers.batch_rows(group, columns), readers.columns_bytes(group, columns)
     wanted: Any = {"row_groups": [at.number], "columns": list(columns), "use_threads": False}
     for batch in file.iter_batches(num_rows, **wanted):
         rows = decoded_rows(batch, at, first)
         kept = [messages for row in rows if (messages := keep(row, columns, at))]
-        yield Conversations(kept, batch.nbytes)
+        yield Conversations(kept, size * len(batch) // group.num_rows)
         first += len(batch)
 
 

@@ -9,10 +9,10 @@ A shard is an llm.c / modded-nanogpt token file, little-endian throughout:
     12      1012     zero
     1024    2 each   tokens, uint16
 
-Every document starts with <|endoftext|> (50256), and text never makes that token. A shard of chat
-is windows of packed conversations (chat.py), then one more <|im_end|>. Beside the shards lie
-`r50k_base.tiktoken` (the vocabulary: one `base64(bytes) rank` a line) and index.json, which is
-written last: a folder without it is not finished. What is still being made lies in `.work/`.
+Every document starts with <|endoftext|> (50256), and text never makes that token. Shards of chat
+are windows of conversations (chat.py). Beside the shards lie `r50k_base.tiktoken` (the vocabulary:
+one `base64(bytes) rank` a line) and index.json, which is written last: a folder without it is not
+finished. What is still being made lies in `.work/`.
 
 Sources: llm.c dev/data/data_common.py (write_datafile), modded-nanogpt data/fineweb.py.
 """
@@ -49,15 +49,15 @@ INDEX_FORMAT = "llm-forge shards"
 INDEX_VERSION = 1
 VOCABULARY_FILE = "r50k_base.tiktoken"
 WORK_FOLDER = ".work"  # of a run of forge-prep that is not finished
-PLAN_FILE = "plan.json"  # in it: what the run makes
 # The very hash that tiktoken pins for OpenAI's published r50k_base.tiktoken.
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 SPLITS = ("train", "val")
-SECTIONS = ("tokenizer", "source", "options", "skipped")  # plain records of index.json
+SECTIONS = ("tokenizer", "source", "options", "skipped", "chat")  # plain records of index.json
 RELIED_ON = {
     "tokenizer": ("vocab_size", "sha256"),
     "source": ("name",),
     "skipped": ("null_documents", "empty_documents"),
+    "chat": ("template", "context_length", "splits"),  # None for text
 }
 COUNTS = ("num_tokens", "num_documents", "text_bytes")  # of a shard
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin")
@@ -131,8 +131,7 @@ class DocumentLengths:
 class Index:
     """index.json. `source`, `options` and `skipped` are plain records of how it was made.
 
-    `base` is what a longer run keeps (see prepare.py); None if nothing can be added. `chat` is None
-    for text; else it has `template`, `context_length` and counts, by split.
+    `slices` says of each slice what a longer run needs (slices.Record); empty if none can follow.
     """
 
     folder: Path
@@ -142,7 +141,7 @@ class Index:
     skipped: dict[str, Any]
     document_tokens: dict[str, DocumentLengths]
     shards: tuple[Shard, ...]
-    base: dict[str, Any] | None = None
+    slices: tuple[dict[str, Any], ...] = ()
     chat: dict[str, Any] | None = None
     sha256: str = field(default="", compare=False)  # of index.json itself, once it is on disk
 
@@ -155,7 +154,7 @@ class Index:
 
     def to_json(self) -> str:
         head = {"format": INDEX_FORMAT, "version": INDEX_VERSION}
-        head |= {key: getattr(self, key) for key in (*SECTIONS, "base", "chat")}
+        head |= {key: getattr(self, key) for key in SECTIONS}
         head["splits"] = {
             split: {
                 "num_shards": len(self.of(split)),
@@ -164,18 +163,16 @@ class Index:
             }
             for split in SPLITS
         }
-        rows = ",\n".join("    " + json.dumps(asdict(shard)) for shard in self.shards)
-        return json.dumps(head, indent=2)[:-2] + f',\n  "shards": [\n{rows}\n  ]\n}}\n'
+        text = json.dumps(head, indent=2)[:-2]
+        for name, rows in (("slices", self.slices), ("shards", map(asdict, self.shards))):
+            lines = ",\n".join("    " + json.dumps(row) for row in rows)
+            text += f',\n  "{name}": [\n{lines}\n  ]'
+        return text + "\n}\n"
 
 
-def shard_path(folder: Path, split: str, number: int) -> Path:
+def shard_name(split: str, number: int) -> str:
     """The file of shard `number` (from 0) of a split; a train shard has its slice's number."""
-    return folder / f"{split}_{number:06d}.bin"
-
-
-def shard_bytes(num_tokens: int) -> int:
-    """Where in a shard token `num_tokens` (from 0) starts; so also the size of one with as many."""
-    return HEADER.size + TOKEN_BYTES * num_tokens
+    return f"{split}_{number:06d}.bin"
 
 
 def encode_header(num_tokens: int) -> bytes:
@@ -186,8 +183,8 @@ def encode_header(num_tokens: int) -> bytes:
 class ShardWriter:
     """Writes one shard: whole under its name, or not at all.
 
-    Tokens go to NAME.<pid>.partial and the file is renamed by commit(). The process id keeps a
-    writer that outlived its parent from touching the file of the one that replaced it.
+    Tokens go to NAME.<pid>.partial, which commit() renames. The process id keeps a writer that
+    outlived its parent from touching the file of the one that replaced it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -221,7 +218,10 @@ class ShardWriter:
         self.partial.replace(self.path)
         return self._hash.hexdigest()
 
-    def discard(self) -> None:
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:  # what is not committed goes
         self._file.close()
         self.partial.unlink(missing_ok=True)
 
@@ -232,7 +232,7 @@ def check_header(path: Path) -> int:
     with refusals("read a shard", path, fix), path.open("rb") as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(HEADER.size)
     magic, version, num_tokens = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
-    wanted = shard_bytes(num_tokens)
+    wanted = HEADER.size + TOKEN_BYTES * num_tokens
     if len(head) < HEADER.size:
         what = f"not a shard: too short for a header ({size} bytes)"
     elif (magic, version) != (MAGIC, VERSION):
@@ -254,6 +254,15 @@ def map_shard(path: Path, num_tokens: int) -> Tokens:
     except (OSError, ValueError) as error:
         fix = "run forge-prep verify on its folder"
         raise ForgeError(f"cannot map a shard: {error}", where=path, fix=fix) from error
+
+
+def next_document(tokens: Tokens, near: int) -> int:
+    """The first position from `near` on that starts a document; the end, if there is none."""
+    for start in range(max(0, near), len(tokens), FLUSH_TOKENS):
+        found = np.flatnonzero(tokens[start : start + FLUSH_TOKENS] == EOT_TOKEN)
+        if found.size:
+            return start + int(found[0])
+    return len(tokens)
 
 
 def parse_vocabulary(data: bytes) -> list[bytes]:
@@ -279,21 +288,17 @@ def read_vocabulary(path: Path) -> list[bytes]:
 
 def no_index(folder: Path) -> ForgeError:
     """What a folder without index.json probably is."""
-    is_there = folder.is_dir()
-    names = {path.name for path in folder.iterdir()} if is_there else set()
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     below = next(iter(sorted(folder.glob(f"*/{INDEX_FILE}"))), None)
     what = f"the folder has no {INDEX_FILE}"
     if WORK_FOLDER in names:
         what += ", so it is not finished"
         fix = "run its forge-prep command again; finished slices are kept"
-    elif {f"{split}.bin" for split in SPLITS} <= names:
-        fix = "if train.bin and val.bin are nanoGPT's GPT-2 tokens: forge-prep index DIR --raw"
     elif any(name.endswith(".bin") for name in names):
-        fix = "if its .bin files are llm.c's or modded-nanogpt's shards: forge-prep index DIR"
+        fix = "if others made its token files: forge-prep index DIR (--raw for nanoGPT's)"
     else:
-        what = f"no folder of shards: it has no {INDEX_FILE}"
-        what = what if is_there else "no such folder of shards"
-        fix = "make one of the text: forge-prep tokenize SOURCE --out DIR; then give DIR"
+        what = f"no {'such ' * (not folder.is_dir())}folder of shards"
+        fix = "make one of text: forge-prep tokenize SOURCE --out DIR"
         fix = f"give the folder of shards itself, such as {below.parent}" if below else fix
     return ForgeError(what, where=folder, fix=fix)
 
@@ -306,10 +311,7 @@ def is_ours(path: Path) -> bool:
 
 
 def load_index(folder: Path) -> Index:
-    """Read and check index.json of a folder of shards.
-
-    ForgeError when there is none, or it is damaged or of another format.
-    """
+    """The checked index.json of a folder. ForgeError if it is absent, damaged or another format."""
     path = folder / INDEX_FILE
     try:
         data = path.read_bytes()
@@ -321,26 +323,22 @@ def load_index(folder: Path) -> Index:
         what, fix = "another program made this index.json", "give a folder of forge-prep's shards"
         raise ForgeError(what, where=path, fix=fix)
     try:
-        raw = json.loads(data)
+        raw = {"chat": None} | json.loads(data)
         if (raw["format"], raw["version"]) != (INDEX_FORMAT, INDEX_VERSION):
             what = f"the index is of another version: {raw['version']}"
             fix = "read it with the version of llm-forge that made it, or make it again"
             raise ForgeError(what, where=path, fix=fix)
         for section, keys in RELIED_ON.items():
-            for key in keys:
+            for key in keys if section != "chat" or raw["chat"] else ():
                 raw[section][key]
-        for counts in raw["chat"]["splits"].values() if raw.get("chat") else ():
-            _check_counts(raw["chat"]["context_length"], *counts.values())
-        for shard in raw["shards"]:
-            _check_counts(*(shard[key] for key in COUNTS))
+        _check_counts(*(shard[key] for shard in raw["shards"] for key in COUNTS))
         figures = {split: each["document_tokens"] for split, each in raw["splits"].items()}
         return Index(
             folder=folder,
             **{section: raw[section] for section in SECTIONS},
             document_tokens={k: DocumentLengths.from_json(v) for k, v in figures.items()},
             shards=tuple(Shard(**shard) for shard in raw["shards"]),
-            base=raw.get("base"),
-            chat=raw.get("chat"),
+            slices=tuple(raw.get("slices", ())),
             sha256=hashlib.sha256(data).hexdigest(),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -10,28 +10,29 @@ import math
 import multiprocessing
 import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import chain
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from pipeline import chat, chatml, files, readers, rows, shards, tokenizer, verify
-from pipeline.chat import LeftOutError, Messages
+from pipeline.chat import ChatOptions, LeftOutError
 from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
 from pipeline.readers import Batch, Reading
 from pipeline.rows import Conversations
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
 from pipeline.sides import ChatSide, Side
-from pipeline.sources import Options, Slice, SourceFile
+from pipeline.sources import Slice
+
+Encoded = tuple[bytes, npt.NDArray[Any], int]  # text, tokens behind <|endoftext|>, text bytes
 
 MOST_LISTED = 20  # damaged places of a slice: the others are only counted
-# Reasons for which something is skipped, and how many conversations were cut.
-REASONS = tuple(dict.fromkeys(["null", "empty", "low_score", "damaged", *chat.REASONS, "cut"]))
 VAL_SHARD_TOKENS = 100_000_000  # at most, about
 
 
@@ -41,80 +42,47 @@ class Job:
 
     slice: Slice
     kind: str
-    paths: tuple[Path, ...]  # one a part
-    files: tuple[SourceFile, ...]  # what the source says of them
+    root: Path  # of the source's files
     work: Path  # the folder for what it makes
-    options: Options
-    limit: int | None  # train tokens after which to stop
+    limit: int | None = None  # train tokens after which to stop
     skip_errors: bool = False  # leave out what is damaged
-
-    @property
-    def pieces(self) -> tuple[str, ...]:
-        """What the slice is made of, in words that change when any of it does."""
-        return tuple(
-            f"{file.name}, {file.bytes} bytes, {file.checksum}, of {file.modified} ns, "
-            f"[{part.start}, {part.stop})"
-            for file, part in zip(self.files, self.slice.parts, strict=True)
-        )
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What slices say of their documents, beside their shards; they add up."""
-
-    num_val_tokens: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # counts, by REASONS
-    damaged: tuple[str, ...] = ()  # the first places of each slice
-    document_tokens: dict[str, DocumentLengths] = field(default_factory=dict)
-    chat: dict[str, dict[str, int]] = field(default_factory=dict)  # chat.count(), by split
-
-    @staticmethod
-    def from_json(raw: dict[str, Any]) -> "Figures":
-        lengths = {k: DocumentLengths.from_json(v) for k, v in raw["document_tokens"].items()}
-        return Figures(**raw | {"damaged": tuple(raw["damaged"]), "document_tokens": lengths})
-
-    def __add__(self, other: "Figures") -> "Figures":
-        none, mine, theirs = DocumentLengths(), self.document_tokens, other.document_tokens
-        return Figures(
-            self.num_val_tokens + other.num_val_tokens,
-            {why: self.skipped.get(why, 0) + other.skipped.get(why, 0) for why in REASONS},
-            self.damaged + other.damaged,
-            {k: mine.get(k, none) + theirs.get(k, none) for k in shards.SPLITS},
-            {k: chat.add(self.chat.get(k, {}), other.chat.get(k, {})) for k in shards.SPLITS},
-        )
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one finished slice says of itself, in `.work/000000.json`."""
+    """What a finished slice says of itself, in `.work/000000.json`; in index.json, less of it."""
 
-    slice: int
-    pieces: tuple[str, ...]  # Job.pieces
-    limit: int | None
-    shards: tuple[Shard, ...]
-    figures: Figures
-
-    @property
-    def train_tokens(self) -> int:
-        return sum(shard.num_tokens for shard in self.shards if shard.split == "train")
+    first: tuple[str, int]  # file and row group that it begins with
+    num_train_tokens: int
+    num_val_tokens: int
+    skipped: dict[str, int]  # counts: null, empty, low_score, damaged
+    damaged: tuple[str, ...]  # the first places
+    document_tokens: dict[str, DocumentLengths]
+    chat: dict[str, dict[str, int]]  # chat.count(), by split; empty for text
+    made_of: str = ""  # Slice.made_of
+    limit: int | None = None
+    shards: tuple[Shard, ...] = ()
 
     @staticmethod
-    def from_json(data: bytes) -> "Record":
-        raw = json.loads(data)
-        made = tuple(Shard(**shard) for shard in raw["shards"])
-        figures = Figures.from_json(raw["figures"])
-        return Record(raw["slice"], tuple(raw["pieces"]), raw["limit"], made, figures)
+    def from_json(raw: dict[str, Any]) -> "Record":
+        lengths = {k: DocumentLengths.from_json(v) for k, v in raw["document_tokens"].items()}
+        made = tuple(Shard(**shard) for shard in raw.get("shards", ()))
+        plain = {"first": tuple(raw["first"]), "damaged": tuple(raw["damaged"])}
+        return Record(**raw | plain | {"document_tokens": lengths, "shards": made})
+
+    def row(self) -> dict[str, Any]:
+        """What index.json keeps of it: nothing that another machine or another day would change."""
+        own = asdict(self)
+        return {key: own[key] for key in own if key not in ("made_of", "limit", "shards")}
 
 
 _encoder: tokenizer.BulkEncoder
-_done_bytes: Any
-_done_tokens: Any
+_done: Any  # of all workers: bytes of the source, tokens
 
 
-def start_worker(vocabulary_file: Path, done_bytes: Any, done_tokens: Any) -> None:
-    global _encoder, _done_bytes, _done_tokens
-    _encoder = tokenizer.BulkEncoder(vocabulary_file)
-    _done_bytes, _done_tokens = done_bytes, done_tokens
+def start_worker(vocabulary_file: Path, done: Any) -> None:
+    global _encoder, _done
+    _encoder, _done = tokenizer.BulkEncoder(vocabulary_file), done
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -126,135 +94,134 @@ def _die_with_parent() -> None:
 
 def tokenize_slice(job: Job) -> Record:
     """Make one slice: write its files, then its record. Runs in a worker process."""
-    sides = {split: _side(job, split) for split in shards.SPLITS}
-    skipped, damaged = Counter(dict.fromkeys(REASONS, 0)), list[str]()
-    at, name = Reading(job.work.parent, job.options), ""
+    damaged: list[str] = []
 
     def leave_out(found: DamageError) -> None:
-        skipped["damaged"] += 1
+        at.skipped["damaged"] += 1
         if len(damaged) < MOST_LISTED:
-            damaged.append(f"{found.where}: {found.what}".replace(str(at.path), name, 1))
+            damaged.append(f"{found.where}: {found.what}".replace(f"{job.root}/", "", 1))
 
-    on_damage = leave_out if job.skip_errors else readers.stop
-    try:
-        for part, path, file in zip(job.slice.parts, job.paths, job.files, strict=True):
-            at, name = Reading(path, job.options, on_damage, skipped), file.name
-            if part.damage:
-                on_damage(DamageError(part.damage, where=path, fix=""))
-                continue
-            file.check_unchanged(path)
-            read = readers.read_texts if job.options.chat is None else rows.read_conversations
-            for batch in read(job.kind, at, part):
-                before = sides["train"].num_tokens + sides["val"].num_tokens
-                full = _write(batch, sides, job, skipped)
-                now = sides["train"].num_tokens + sides["val"].num_tokens
-                with _done_bytes.get_lock():
-                    _done_bytes.value += batch.source_bytes
-                    _done_tokens.value += now - before
-                if full:
-                    return _commit(job, sides, dict(skipped), tuple(damaged))
-            file.check_unchanged(path)
-        return _commit(job, sides, dict(skipped), tuple(damaged))
-    except MemoryError as error:
-        raise refusal(error, "tokenize a document", at, KEPT) from error
-    except OSError as error:
-        raise refusal(error, "write", job.work.parent, KEPT) from error
-    finally:
+    at = Reading(job.root, job.slice.options, leave_out if job.skip_errors else readers.stop)
+    record = record_path(job.work, job.slice.number)
+    with ExitStack() as stack, refusals("write", job.work.parent, KEPT):
+        record.unlink(missing_ok=True)  # of other files or another limit: its shards will change
+        sides = {split: _side(job, split) for split in shards.SPLITS}
         for side in sides.values():
-            side.discard()
+            stack.enter_context(side.writer)
+        train, val = sides.values()
+        for batch in _batches(job, at):
+            before = train.num_tokens + val.num_tokens
+            try:
+                is_full = write_documents(batch, sides, job, at.skipped)
+            except MemoryError as error:
+                raise refusal(error, "tokenize a document", at, KEPT) from error
+            with _done.get_lock():
+                _done[0] += batch.source_bytes
+                _done[1] += train.num_tokens + val.num_tokens - before
+            if is_full:
+                break
+        made = (*train.commit(), *val.commit())
+        files.sync_folder(job.work)
+        first = job.slice.parts[0]
+        finished = Record(
+            first=(first.file.name, first.start),
+            num_train_tokens=train.num_tokens,
+            num_val_tokens=val.num_tokens,
+            skipped=dict(at.skipped),
+            damaged=tuple(damaged),
+            document_tokens={
+                split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()
+            },
+            chat={k: side.counts for k, side in sides.items() if isinstance(side, ChatSide)},
+            made_of=job.slice.made_of,
+            limit=job.limit,
+            shards=made,
+        )
+        # Not waited for: should a power cut take it, its slice is made again.
+        files.write_whole(record, json.dumps(asdict(finished)).encode(), wait_for_disk=False)
+        return finished
 
 
 def _side(job: Job, split: str) -> Side:
-    if job.options.chat is None:
-        return Side(job.work, split, job.slice.number)
-    return ChatSide(job.work, split, job.slice.number, job.options.chat.context_length)
+    if options := job.slice.options.chat:
+        return ChatSide(job.work, split, job.slice.number, options.context_length)
+    return Side(job.work, split, job.slice.number)
 
 
-def _commit(
-    job: Job, sides: dict[str, Side], skipped: dict[str, int], damaged: tuple[str, ...]
-) -> Record:
-    made = tuple(shard for side in sides.values() for shard in side.commit())
-    files.sync_folder(job.work)
-    lengths = {split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()}
-    counts = {k: dict(side.counts) for k, side in sides.items() if isinstance(side, ChatSide)}
-    figures = Figures(sides["val"].num_tokens, skipped, damaged, lengths, counts)
-    record = Record(job.slice.number, job.pieces, job.limit, made, figures)
-    # Not waited for: should a power cut take it, its slice is made again.
-    data = (json.dumps(asdict(record)) + "\n").encode()
-    files.write_whole(record_path(job.work, job.slice.number), data, wait_for_disk=False)
-    return record
+def _batches(job: Job, at: Reading) -> Iterator[Batch | Conversations]:
+    """The text, or the conversations, of a slice; `at` says where it is read."""
+    read = rows.read_conversations if job.slice.options.chat else readers.read_texts
+    for part in job.slice.parts:
+        at.path, at.unit, at.number = job.root / part.file.name, "", 0
+        if part.damage:
+            at.on_damage(DamageError(part.damage, where=at.path, fix=""))
+            continue
+        part.file.check_unchanged(at.path)
+        yield from read(job.kind, at, part)
+        part.file.check_unchanged(at.path)
 
 
-def _write(
+def write_documents(
     batch: Batch | Conversations, sides: dict[str, Side], job: Job, skipped: Counter[str]
 ) -> bool:
-    """Write what a batch holds, each to its side; True once train has job.limit tokens."""
+    """Encode what a batch holds and write each to its side; True at job.limit train tokens."""
+    threshold = int(job.slice.options.val_fraction * 2**64)
+    train, val = sides["train"], sides["val"]
     if isinstance(batch, Conversations):
-        return _write_conversations(batch.conversations, sides, job, skipped)
+        assert job.slice.options.chat is not None
+        encoded = _encoded_conversations(batch, job.slice.options.chat, skipped)
+    else:
+        encoded = _encoded_documents(batch, skipped)
+    # One at a time: what was just made is still in the cache when the next step takes it up.
+    for text, tokens, text_bytes in encoded:
+        side = val if xxhash.xxh3_64_intdigest(text) < threshold else train
+        side.add(tokens, text_bytes)
+        if job.limit is not None and train.num_tokens >= job.limit:
+            return True
+    return False
+
+
+def _encoded_documents(batch: Batch, skipped: Counter[str]) -> Iterator[Encoded]:
     documents = [text for text in batch.texts if text]
     nulls = batch.texts.count(None)
-    empty = len(batch.texts) - nulls - len(documents)
-    skipped.update(null=nulls, empty=empty, low_score=batch.num_low_scores)
-    return _write_documents(documents, sides, job)
+    skipped.update(null=nulls, empty=len(batch.texts) - nulls - len(documents))
+    for text, tokens in zip(documents, _encoder.encode(documents), strict=True):
+        yield text, tokens, len(text)
 
 
-def _write_conversations(
-    conversations: list[Messages], sides: dict[str, Side], job: Job, skipped: Counter[str]
-) -> bool:
-    options, encode = job.options.chat, _encoder.encode_one()
-    threshold = int(job.options.val_fraction * 2**64)
-    train, val = sides["train"], sides["val"]
-    assert options is not None
-    assert isinstance(train, ChatSide)
-    assert isinstance(val, ChatSide)
-    for messages in conversations:
+def _encoded_conversations(
+    batch: Conversations, options: ChatOptions, skipped: Counter[str]
+) -> Iterator[Encoded]:
+    encode = _encoder.encode_one()
+    for messages in batch.conversations:
+        whole = chat.encode(messages, lambda text: encode(text.encode()).tolist())
         try:
-            whole = chat.encode(messages, lambda text: encode(text.encode()).tolist())
             tokens = chat.fit(whole, options)
         except LeftOutError as left_out:
             skipped[left_out.reason] += 1
             continue
         skipped["cut"] += len(tokens) < len(whole)
-        text = chatml.as_text(messages).encode()
-        side = val if xxhash.xxh3_64_intdigest(text) < threshold else train
-        side.add_conversation(tokens)
-        if job.limit is not None and train.num_tokens >= job.limit:
-            return True
-    return False
+        text_bytes = int(verify.token_lengths()[tokens].sum())
+        yield chatml.as_text(messages).encode(), tokens[1:], text_bytes
 
 
-def _write_documents(documents: list[bytes], sides: dict[str, Side], job: Job) -> bool:
-    """Encode documents and write each to its side; True once train has job.limit tokens."""
-    # One at a time: what was just made is still in the cache when the next step takes it up.
-    threshold = int(job.options.val_fraction * 2**64)
-    train, val = sides["train"], sides["val"]
-    for document, tokens in zip(documents, _encoder.encode(documents), strict=True):
-        side = val if xxhash.xxh3_64_intdigest(document) < threshold else train
-        side.add(document, tokens)
-        if job.limit is not None and train.num_tokens >= job.limit:
-            return True
-    return False
+def record_path(work: Path, number: int) -> Path:
+    return work / f"{number:06d}.json"
 
 
-def finished(job: Job) -> Record | None:
+def finished(work: Path, each: Slice) -> Record | None:
     """The record of a slice that an earlier run finished; None if it has to be made.
 
     It has to be when a file of it has changed since, when a shard of it is not whole, and when
     damaged places were left out of it: they may be sound by now.
     """
     try:
-        record = Record.from_json(record_path(job.work, job.slice.number).read_bytes())
-        sound = all(
-            shards.check_header(job.work / shard.file) == shard.num_tokens
-            for shard in record.shards
-        )
+        record = Record.from_json(json.loads(record_path(work, each.number).read_bytes()))
+        tokens = [shards.check_header(work / shard.file) for shard in record.shards]
     except (OSError, ValueError, KeyError, TypeError, ForgeError):
         return None
-    return record if sound and record.pieces == job.pieces and not record.figures.damaged else None
-
-
-def record_path(work: Path, number: int) -> Path:
-    return work / f"{number:06d}.json"
+    is_same = record.made_of == each.made_of and not record.damaged
+    return record if is_same and tokens == [s.num_tokens for s in record.shards] else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -263,61 +230,52 @@ def record_path(work: Path, number: int) -> Path:
 
 def join_val(
     folder: Path,
-    kept: tuple[Shard, ...],
+    kept: list[Shard],
     kept_tokens: int,
     made: list[Shard],
-    context_length: int | None = None,
+    context_length: int | None,
 ) -> tuple[Shard, ...]:
     """Join val into few large shards in `.work/`: `kept_tokens` of the old ones, then the pieces.
 
     Others' trainers want procs * B * T + 1 tokens in each shard, so all are about as large. Shards
     of chat, which has a context_length, are whole windows and one more <|im_end|>.
     """
-    work, pieces, left = folder / shards.WORK_FOLDER, [], kept_tokens
     last = np.array([chatml.IM_END] if context_length else [], np.uint16)
+    work = folder / shards.WORK_FOLDER
+    pieces, left = deque[tuple[Path, Shard, int]](), kept_tokens
     for shard in kept:
         pieces.append((folder / shard.file, shard, min(left, shard.num_tokens - len(last))))
         left -= pieces[-1][2]
-    new = [each for each in made if each.split == "val"]
-    pieces += [(work / each.file, each, each.num_tokens - len(last)) for each in new]
+    pieces.extend((work / shard.file, shard, shard.num_tokens - len(last)) for shard in made)
     total = sum(num_tokens for _, _, num_tokens in pieces)
     count = math.ceil(total / VAL_SHARD_TOKENS)
-    paths = [shards.shard_path(work, "val", number) for number in range(count)]
-    position, rest, chunks = 0, np.empty(0, np.uint16), _first_tokens(pieces)
-    ends: Any
-    for number, path in enumerate(paths):
-        writer, wanted = ShardWriter(path), total * (number + 1) // count
-        wanted -= wanted % (context_length or 1)  # a window begins with a conversation
-        try:
-            for chunk in chain([rest], chunks):
-                near = max(0, wanted - position)  # the next document from there on ends the shard
-                ends = np.flatnonzero(chunk[near:] == shards.EOT_TOKEN) if wanted < total else []
-                stop = near + int(ends[0]) if len(ends) else len(chunk)
-                writer.write(chunk[:stop])
-                position, rest = position + stop, chunk[stop:]
-                if len(ends):
+    paths = [work / shards.shard_name("val", number) for number in range(count)]
+    position, rest = 0, np.empty(0, np.uint16)
+    for number, path in enumerate(paths, 1):
+        wanted = total * number // count  # the next document from there on ends the shard
+        wanted -= wanted % (context_length or 1)  # where a window begins, so does a conversation
+        with ShardWriter(path) as writer:
+            while len(rest) or pieces:
+                if not len(rest):
+                    path_of_piece, shard, num_tokens = pieces.popleft()
+                    rest = _checked_tokens(path_of_piece, shard)[:num_tokens]
+                stop = len(rest)
+                if number < count:
+                    stop = shards.next_document(rest, wanted - position)
+                writer.write(rest[:stop])
+                position, rest = position + stop, rest[stop:]
+                if len(rest):
                     break
             writer.write(last)
             writer.commit()
-        finally:
-            writer.discard()
-    return tuple(verify.describe(path, "val")[0] for path in paths)
+    return tuple(verify.measure(path, "val").shard for path in paths)
 
 
-def _first_tokens(pieces: list[tuple[Path, Shard, int]]) -> Iterator[shards.Tokens]:
-    """The first tokens of each shard, as many as the piece says; every byte is checked."""
-    for path, shard, tokens_left in pieces:
-        digest = xxhash.xxh3_64()
-        with refusals("read a shard", path), path.open("rb") as file:
-            file.seek(shards.HEADER.size)
-            while data := file.read(verify.CHUNK_BYTES):
-                digest.update(data)
-                tokens = np.frombuffer(data, "<u2")[:tokens_left]
-                tokens_left -= len(tokens)
-                yield tokens
-        if digest.hexdigest() != shard.checksum:
-            raise ForgeError(
-                "the shard is damaged: its bytes are not those that were written",
-                where=path,
-                fix="run forge-prep verify on its folder",
-            )
+def _checked_tokens(path: Path, shard: Shard) -> shards.Tokens:
+    """All tokens of a shard, read into memory; ForgeError if a byte has changed."""
+    with refusals("read a shard", path):
+        tokens = np.fromfile(path, "<u2", offset=shards.HEADER.size)
+    if xxhash.xxh3_64_hexdigest(tokens.data) != shard.checksum:
+        what = "the shard is damaged: its bytes are not those that were written"
+        raise ForgeError(what, where=path, fix="run forge-prep verify on its folder")
+    return tokens

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,8 @@ from pipeline.shards import DocumentLengths, Index, Shard
 from pipeline.sources import KINDS, Options
 
 CHUNK_BYTES = 2**22
-ANEW = "choose another --out, or start anew with --overwrite"
+PLAN_FILE = "plan.json"  # in .work/: what an unfinished run makes
+ANEW = "choose another --out, or start again with --overwrite"
 
 
 @cache
@@ -35,21 +35,21 @@ def token_lengths() -> npt.NDArray[np.int64]:
 
 
 class Measured(NamedTuple):
-    """What the tokens of a shard say of it. `first` and `largest` are tokens, -1 if it has none."""
+    """What the bytes of a shard say. `first` and `largest` are tokens, -1 if it has none."""
 
-    num_tokens: int
-    num_documents: int
-    text_bytes: int  # 0 without `counts_text`
-    checksum: str
+    shard: Shard  # as an index lists it
+    lengths: DocumentLengths
     first: int
     largest: int
-    lengths: DocumentLengths
 
 
 def measure(
-    path: Path, on_bytes: Callable[[int], None] = lambda count: None, counts_text: bool = False
+    path: Path,
+    split: str,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    counts_text: bool = True,
 ) -> Measured:
-    """Read one shard whole."""
+    """Read one shard whole. Without `counts_text`, which is slow, its text_bytes are 0."""
     num_tokens = shards.check_header(path)
     digest, first, largest, position, text_bytes = xxhash.xxh3_64(), -1, -1, 0, 0
     starts = [np.empty(0, np.int64)]
@@ -60,19 +60,14 @@ def measure(
             first = int(tokens[0]) if position == 0 else first
             largest = max(largest, int(tokens.max()))
             starts.append(np.flatnonzero(tokens == shards.EOT_TOKEN) + position)
-            text_bytes += int(token_lengths()[tokens].sum()) if counts_text else 0
             digest.update(chunk)
             position += len(tokens)
+            text_bytes += int(token_lengths()[tokens].sum()) if counts_text else 0
             on_bytes(len(chunk))
     bounds = np.concatenate([*starts, [num_tokens]])
     counts = (num_tokens, len(bounds) - 1, text_bytes, digest.hexdigest())
-    return Measured(*counts, first, largest, DocumentLengths.of(np.diff(bounds) - 1))
-
-
-def describe(path: Path, split: str) -> tuple[Shard, DocumentLengths]:
-    """A shard as the index lists it, from its tokens alone, and how long its documents are."""
-    found = measure(path, counts_text=True)
-    return Shard(path.name, split, *found[:4], 0, shards.head_checksum(path)), found.lengths
+    shard = Shard(path.name, split, *counts, 0, shards.head_checksum(path))
+    return Measured(shard, DocumentLengths.of(np.diff(bounds) - 1), first, largest)
 
 
 def check_shard(index: Index, shard: Shard, on_bytes: Callable[[int], None]) -> list[str]:
@@ -81,20 +76,20 @@ def check_shard(index: Index, shard: Shard, on_bytes: Callable[[int], None]) -> 
     whole_documents = index.source.get("kind") != "token files"  # other people's may cut documents
     context_length = index.chat["context_length"] if index.chat else 1
     try:
-        found, head = measure(path, on_bytes), shards.head_checksum(path)
+        found = measure(path, shard.split, on_bytes, counts_text=False)
     except ForgeError as error:
         return [f"{shard.file}: {error.what}"]
     problems = []
     for name in ("num_tokens", "num_documents", "checksum"):
-        if (has := getattr(found, name)) != (listed := getattr(shard, name)):
+        if (has := getattr(found.shard, name)) != (listed := getattr(shard, name)):
             problems.append(f"{name.removeprefix('num_')} {has}, the index says {listed}")
     if found.largest >= vocab_size:
         problems.append(f"token {found.largest} is outside the vocabulary of {vocab_size}")
-    if (found.num_tokens - 1) % context_length:
+    if (found.shard.num_tokens - 1) % context_length:
         problems.append(f"not windows of {context_length} tokens, and one token more")
     if found.first not in (shards.EOT_TOKEN, -1) and whole_documents:
         problems.append("does not start with <|endoftext|>")
-    if not problems and shard.head_checksum not in ("", head):
+    if not problems and shard.head_checksum not in ("", found.shard.head_checksum):
         problems.append("the index has another checksum of its head")
     return [f"{shard.file}: {problem}" for problem in problems]
 
@@ -115,60 +110,59 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
     known |= {file["name"] for file in index.source.get("files", [])}
     for path in sorted(index.folder.glob("*.bin")):
         if path.name not in known:
-            problems.append(f"{path.name}: a stranger, not in the index: move it elsewhere")
+            problems.append(f"{path.name}: not in the index: move it elsewhere")
     try:
         vocabulary = (index.folder / shards.VOCABULARY_FILE).read_bytes()
         if hashlib.sha256(vocabulary).hexdigest() != index.tokenizer["sha256"]:
             problems.append(f"{shards.VOCABULARY_FILE}: changed")
     except OSError as error:
         problems.append(f"{shards.VOCABULARY_FILE}: cannot be read: {error.strerror}")
+
+    def check(shard: Shard) -> list[str]:
+        return check_shard(index, shard, on_bytes)
+
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda each: check_shard(index, each, on_bytes), index.shards)
-        return problems + [problem for more in found for problem in more]
+        return problems + [problem for found in pool.map(check, index.shards) for problem in found]
 
 
 # ---------------------------------------------------------------------------------------------
 # Whose folder it is, and what may be done with it
 
 
-@dataclass(frozen=True)
-class State:
-    """What a run finds in its folder."""
+def look_at(
+    folder: Path, wanted: dict[str, Any], overwrite: bool
+) -> tuple[Index | None, tuple[str, ...]]:
+    """What a folder already holds of what is wanted in it.
 
-    index: Index | None = None  # of a finished folder that is not to be overwritten
-    is_enough: bool = False  # it has all that is wanted
-    is_resumed: bool = False  # finished slices of this very plan lie there
-    known_files: tuple[str, ...] = ()  # of the source, in their order
-
-
-def look_at(folder: Path, plan: dict[str, Any], overwrite: bool) -> State:
-    """What lies in a folder that is to hold what `plan` says. ForgeError if it may not be used."""
+    Returns the index of a finished folder, unless it is overwritten, and the names of the source
+    files whose order is fixed. ForgeError if the folder may not be used.
+    """
     begun = read_plan(folder)
-    if begun and "format" not in begun and not overwrite:
+    if begun and "format" not in begun:
         what = "an earlier version of forge-prep began this folder, and this one cannot finish it"
-        raise ForgeError(what, where=folder, fix=f"finish it with that version, or {ANEW}")
-    check_ours(folder, begun)
+        raise ForgeError(
+            what, where=folder, fix="finish it with that version, or name another --out"
+        )
     finish_publishing(folder)
+    check_ours(folder, begun)
     has_index = (folder / shards.INDEX_FILE).exists()
-    if overwrite and (has_index or differences(begun, plan)):
-        return State()
+    if overwrite and (has_index or differences(begun, wanted)):
+        return None, ()
     index = shards.load_index(folder) if has_index else None
-    is_done = index is not None and is_enough(index, plan)
     for shard in index.shards if index else ():
         shards.check_header(folder / shard.file)
-    if is_done:
-        return State(index, is_enough=True)
     if not any((folder / shards.WORK_FOLDER).glob("[0-9]*.json")):
         begun = {}  # nothing is finished yet: any plan may follow
-    refuse(differences(begun, plan), folder)
+    if not index:
+        refuse(differences(begun, wanted), folder)
     source = begun["source"] if begun else index.source if index else {"files": ()}
-    return State(index, False, bool(begun), tuple(file["name"] for file in source["files"]))
+    return index, tuple(file["name"] for file in source["files"])
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
     """The plan of an unfinished run of this version or an older one; empty if there is none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        data = (folder / shards.WORK_FOLDER / shards.PLAN_FILE).read_bytes()
+        data = (folder / shards.WORK_FOLDER / PLAN_FILE).read_bytes()
         plan: dict[str, Any] = json.loads(data)
         if plan["tokenizer"]["sha256"] == shards.VOCABULARY_SHA256:
             return plan
@@ -176,60 +170,56 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 def check_ours(folder: Path, begun: dict[str, Any]) -> None:
-    """ForgeError if something lies there that does not carry our format: only ours is removed."""
-    index, work = folder / shards.INDEX_FILE, folder / shards.WORK_FOLDER
-    source = begun.get("source", {})
+    """ForgeError if the folder holds files that are not forge-prep's: only its own are removed."""
+    path, work = folder / shards.INDEX_FILE, folder / shards.WORK_FOLDER
+    index = None
     with suppress(ForgeError):  # no index, or a damaged one
-        source = shards.load_index(folder).source
+        index = shards.load_index(folder)
+    source = index.source if index else begun.get("source", {})
     names = {path.name for path in folder.iterdir()} - {DOWNLOADS_FOLDER, shards.WORK_FOLDER}
-    others = index.exists() and not shards.is_ours(index)
+    others = path.exists() and not shards.is_ours(path)
     others |= not begun and work.exists() and any(p.suffix != ".partial" for p in work.iterdir())
-    others |= bool(names) and not (begun or index.exists())
+    others |= bool(names) and not (begun or path.exists())
     if others or source.get("kind", "txt") not in KINDS.values():
         raise ForgeError(
-            "the folder holds what others made: neither shards nor an unfinished run of forge-prep",
+            "the folder holds other files: neither shards nor an unfinished run of forge-prep",
             where=folder,
             fix="choose another --out (--overwrite removes shards of forge-prep, nothing else)",
         )
-    is_whole = not (work / shards.INDEX_FILE).exists()  # no move into place was cut short
-    strangers = filter(shards.SHARD_NAME.fullmatch, names - listed_shards(folder))
-    if is_whole and (name := next(strangers, None)):
+    listed = {shard.file for shard in index.shards} if index else set()
+    if name := next(filter(shards.SHARD_NAME.fullmatch, names - listed), None):
         what = "a file that is not in the index has the name of a shard"
-        raise ForgeError(
-            what, where=folder / name, fix="move it elsewhere, or choose another --out"
-        )
+        fix = "move it elsewhere, or choose another --out"
+        raise ForgeError(what, where=folder / name, fix=fix)
 
 
-def listed_shards(folder: Path) -> set[str]:
-    """The shards that the index lists, or the records of an older version's run."""
-    with suppress(ForgeError):
-        return {shard.file for shard in shards.load_index(folder).shards}
-    records = (folder / shards.WORK_FOLDER).glob("[0-9]*.json")
-    is_older = "format" not in read_plan(folder)
-    made = [json.loads(path.read_bytes()) for path in records if is_older]
-    return {shard["file"] for record in made for shard in record["shards"]}
-
-
-def clear(folder: Path, all_of_it: bool = False) -> None:
-    """Remove an unfinished run, or all that forge-prep made. The index goes first."""
-    if all_of_it:
-        names = listed_shards(folder)
-        (folder / shards.INDEX_FILE).unlink(missing_ok=True)
-        for name in [*names, shards.VOCABULARY_FILE]:
+def clear(folder: Path) -> None:
+    """Remove the shards of a finished folder. The index goes last: it says that they are ours."""
+    if (folder / shards.INDEX_FILE).exists():
+        with suppress(ForgeError):  # a damaged index lists nothing
+            for shard in shards.load_index(folder).shards:
+                (folder / shard.file).unlink(missing_ok=True)
+        for name in (shards.VOCABULARY_FILE, shards.INDEX_FILE):
             (folder / name).unlink(missing_ok=True)
+
+
+def forget(folder: Path) -> None:
+    """Remove what an unfinished run has made; its plan only where nothing else needs the mark."""
     work = folder / shards.WORK_FOLDER
-    if all(path.name in (DOWNLOADS_FOLDER, work.name) for path in folder.iterdir()):
-        shutil.rmtree(work, ignore_errors=True)
-    for path in work.glob("[0-9]*"):  # else the plan stays: it says that the folder is ours
+    for path in work.glob("[0-9]*"):
         path.unlink()
+    if {path.name for path in folder.iterdir()} <= {DOWNLOADS_FOLDER, work.name}:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def begin(folder: Path, plan: dict[str, Any]) -> Path:
     """Make `.work/` in a folder, with the plan of what is made there, and return it."""
     work = folder / shards.WORK_FOLDER
     work.mkdir(exist_ok=True)
+    for leftover in work.glob("*.partial"):
+        leftover.unlink()
     marked = {"format": shards.INDEX_FORMAT, "version": shards.INDEX_VERSION} | plan
-    write_whole(work / shards.PLAN_FILE, (json.dumps(marked) + "\n").encode())
+    write_whole(work / PLAN_FILE, (json.dumps(marked) + "\n").encode())
     return work
 
 
@@ -262,7 +252,7 @@ def finish_publishing(folder: Path) -> None:
 
 
 def differences(made: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """In what a run differs from what is wanted now, but for its files and max_tokens."""
+    """The options in which a run differs from what is wanted now; files and max_tokens apart."""
     holds = [
         "chat" if "context_length" in each["options"] else "text" for each in (made, plan) if made
     ]
@@ -293,9 +283,10 @@ def is_enough(index: Index, plan: dict[str, Any]) -> bool:
     More is wanted when it stopped at a smaller max_tokens, or the source has more files.
     """
     made = {"source": index.source, "options": index.options, "tokenizer": index.tokenizer}
+    if not index.slices:  # an older version's: its shards had sizes of their own
+        sizes = {"shard_tokens": plan["options"]["shard_tokens"]}
+        made["options"] = index.options | sizes
     found = differences(made, plan)
-    if index.base is None:  # an older version's: its shards had sizes of their own
-        found = [each for each in found if not each.startswith("options shard_tokens")]
     before, wanted = index.options["max_tokens"], plan["options"]["max_tokens"]
     old, now, has = before or math.inf, wanted or math.inf, index.total("num_tokens", "train")
     if now < old and now <= has:
@@ -309,7 +300,7 @@ def is_enough(index: Index, plan: dict[str, Any]) -> bool:
             raise ForgeError(what, where=file["name"], fix=fix)
     if has >= now or not (files or has >= old):
         return True
-    if index.base is None:
+    if not index.slices:
         what = "an earlier version of forge-prep made the folder, and this one cannot extend it"
         raise ForgeError(what, where=index.folder, fix=ANEW)
     return False

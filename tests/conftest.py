@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline import chatml, prepare, pydocs, shards, sources, tokenizer
-from pipeline.slices import Options
+from pipeline.sources import Options
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -75,7 +75,7 @@ def make_parquet() -> Callable[..., Path]:
 def make_shards() -> Callable[..., shards.Index]:
     def make(source: Path, folder: Path, workers: int = 1, **options: object) -> shards.Index:
         options = {"val_fraction": 0.2} | options
-        found = sources.resolve(str(source), None, "train", None)
+        found = sources.resolve(str(source))
         outcome = prepare.tokenize(found, folder, Options(**options), workers=workers)  # type: ignore[arg-type]
         return outcome.index
 

@@ -22,7 +22,7 @@ from hub import COMMIT, Hub
 from pipeline import chat, chatml, prepare, shards, sides, slices, sources, tokenizer, verify
 from pipeline.chat import ChatOptions
 from pipeline.errors import ForgeError
-from pipeline.slices import Options
+from pipeline.sources import Options
 from trainer.windows import Windows
 
 LENGTH = 128  # tokens of a window
@@ -152,29 +152,32 @@ def test_a_conversation_is_on_one_side_whatever_the_context_length(tmp_path: Pat
 
 def test_parquet_and_json_lines_and_all_layouts_give_the_same_tokens(tmp_path: Path) -> None:
     pairs = [(f"Say {n}.", f"I say {n}.") for n in range(60)]
-    layouts: dict[str, Rows] = {
-        "messages": [
-            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-            for q, a in pairs
-        ],
-        "conversations": [
-            {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
-            for q, a in pairs
-        ],
-        "alpaca": [{"instruction": q, "input": "", "output": a} for q, a in pairs],
-        "prompt": [{"prompt": q, "completion": a, "id": n} for n, (q, a) in enumerate(pairs)],
-    }
+    messages = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in pairs
+    ]
+    shared = [
+        {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+        for q, a in pairs
+    ]
+    lines = write_lines(tmp_path / "shared.jsonl", shared).read_bytes()
+    (tmp_path / "shared.jsonl.gz").write_bytes(gzip.compress(lines))
     made = []
-    for name, rows in layouts.items():
-        for path in (
-            write_parquet(tmp_path / f"{name}.parquet", rows),
-            write_lines(tmp_path / f"{name}.jsonl", rows),
-        ):
-            out = tmp_path / path.name.replace(".", "_")
-            made.append([p.read_bytes() for p in (make(path, out).folder).glob("*.bin")])
-    archive = tmp_path / "z.jsonl.gz"
-    archive.write_bytes(gzip.compress((tmp_path / "messages.jsonl").read_bytes()))
-    made.append([p.read_bytes() for p in make(archive, tmp_path / "gz").folder.glob("*.bin")])
+    sources = (
+        write_parquet(tmp_path / "messages.parquet", messages),
+        tmp_path / "shared.jsonl.gz",
+        write_lines(
+            tmp_path / "alpaca.jsonl",
+            [{"instruction": q, "input": "", "output": a} for q, a in pairs],
+        ),
+        write_parquet(
+            tmp_path / "prompt.parquet",
+            [{"prompt": q, "completion": a, "id": n} for n, (q, a) in enumerate(pairs)],
+        ),
+    )
+    for number, source in enumerate(sources):
+        folder = make(source, tmp_path / str(number)).folder
+        made.append({shard.name: shard.read_bytes() for shard in folder.glob("*.bin")})
     assert len(made[0]) == 2
     assert all(each == made[0] for each in made)
 
@@ -218,8 +221,11 @@ def test_a_larger_max_tokens_extends_a_folder_to_the_bytes_of_one_run(tmp_path: 
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
-@pytest.mark.usefixtures("small_slices")
-def test_more_files_extend_a_finished_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bytes_per_token", [0.0001, sources.BYTES_PER_TOKEN])
+def test_more_files_extend_a_finished_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_per_token: float
+) -> None:
+    monkeypatch.setattr(sources, "BYTES_PER_TOKEN", bytes_per_token)
     rows, source = some_rows(150), tmp_path / "in"
     write_parquet(source / "a.parquet", rows[:70])
     make(source, tmp_path / "out")
@@ -240,9 +246,7 @@ def test_kills_change_no_byte(tmp_path: Path) -> None:
         for _ in range(9):
             command = [sys.executable, "-c", program, "chat", source, "--out", out]
             command += ["--context-length", LENGTH, "--workers", 2]
-            process = subprocess.Popen(
-                list(map(str, command)), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-            )
+            process = subprocess.Popen(list(map(str, command)), cwd=ROOT)
             before = len(list(out.glob(".work/[0-9]*.json")))
             while kills < most_kills and process.poll() is None:
                 if len(list(out.glob(".work/[0-9]*.json"))) > before + 5:
@@ -283,7 +287,7 @@ def test_conversations_are_packed_some_at_a_time_so_that_memory_is_bounded(
     )
     side = sides.ChatSide(tmp_path, "train", 0, LENGTH)
     for tokens in rendered(some_rows(200)):
-        side.add_conversation(np.array(tokens, np.uint16))
+        side.add(np.array(tokens[1:], np.uint16), 0)
         packed.append(side.num_tokens)
     (shard,) = side.commit()
     assert len(made) > 5
@@ -324,8 +328,8 @@ def test_each_kind_of_bad_conversation_is_left_out_and_counted(tmp_path: Path, f
         assert {key: index.skipped[key] for key in wanted} == wanted
         assert index.total("num_documents") == len(rows)
         shown = forge("prep", "info", out).output
-        assert "1 null; 2 without a message" in shown
-        assert "1 longer than the context" in shown
+        assert "left out   1 null\n           2 without a message" in shown
+        assert "           1 longer than the context\n" in shown
 
 
 def test_a_source_of_nothing_but_bad_conversations_is_an_error(tmp_path: Path) -> None:
@@ -492,7 +496,7 @@ def test_what_is_no_source_of_conversations_is_an_error(forge, tmp_path: Path) -
     (tmp_path / "a.txt").write_text("some text")
     text = run_chat(forge, tmp_path / "a.txt", "--out", tmp_path / "out")
     assert text.exit_code == 2
-    assert "conversations are rows of .parquet or .jsonl" in text.stderr
+    assert "conversations are .parquet or .jsonl" in text.stderr
     short = run_chat(forge, tmp_path / "a.txt", "--context-length", 8)
     assert short.exit_code == 1
     assert "--context-length 8 is too short" in short.stderr

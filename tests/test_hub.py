@@ -234,7 +234,7 @@ def test_bad_days_of_the_hub_change_no_byte(
     assert shard_bytes(tmp_path / "out") == local
 
 
-def test_a_file_that_stays_wrong_is_an_error_and_the_next_run_goes_on(
+def test_a_file_that_stays_wrong_is_an_error_and_the_next_run_resumes(
     tokenize: Tokenize, hub: Hub, local: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.faults[NAMES[2]] = ["change"] * 99

@@ -76,7 +76,7 @@ def test_tokenize_json_is_one_object_and_nothing_else(forge, source: Path, tmp_p
         (["info", "."], "no folder of shards"),
     ],
 )
-def test_what_is_not_there_is_exit_code_1(
+def test_a_missing_source_or_folder_is_exit_code_1(
     forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,7 +114,7 @@ def test_wrong_usage_is_exit_code_2(forge, arguments: list[str]) -> None:
     ],
 )
 def test_counts_are_written_as_people_write_them(written: str, meant: int) -> None:
-    from pipeline.cli import Count
+    from pipeline.command import Count
 
     assert Count()(written) == meant
 
@@ -171,7 +171,7 @@ def test_verify_is_exit_code_0_or_1(forge, small_shards: Path, tmp_path: Path) -
     with (copy / "train_000000.bin").open("r+b") as file:
         file.seek(3000)
         file.write(b"\1\1")
-    assert_error(forge("prep", "verify", copy), "1 problems", "train_000000.bin: checksum")
+    assert_error(forge("prep", "verify", copy), "1 problem:", "train_000000.bin: checksum")
     with (copy / "train_000000.bin").open("r+b") as file:
         file.seek(shards.HEADER.size + 2)
         file.write(b"\xff\xff")
@@ -205,7 +205,7 @@ def test_a_real_process_is_quiet_off_a_terminal_and_needs_no_hub_library(
     assert ran.stderr == ""
 
 
-def test_what_it_says_to_do_next_works_with_so_many_tokens(forge, source: Path, tmp_path) -> None:
+def test_the_next_command_fits_the_number_of_tokens(forge, source: Path, tmp_path) -> None:
     made = forge("prep", "tokenize", source, "--out", tmp_path / "out")
     assert "too few val tokens, even for the config tiny" in made.stdout
     for train, val, says in (
@@ -281,7 +281,7 @@ def test_files_of_other_kinds_are_named_and_hidden_ones_are_not_read(forge, tmp_
 
 
 @pytest.mark.parametrize("option", ["--split", "--revision"])
-def test_what_is_of_the_hub_alone_is_refused_elsewhere(forge, source: Path, option: str) -> None:
+def test_hub_options_are_refused_for_local_files(forge, source: Path, option: str) -> None:
     result = forge("prep", "tokenize", source, option, "test")
     assert result.exit_code == 2
     assert f"{option} is for a hub dataset" in result.stderr
@@ -354,7 +354,7 @@ def test_index_leaves_an_unfinished_run_alone(forge, tmp_path: Path, make_parque
     assert not (out / "index.json").exists()
 
 
-def test_index_refuses_what_is_no_token_file(forge, tmp_path: Path) -> None:
+def test_index_refuses_files_that_are_not_token_files(forge, tmp_path: Path) -> None:
     assert forge("prep", "index", tmp_path).exit_code == 1
     (tmp_path / "train.bin").write_bytes(b"\1\0" * 600)
     result = forge("prep", "index", tmp_path)
@@ -433,7 +433,7 @@ def test_index_takes_no_test_or_eval_file_for_training(forge, tmp_path: Path, na
     assert forge("prep", "verify", tmp_path).exit_code == 0
 
 
-def test_ctrl_c_is_one_clear_message_and_the_next_run_goes_on(
+def test_ctrl_c_is_one_clear_message_and_the_next_run_resumes(
     tmp_path: Path, make_parquet, forge, documents
 ) -> None:
     source = make_parquet(tmp_path / "a.parquet", documents * 400, rows=100)

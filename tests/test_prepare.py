@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,8 @@ from conftest import HOSTILE, ROOT
 
 from pipeline import foreign, prepare, readers, shards, slices, sources, tokenizer, verify
 from pipeline.errors import ForgeError
-from pipeline.slices import Options
+from pipeline.plan import Plan
+from pipeline.sources import Options
 
 
 @pytest.fixture
@@ -46,6 +48,12 @@ def folder_of_text(tmp_path_factory: pytest.TempPathFactory, documents, make_par
     make_parquet(root / "a.parquet", documents[:40])
     make_parquet(root / "b.parquet", documents[40:])
     return root
+
+
+def tokenize(
+    source: Path, out: Path, options: Options, workers: int = 1, **more: Any
+) -> prepare.Outcome:
+    return prepare.tokenize(sources.resolve(str(source)), out, options, workers=workers, **more)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -117,7 +125,7 @@ def by_hash(names: Iterable[object], suffix: str = ".parquet") -> list[object]:
     return sorted(names, key=lambda name: xxhash.xxh3_64_intdigest(f"{name}{suffix}".encode()))
 
 
-def test_an_error_keeps_finished_slices_and_the_next_run_goes_on(
+def test_an_error_keeps_finished_slices_and_the_next_run_resumes(
     tmp_path: Path, folder_of_text: Path, make_shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "BYTES_PER_TOKEN", 0.004)
@@ -152,12 +160,11 @@ def records(out: Path) -> dict[str, int]:
 
 def all_but_the_index(source: Path, out: Path, **options: object) -> dict[str, int]:
     """Make `out` as if the last moment had been missing; when each train shard was made."""
-    found = sources.resolve(str(source), None, "train", None)
     chosen = Options(**{"val_fraction": 0.2} | options)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "_index", None)
+        patch.setattr(prepare._Run, "index", None)
         with pytest.raises(TypeError, match="not callable"):
-            prepare.tokenize(found, out, chosen, workers=1)
+            tokenize(source, out, chosen)
     return {p.name: p.stat().st_mtime_ns for p in out.glob(".work/train_*.bin")}
 
 
@@ -193,13 +200,13 @@ def test_the_next_run_keeps_the_slices_of_unchanged_files_and_makes_all_others_a
 
 def pieces(source: Path, first: Iterable[str] = ()) -> dict[int, tuple[tuple[str, int, int], ...]]:
     """What each slice is made of: one letter for a file, and row groups."""
-    found = sources.resolve(str(source), None, "train", None)
+    found = sources.resolve(str(source))
     found = found.ordered([f"{name}.parquet" for name in by_hash(first)])
-    plan = sources.Plan(found, Options(), readers.stop)
+    plan = Plan(found, Options(), readers.stop)
     plan.reach(math.inf)
     return {
-        each.number: tuple((found.files[p.file].name[0], p.start, p.stop) for p in each.parts)
-        for each in plan.slices
+        each.number: tuple((p.file.name[0], p.start, p.stop) for p in each.parts)
+        for each in plan.slices.values()
     }
 
 
@@ -219,7 +226,7 @@ def test_max_tokens_counts_no_finished_slice_behind_a_missing_one(
         make_parquet(path, texts)
     all_but_the_index(tmp_path / "in", out, max_tokens=10_000)
     (out / ".work" / "000000.json").unlink()
-    source = sources.resolve(str(tmp_path / "in"), None, "train", None)
+    source = sources.resolve(str(tmp_path / "in"))
     reports = itertools.count()
 
     def be_quick(progress: prepare.Progress) -> None:
@@ -380,7 +387,7 @@ def test_min_score_needs_scores(tmp_path: Path, make_parquet, make_shards) -> No
         Options(min_score=float("nan"))
 
 
-def test_damaged_places_are_left_out_and_listed_if_so_wished(
+def test_skip_errors_leaves_out_damaged_places_and_lists_them(
     tmp_path: Path, make_parquet, documents
 ) -> None:
     for name in "abc":
@@ -391,12 +398,11 @@ def test_damaged_places_are_left_out_and_listed_if_so_wished(
     start = column.dictionary_page_offset or column.data_page_offset
     data = b.read_bytes()
     b.write_bytes(data[:start] + b"\xff" * 40 + data[start + 40 :])
-    source = sources.resolve(str(tmp_path / "in"), None, "train", None)
     made = []
     for workers in (1, 2):
         out = tmp_path / str(workers)
-        outcome = prepare.tokenize(
-            source, out, Options(val_fraction=0.0), workers=workers, skip_errors=True
+        outcome = tokenize(
+            tmp_path / "in", out, Options(val_fraction=0.0), workers=workers, skip_errors=True
         )
         made.append(contents(out))
     assert made[0] == made[1]
@@ -416,9 +422,8 @@ def test_damaged_lines_are_left_out_and_no_others(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     many = [b"[]" for _ in range(30)]
     (tmp_path / "b.jsonl").write_bytes(b"\n".join([*many, *lines[:3]]))
-    source = sources.resolve(str(tmp_path / "*.jsonl"), None, "train", None)
     options = Options(val_fraction=0.0)
-    outcome = prepare.tokenize(source, tmp_path / "out", options, workers=1, skip_errors=True)
+    outcome = tokenize(tmp_path / "*.jsonl", tmp_path / "out", options, skip_errors=True)
     kept = [f"text {n}".encode() for n in range(100) if n not in (7, 50, 51)]
     assert sorted(texts_of(tmp_path / "out", "train")) == sorted([*kept, *kept[:3]])
     skipped = outcome.index.skipped
@@ -441,12 +446,11 @@ def test_a_text_of_parquet_that_is_not_utf8_is_left_out_alone(
     scores = [n % 5 for n in range(3000)]
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": column, "score": scores}), path, row_group_size=2000)
-    source = sources.resolve(str(path), None, "train", None)
     options = Options(val_fraction=0.0, min_score=min_score)
     with pytest.raises(ForgeError, match="invalid UTF-8") as caught:
-        prepare.tokenize(source, tmp_path / "stops", options, workers=1)
+        tokenize(path, tmp_path / "stops", options)
     assert str(caught.value.where) == f"{path}, row group 0, text 6"
-    outcome = prepare.tokenize(source, tmp_path / "out", options, workers=1, skip_errors=True)
+    outcome = tokenize(path, tmp_path / "out", options, skip_errors=True)
     kept = [
         text
         for n, text in enumerate(texts)
@@ -468,9 +472,8 @@ def test_a_damaged_row_group_is_counted_among_many_bad_texts(tmp_path: Path) -> 
     start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
     data[start : start + 12] = b"\xff" * 12
     path.write_bytes(data)
-    source = sources.resolve(str(path), None, "train", None)
     options = Options(val_fraction=0.0)
-    outcome = prepare.tokenize(source, tmp_path / "out", options, workers=1, skip_errors=True)
+    outcome = tokenize(path, tmp_path / "out", options, skip_errors=True)
     damaged = outcome.index.skipped["damaged"]
     assert outcome.index.skipped["num_damaged"] == 27
     assert len(damaged) == 20
@@ -478,16 +481,15 @@ def test_a_damaged_row_group_is_counted_among_many_bad_texts(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_what_comes_before_the_cut_of_an_archive_is_kept(tmp_path: Path, suffix: str) -> None:
+def test_text_before_the_cut_of_an_archive_is_kept(tmp_path: Path, suffix: str) -> None:
     text = random.Random(0)
     lines = "".join(json.dumps({"text": text.randbytes(30).hex()}) + "\n" for _ in range(60_000))
     path = tmp_path / f"a.jsonl{suffix}"
     with pa.output_stream(str(path), compression="detect") as stream:
         stream.write(lines.encode())
     path.write_bytes(path.read_bytes()[:-9])
-    source = sources.resolve(str(path), None, "train", None)
     options = Options(val_fraction=0.0)
-    outcome = prepare.tokenize(source, tmp_path / "out", options, workers=1, skip_errors=True)
+    outcome = tokenize(path, tmp_path / "out", options, skip_errors=True)
     num_kept = len(texts_of(tmp_path / "out", "train"))
     assert 58_000 < num_kept <= 60_000  # all but the last block (zstd's have 128 KiB) of 4.4 MB
     (damaged,) = outcome.index.skipped["damaged"]
@@ -518,9 +520,10 @@ def stamps(folder: Path) -> dict[Path, int]:
 
 
 def test_a_finished_folder_is_left_alone(finished: Path) -> None:
-    source = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
     before = stamps(finished)
-    outcome = prepare.tokenize(source, finished, Options(val_fraction=0.2), workers=2)
+    outcome = tokenize(
+        finished.parent / "a.parquet", finished, Options(val_fraction=0.2), workers=2
+    )
     assert outcome.up_to_date
     assert outcome.index == shards.load_index(finished)
     assert stamps(finished) == before
@@ -605,8 +608,20 @@ def test_more_files_extend_a_finished_folder_behind_what_it_has(
     assert stamps(out) == before, "up to date"
 
 
+def test_a_folder_of_one_slice_is_extended_and_no_document_comes_twice(
+    tmp_path: Path, make_parquet, make_shards
+) -> None:
+    texts = [f"document {n}" for n in range(80)]
+    for name, some in (("b", texts[:40]), ("a", texts[40:])):
+        make_parquet(tmp_path / "in" / f"{name}.parquet", some)
+        index = make_shards(tmp_path / "in", tmp_path / "out", val_fraction=0.5)
+        assert len(index.slices) == 1
+    found = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
+    assert sorted(found) == sorted(text.encode() for text in texts)
+
+
 @pytest.mark.usefixtures("small_slices")
-def test_an_extension_that_is_killed_leaves_the_folder_whole_and_goes_on(
+def test_an_extension_that_is_killed_leaves_the_folder_whole_and_resumes(
     tmp_path: Path, documents, make_parquet, make_shards
 ) -> None:
     source, outs = tmp_path / "in", [tmp_path / name for name in ("killed", "straight", "plain")]
@@ -664,13 +679,14 @@ def test_a_source_file_that_is_gone_or_changed_is_not_extended(
             make_shards(source, finished)
 
 
-def test_what_an_earlier_version_began_is_refused_and_what_it_finished_is_left_alone(
+def test_an_earlier_versions_unfinished_folder_is_refused_and_its_finished_one_left_alone(
     finished: Path, make_parquet, make_shards
 ) -> None:
     source, index = finished.parent / "a.parquet", finished / "index.json"
     raw = json.loads(index.read_text())
-    del raw["base"], raw["options"]["split_on"]
+    del raw["slices"], raw["options"]["split_on"]
     raw["options"]["shard_tokens"] = 100_000_000
+    raw["base"] = {"num_slices": 0}  # as a version between the two had it
     index.write_text(json.dumps(raw))
     before = stamps(finished)
     make_shards(source, finished)
@@ -685,12 +701,10 @@ def test_what_an_earlier_version_began_is_refused_and_what_it_finished_is_left_a
     plan = {key: raw[key] for key in ("source", "options", "tokenizer")}
     (finished / ".work" / "plan.json").write_text(json.dumps(plan))
     before = stamps(finished)
-    with pytest.raises(ForgeError, match="earlier version of forge-prep began this folder"):
-        make_shards(source, finished)
+    for overwrite in (False, True):
+        with pytest.raises(ForgeError, match="earlier version of forge-prep began this folder"):
+            tokenize(source, finished, Options(), overwrite=overwrite)
     assert stamps(finished) == before
-    found = sources.resolve(str(source), None, "train", None)
-    prepare.tokenize(found, finished, Options(), workers=1, overwrite=True)
-    assert verify.verify(shards.load_index(finished), 1, lambda count: None) == []
 
 
 def test_val_is_few_shards_of_one_size_cut_between_documents(
@@ -720,7 +734,7 @@ def test_an_unfinished_run_with_other_options_is_refused_and_named(
         make_shards(source, tmp_path / "out", val_fraction=0.5)
 
 
-def test_a_column_without_text_binds_nobody_to_it(tmp_path: Path, make_shards) -> None:
+def test_a_run_without_text_leaves_the_options_free(tmp_path: Path, make_shards) -> None:
     """The error says to name another column, and that must work."""
     path, out = tmp_path / "a.parquet", tmp_path / "out"
     pq.write_table(pa.table({"text": ["", ""], "body": ["some", "text"]}), path)
@@ -732,9 +746,8 @@ def test_a_column_without_text_binds_nobody_to_it(tmp_path: Path, make_shards) -
         make_shards(path, out)
     assert make_shards(path, out, text_column="body").total("num_documents") == 2
     (out / "notes.txt").write_text("mine")
-    source = sources.resolve(str(path), None, "train", None)
     with pytest.raises(ForgeError, match="no text"):
-        prepare.tokenize(source, out, Options(), workers=1, overwrite=True)
+        tokenize(path, out, Options(), overwrite=True)
     assert make_shards(path, out, text_column="body").total("num_documents") == 2
 
 
@@ -746,10 +759,9 @@ def test_a_folder_of_other_peoples_shards_is_not_overwritten(
     for split in shards.SPLITS:
         shutil.copy(finished / f"{split}_000000.bin", theirs / f"fineweb_{split}_000001.bin")
     foreign.index_folder(theirs, raw=False)
-    source = sources.resolve(str(tmp_path / "a.parquet"), None, "train", None)
     before = stamps(theirs)
-    with pytest.raises(ForgeError, match="others made"):
-        prepare.tokenize(source, theirs, Options(), workers=1, overwrite=True)
+    with pytest.raises(ForgeError, match="other files"):
+        tokenize(tmp_path / "a.parquet", theirs, Options(), overwrite=True)
     assert stamps(theirs) == before
 
 
@@ -764,26 +776,25 @@ def test_a_folder_of_other_peoples_shards_is_not_overwritten(
     ],
 )
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_does_not_carry_our_format_is_never_touched(
+def test_files_without_our_format_are_never_touched(
     tmp_path: Path, make_parquet, name: str, content: str, overwrite: bool
 ) -> None:
     out = tmp_path / "out"
     (out / ".work").mkdir(parents=True)
     (out / name).write_text(content)
     before = stamps(out)
-    source = sources.resolve(str(make_parquet(tmp_path / "a.parquet", ["a"])), None, "train", None)
-    with pytest.raises(ForgeError, match=r"others made|name of a shard"):
-        prepare.tokenize(source, out, Options(), workers=1, overwrite=overwrite)
+    source = make_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(ForgeError, match=r"other files|name of a shard"):
+        tokenize(source, out, Options(), overwrite=overwrite)
     assert stamps(out) == before
 
 
-def test_a_stranger_with_a_shards_name_is_neither_removed_nor_replaced(finished: Path) -> None:
+def test_another_file_with_a_shards_name_is_neither_removed_nor_replaced(finished: Path) -> None:
     stranger = finished / "train_000001.bin"
     stranger.write_bytes(b"another program's")
-    source = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
     for overwrite in (False, True):
         with pytest.raises(ForgeError, match="has the name of a shard") as caught:
-            prepare.tokenize(source, finished, Options(), workers=1, overwrite=overwrite)
+            tokenize(finished.parent / "a.parquet", finished, Options(), overwrite=overwrite)
         assert caught.value.where == stranger
     assert stranger.read_bytes() == b"another program's"
 
@@ -803,13 +814,12 @@ def test_a_folder_of_other_files_is_refused_and_untouched(
     (out / "thesis.txt").write_text("years of work")
     before = stamps(out)
     source = make_parquet(tmp_path / "a.parquet", ["a"])
-    found = sources.resolve(str(source), None, "train", None)
     with pytest.raises(ForgeError, match=r"neither shards nor an unfinished run|name of a shard"):
         make_shards(source, out)
     (out / "train_000001.bin").write_text("years of somebody's work")  # and no index
     before = stamps(out)
     with pytest.raises(ForgeError, match=r"neither shards nor an unfinished run|name of a shard"):
-        prepare.tokenize(found, out, Options(), workers=1, overwrite=True)
+        tokenize(source, out, Options(), overwrite=True)
     assert stamps(out) == before
 
 
@@ -817,8 +827,7 @@ def test_overwrite_removes_shards_and_nothing_else(finished: Path) -> None:
     mine = {finished / name for name in ("notes.md", "train_000000.bin.bak")}
     for path in mine:
         path.write_text("mine")
-    source = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
-    outcome = prepare.tokenize(source, finished, Options(), workers=1, overwrite=True)
+    outcome = tokenize(finished.parent / "a.parquet", finished, Options(), overwrite=True)
     assert {path.read_text() for path in mine} == {"mine"}
     for path in mine:
         path.unlink()
@@ -826,7 +835,7 @@ def test_overwrite_removes_shards_and_nothing_else(finished: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_slices")
-def test_overwrite_goes_on_after_a_kill(tmp_path: Path, folder_of_text: Path, make_shards) -> None:
+def test_overwrite_resumes_after_a_kill(tmp_path: Path, folder_of_text: Path, make_shards) -> None:
     """It begins a plan once: what that has made is not in its own way."""
     out, straight = tmp_path / "out", tmp_path / "straight"
     make_shards(folder_of_text, out, val_fraction=0.0)
@@ -834,11 +843,10 @@ def test_overwrite_goes_on_after_a_kill(tmp_path: Path, folder_of_text: Path, ma
     for run in range(3):
         with pytest.MonkeyPatch.context() as patch:
             if run < 2:
-                patch.setattr(prepare, "_index", None)
+                patch.setattr(prepare._Run, "index", None)
             with pytest.raises(TypeError) if run < 2 else contextlib.nullcontext():
-                found = sources.resolve(str(folder_of_text), None, "train", None)
                 options = Options(val_fraction=0.2)
-                prepare.tokenize(found, out, options, workers=1, overwrite=True)
+                tokenize(folder_of_text, out, options, overwrite=True)
         made[run] = {p.name: p.stat().st_mtime_ns for p in out.rglob("train_*.bin")}
     assert made[0] == made[1] == made[2]
     make_shards(folder_of_text, straight)
@@ -848,12 +856,12 @@ def test_overwrite_goes_on_after_a_kill(tmp_path: Path, folder_of_text: Path, ma
 def test_a_finished_folder_whose_shard_is_damaged_is_not_up_to_date(finished: Path) -> None:
     shard = finished / "train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
-    source = sources.resolve(str(finished.parent / "a.parquet"), None, "train", None)
+    source = sources.resolve(str(finished.parent / "a.parquet"))
     with pytest.raises(ForgeError, match="shorter than its header says") as caught:
         prepare.tokenize(source, finished, Options(val_fraction=0.2), workers=1)
     assert "--overwrite" in str(caught.value.fix)
     shutil.copy(finished.parent / "a.parquet", finished.parent / "b.parquet")
-    source = sources.resolve(str(finished.parent), None, "train", None)
+    source = sources.resolve(str(finished.parent))
     with pytest.raises(ForgeError, match="shorter than its header says"):  # nor is it extended
         prepare.tokenize(source, finished, Options(val_fraction=0.2), workers=1)
 
@@ -875,7 +883,7 @@ def test_an_edit_between_two_runs_is_noticed_whatever_its_size(
 
 def test_a_file_that_is_replaced_during_the_run_is_an_error(tmp_path: Path, make_parquet) -> None:
     path = make_parquet(tmp_path / "a.parquet", ["a", "b"])
-    found = sources.resolve(str(path), None, "train", None)
+    found = sources.resolve(str(path))
     make_parquet(path, ["another", "text"], column="body")
     os.utime(path, ns=(1, 1))
     with pytest.raises(ForgeError, match=r"has changed since this run began|no column"):
@@ -907,9 +915,8 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path, make_parquet, make_sha
     index = make_shards(make_parquet(tmp_path / "a.parquet", ["a"]), out)
     with holding(out):
         for overwrite in (False, True):
-            found = sources.resolve(str(tmp_path / "a.parquet"), None, "train", None)
             with pytest.raises(ForgeError, match="another forge-prep"):
-                prepare.tokenize(found, out, Options(), workers=1, overwrite=overwrite)
+                tokenize(tmp_path / "a.parquet", out, Options(), overwrite=overwrite)
     assert verify.verify(index, 1, lambda count: None) == []
 
 
@@ -927,9 +934,8 @@ def test_overwrite_keeps_the_shards_until_the_new_source_is_known_to_be_good(
     out = tmp_path / "out"
     index = make_shards(make_parquet(tmp_path / "a.parquet", ["a", "b"]), out)
     other = make_parquet(tmp_path / "b.parquet", ["c"], column="body")
-    found = sources.resolve(str(other), None, "train", None)
     with pytest.raises(ForgeError, match="no column 'text'"):
-        prepare.tokenize(found, out, Options(), workers=1, overwrite=True)
+        tokenize(other, out, Options(), overwrite=True)
     assert shards.load_index(out) == index
     assert verify.verify(index, 1, lambda count: None) == []
 
@@ -993,7 +999,7 @@ def test_shared_memory_that_is_full_is_not_a_full_disk(
     def fail(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(multiprocessing.get_context("spawn").__class__, "Value", fail)
+    monkeypatch.setattr(multiprocessing.get_context("spawn").__class__, "Array", fail)
     with pytest.raises(ForgeError, match="cannot make shared memory") as caught:
         make_shards(make_parquet(tmp_path / "a.parquet", ["a"]), tmp_path / "out")
     assert caught.value.where == where
@@ -1058,13 +1064,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("small_slices")
-def test_a_full_disk_is_an_error_and_the_next_run_goes_on(
+def test_a_full_disk_is_an_error_and_the_next_run_resumes(
     disk: Path, tmp_path: Path, documents, make_parquet, make_shards
 ) -> None:
     """Somebody else fills the disk while we are at work; then there is room again."""
-    source = sources.resolve(
-        str(make_parquet(tmp_path / "a.parquet", documents * 8)), None, "train", None
-    )
+    source = make_parquet(tmp_path / "a.parquet", documents * 8)
     options, out = Options(val_fraction=0.2), disk / "out"
 
     def fill(progress: prepare.Progress) -> None:
@@ -1074,16 +1078,16 @@ def test_a_full_disk_is_an_error_and_the_next_run_goes_on(
                     file.write(b"x" * 4096)
 
     with pytest.raises(ForgeError, match="cannot write: No space left on device") as caught:
-        prepare.tokenize(source, out, options, workers=2, on_progress=fill)
+        tokenize(source, out, options, workers=2, on_progress=fill)
     assert "make room" in str(caught.value.fix)
     assert not list(out.rglob("*.partial"))
     finished = {p.name: p.stat().st_mtime_ns for p in out.rglob("train_*.bin")}
     assert len(finished) >= 3
     (disk / "film").unlink()
-    prepare.tokenize(source, out, options, workers=2)
+    tokenize(source, out, options, workers=2)
     recorded = {p.name: p.stat().st_mtime_ns for p in out.glob("train_*.bin")}
     assert len(recorded.items() & finished.items()) >= 3
-    prepare.tokenize(source, tmp_path / "straight", options, workers=1)
+    tokenize(source, tmp_path / "straight", options)
     assert contents(out) == contents(tmp_path / "straight")
 
 
@@ -1091,26 +1095,23 @@ def test_a_full_disk_is_an_error_and_the_next_run_goes_on(
 def test_a_read_only_disk_is_an_error_with_a_cure(
     disk: Path, tmp_path: Path, make_parquet, overwrite: bool
 ) -> None:
-    source = sources.resolve(
-        str(make_parquet(tmp_path / "a.parquet", ["a", "b"])), None, "train", None
-    )
-    prepare.tokenize(source, disk / "made", Options(), workers=1)
+    source = make_parquet(tmp_path / "a.parquet", ["a", "b"])
+    tokenize(source, disk / "made", Options())
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for name in ("made", "new"):
         options = Options(val_fraction=0.0 if overwrite else 0.005)
         if name == "made" and not overwrite:
-            assert prepare.tokenize(source, disk / name, options, workers=1).up_to_date
+            assert tokenize(source, disk / name, options).up_to_date
             continue
         with pytest.raises(ForgeError, match="Read-only file system") as caught:
-            prepare.tokenize(source, disk / name, options, workers=1, overwrite=overwrite)
+            tokenize(source, disk / name, options, overwrite=overwrite)
         assert caught.value.fix
 
 
 @pytest.mark.usefixtures("small_slices")
-def test_a_worker_killed_by_the_kernel_is_an_error_and_the_next_run_goes_on(
+def test_a_worker_killed_by_the_kernel_is_an_error_and_the_next_run_resumes(
     tmp_path: Path, folder_of_text: Path, make_shards
 ) -> None:
-    source = sources.resolve(str(folder_of_text), None, "train", None)
     options, out = Options(val_fraction=0.2), tmp_path / "out"
 
     def kill(progress: prepare.Progress) -> None:
@@ -1119,11 +1120,11 @@ def test_a_worker_killed_by_the_kernel_is_an_error_and_the_next_run_goes_on(
                 os.kill(worker.pid or 0, signal.SIGKILL)
 
     with pytest.raises(ForgeError, match="a worker process was killed") as caught:
-        prepare.tokenize(source, out, options, workers=2, on_progress=kill)
+        tokenize(folder_of_text, out, options, workers=2, on_progress=kill)
     assert "fewer --workers" in str(caught.value.fix)
     assert multiprocessing.active_children() == []
     assert not list(out.rglob("*.partial"))
-    prepare.tokenize(source, out, options, workers=2)
+    tokenize(folder_of_text, out, options, workers=2)
     make_shards(folder_of_text, tmp_path / "straight")
     assert contents(out) == contents(tmp_path / "straight")
 
@@ -1138,9 +1139,8 @@ def test_too_little_room_is_said_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ForgeError, match="too little room"):
         make_shards(source, tmp_path / "out")
-    found = sources.resolve(str(source), None, "train", None)
     with pytest.raises(ForgeError, match="too little room"):
-        prepare.tokenize(found, tmp_path / "finished", Options(), workers=1, overwrite=True)
+        tokenize(source, tmp_path / "finished", Options(), overwrite=True)
     assert verify.verify(index, 1, lambda count: None) == []
 
 
@@ -1161,10 +1161,9 @@ def test_progress_ends_at_the_whole_of_the_plan(
     tmp_path: Path, folder_of_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "BYTES_PER_TOKEN", 0.004)
-    source = sources.resolve(str(folder_of_text), None, "train", None)
     seen: list[prepare.Progress] = []
-    outcome = prepare.tokenize(
-        source, tmp_path / "out", Options(), workers=2, on_progress=seen.append
+    outcome = tokenize(
+        folder_of_text, tmp_path / "out", Options(), workers=2, on_progress=seen.append
     )
     done = [each.done_bytes for each in seen]
     assert done == sorted(done)
@@ -1192,8 +1191,7 @@ def test_progress_up_to_a_limit_goes_by_tokens(
         scores = [3 if number % 8 == 0 else 1 for number in range(len(texts))]
         pq.write_table(pa.table({"text": texts, "score": scores}), path, 8)
     seen: list[prepare.Progress] = []
-    source = sources.resolve(str(path), None, "train", None)
-    prepare.tokenize(source, tmp_path / "out", options, workers=1, on_progress=seen.append)
+    tokenize(path, tmp_path / "out", options, on_progress=seen.append)
     for each in seen:
         wanted = min(1.0, each.num_tokens / 12_000)
         assert each.done_bytes / each.total_bytes == pytest.approx(wanted, abs=0.2)

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline import readers, sources
+from pipeline import plan, readers, sources
 from pipeline.errors import DamageError, ForgeError
+from pipeline.plan import Plan
 from pipeline.readers import Reading
-from pipeline.sources import Options, Part, Plan, Slice
+from pipeline.sources import Options, Part, Slice, SourceFile
 
 TEXTS = ["one", None, "zwei — две", "", "a\nb", "quatre"]
 
@@ -30,11 +31,11 @@ def lines_of(texts: list[str | None], key: str = "text") -> bytes:
 
 def read(path: Path, column: str = "text", split_on: str | None = None) -> list[str | None]:
     """All texts of a source, slice by slice, as prepare.py reads them."""
-    source = sources.resolve(str(path), None, "train", None)
+    source = sources.resolve(str(path))
     options, texts = Options(column, split_on=split_on), []
     for each in planned(source, options):
         for part in each.parts:
-            at = Reading(source.local_path(part.file), options)
+            at = Reading(source.root / part.file.name, options)
             for batch in readers.read_texts(source.kind, at, part):
                 texts += [None if text is None else text.decode() for text in batch.texts]
     return texts
@@ -43,7 +44,7 @@ def read(path: Path, column: str = "text", split_on: str | None = None) -> list[
 def planned(source: sources.Source, options: Options) -> list[Slice]:
     plan = Plan(source, options, readers.stop)
     plan.reach(math.inf)
-    return plan.slices
+    return list(plan.slices.values())
 
 
 def failure(action: Callable[..., object], *arguments: object) -> ForgeError:
@@ -121,7 +122,7 @@ def test_json_files_are_read_where_nothing_else_is_there(tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
-def test_what_the_machine_refuses_is_never_damage(
+def test_errors_of_the_machine_are_never_damage(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     suffix: str,
@@ -139,7 +140,7 @@ def test_what_the_machine_refuses_is_never_damage(
         raise error
 
     def fail_in_a_stream(*arguments: object, **named: object) -> object:
-        with sources.damage("cannot decompress a source file", path):
+        with readers.damage("cannot decompress a source file", path):
             raise error
 
     path.write_bytes(b"not empty")
@@ -150,7 +151,9 @@ def test_what_the_machine_refuses_is_never_damage(
     else:
         monkeypatch.setattr(readers, "decompressed_lines", fail_in_a_stream)
     left_out: list[ForgeError] = []
-    texts = readers.read_texts(kind, Reading(path, Options(), left_out.append), Part(0, 0, 1, 9))
+    texts = readers.read_texts(
+        kind, Reading(path, Options(), left_out.append), Part(SourceFile("a", 0, ""), 0, 1, 9)
+    )
     caught = failure(list, texts)
     assert left_out == []
     assert not isinstance(caught, DamageError)
@@ -220,7 +223,7 @@ def test_a_folder_is_read_in_the_order_of_names_at_any_depth(tmp_path: Path) -> 
     (tmp_path / "b").rename(tmp_path / "b.jsonl")  # a folder, as Spark makes them
     assert read(tmp_path / "*.jsonl") == ["a.jsonl", "b/a/z.jsonl", "b/x.jsonl"]
     (tmp_path / "b.jsonl" / "part-0.json").write_text("{}")
-    found = sources.resolve(str(tmp_path / "*.jsonl"), None, "train", None)
+    found = sources.resolve(str(tmp_path / "*.jsonl"))
     assert found.not_read == ("b.jsonl/part-0.json",)
 
 
@@ -237,14 +240,14 @@ def test_a_source_that_is_not_there_is_an_error_with_a_cure(
     tmp_path: Path, make, name: str, says: str
 ) -> None:
     make(tmp_path)
-    error = failure(sources.resolve, str(tmp_path / name), None, "train", None)
+    error = failure(sources.resolve, str(tmp_path / name))
     assert says in error.what
     assert error.where is not None
     assert error.fix
 
 
 def test_a_name_that_no_file_can_have_is_an_error(tmp_path: Path) -> None:
-    error = failure(sources.resolve, str(tmp_path / ("x" * 300)), None, "train", None)
+    error = failure(sources.resolve, str(tmp_path / ("x" * 300)))
     assert error.what == "cannot read the source: File name too long"
 
 
@@ -262,7 +265,7 @@ def test_a_folder_in_the_source_that_cannot_be_read_is_an_error_not_empty(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    error = failure(sources.resolve, str(tmp_path), None, "train", None)
+    error = failure(sources.resolve, str(tmp_path))
     assert error.what == "cannot read a folder of the source: Permission denied"
     assert str(error.where) == str(tmp_path / "b")
 
@@ -272,31 +275,31 @@ def test_links_are_followed_once(tmp_path: Path, make_parquet) -> None:
     make_parquet(source / "a.parquet", ["a"])
     make_parquet(tmp_path / "other" / "b.parquet", ["b"])
     (source / "link").symlink_to(tmp_path / "other")
-    found = sources.resolve(str(source), None, "train", None)
+    found = sources.resolve(str(source))
     assert [file.name for file in found.files] == ["a.parquet", "link/b.parquet"]
-    again = sources.resolve(f"{source}/**/**/*.parquet", None, "train", None)
+    again = sources.resolve(f"{source}/**/**/*.parquet")
     assert [file.name for file in again.files] == ["a.parquet", "link/b.parquet"]
     (tmp_path / "other" / "back").symlink_to(source)
     with pytest.raises(ForgeError, match="two ways"):
-        sources.resolve(str(source), None, "train", None)
+        sources.resolve(str(source))
     (tmp_path / "other" / "back").unlink()
     (source / "gone.parquet").symlink_to("nowhere")
     with pytest.raises(ForgeError, match="cannot read a source file"):
-        sources.resolve(str(source), None, "train", None)
+        sources.resolve(str(source))
 
 
 def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path, make_parquet) -> None:
     path = make_parquet(tmp_path / "a.parquet", ["a"])
     path.rename(tmp_path / b"caf\xe9.parquet".decode("utf-8", "surrogateescape"))
     with pytest.raises(ForgeError, match="not UTF-8"):
-        sources.resolve(str(tmp_path), None, "train", None)
+        sources.resolve(str(tmp_path))
 
 
 def test_batches_of_long_documents_have_few_rows(tmp_path: Path, make_parquet) -> None:
     """Or their text would take gigabytes."""
     texts = [f"{n} " * 100_000 for n in range(200)]
     path = make_parquet(tmp_path / "a.parquet", texts, rows=200)
-    part = sources.Part(0, 0, 1, 0)
+    part = Part(SourceFile("a", 0, ""), 0, 1, 0)
     batches = list(readers.read_texts("parquet", Reading(path, Options()), part))
     assert [text.decode() for batch in batches for text in batch.texts] == texts
     assert max(sum(map(len, batch.texts)) for batch in batches) < 3 * readers.BATCH_BYTES
@@ -305,10 +308,10 @@ def test_batches_of_long_documents_have_few_rows(tmp_path: Path, make_parquet) -
 def test_kinds_are_not_mixed(tmp_path: Path, make_parquet) -> None:
     make_parquet(tmp_path / "a.parquet", ["a"])
     (tmp_path / "b.jsonl").write_bytes(lines_of(["b"]))
-    error = failure(sources.resolve, str(tmp_path), None, "train", None)
+    error = failure(sources.resolve, str(tmp_path))
     assert "mixes kinds of files: jsonl, parquet" in error.what
     (tmp_path / "c.jsonl.gz").write_bytes(b"")
-    error = failure(sources.resolve, str(tmp_path), None, "train", None)
+    error = failure(sources.resolve, str(tmp_path))
     assert f"'{tmp_path}/*.jsonl*'" in str(error.fix)
 
 
@@ -422,16 +425,19 @@ def test_a_plan_covers_every_row_group_once_in_order(tmp_path: Path, make_parque
         make_parquet(
             tmp_path / f"{name}.parquet", [f"{name} {n} " * 500 for n in range(60)], rows=10
         )
-    source = sources.resolve(str(tmp_path), None, "train", None)
+    source = sources.resolve(str(tmp_path))
     whole = planned(source, Options(shard_tokens=10**9))
     assert [each.number for each in whole] == [0]
     assert [(part.start, part.stop) for part in whole[0].parts] == [(0, 6)] * 3
     most = max(part.bytes for part in whole[0].parts) // 2
     cut = planned(source, Options(shard_tokens=round(most / sources.BYTES_PER_TOKEN)))
     covered = [
-        (part.file, g) for each in cut for part in each.parts for g in range(part.start, part.stop)
+        (part.file.name, group)
+        for each in cut
+        for part in each.parts
+        for group in range(part.start, part.stop)
     ]
-    assert covered == [(file, g) for file in range(3) for g in range(6)]
+    assert covered == [(f"{name}.parquet", group) for name in "abc" for group in range(6)]
     assert sum(each.bytes for each in cut) == whole[0].bytes
     assert all(each.bytes <= most for each in cut)
 
@@ -440,15 +446,15 @@ def test_a_plan_is_the_same_from_any_slice_on(tmp_path: Path, make_parquet) -> N
     """So a finished folder can be extended from its last slice."""
     for name, count in (("a", 40), ("b", 1), ("c", 70)):
         make_parquet(tmp_path / f"{name}.parquet", [f"{name} {n} " * n for n in range(count)], 3)
-    source = sources.resolve(str(tmp_path), None, "train", None)
+    source = sources.resolve(str(tmp_path))
     options = Options(shard_tokens=1000)
     whole = planned(source, options)
     assert len(whole) > 5
     for number, each in enumerate(whole):
         first = each.parts[0]
-        plan = Plan(source, options, readers.stop, (number, first.file, first.start))
-        plan.reach(math.inf)
-        assert plan.slices == whole[number:]
+        rest = Plan(source, options, readers.stop, number, first.file.name, first.start)
+        rest.reach(math.inf)
+        assert list(rest.slices.values()) == whole[number:]
 
 
 def test_a_plan_reads_the_footers_of_no_more_files_than_it_needs(
@@ -456,27 +462,27 @@ def test_a_plan_reads_the_footers_of_no_more_files_than_it_needs(
 ) -> None:
     for n in range(30):
         make_parquet(tmp_path / f"{n:02}.parquet", [f"{n} some words"] * 100)
-    source = sources.resolve(str(tmp_path), None, "train", None)
-    row_groups, read = sources.row_groups, []
+    source = sources.resolve(str(tmp_path))
+    row_groups, read = plan.row_groups, []
     monkeypatch.setattr(
-        sources, "row_groups", lambda *three: read.append(three[1]) or row_groups(*three)
+        plan, "row_groups", lambda *three: read.append(three[1].name) or row_groups(*three)
     )
-    plan = Plan(source, Options(), readers.stop)
-    plan.reach(1)
-    assert read == [0]
-    per_file = plan.bytes
-    plan.reach(10.5 * per_file)
+    cut = Plan(source, Options(), readers.stop)
+    cut.reach(1)
+    assert read == ["00.parquet"]
+    per_file = cut.bytes
+    cut.reach(10.5 * per_file)
     assert len(read) in (11, 12)
-    assert not plan.whole
-    plan.reach(math.inf)
-    assert sorted(read) == list(range(30))
-    assert plan.whole
+    assert not cut.whole
+    cut.reach(math.inf)
+    assert sorted(read) == [file.name for file in source.files]
+    assert cut.whole
 
 
 def test_new_files_go_behind_the_known_ones_in_the_order_of_a_hash(tmp_path: Path) -> None:
     for n in range(12):
         (tmp_path / f"{n:02}.jsonl").write_bytes(lines_of([f"text {n}"]))
-    source = sources.resolve(str(tmp_path), None, "train", None)
+    source = sources.resolve(str(tmp_path))
     names = [file.name for file in source.ordered([]).files]
     assert sorted(names) == [file.name for file in source.files] != names
     known = ["11.jsonl", "gone.jsonl", "03.jsonl"]
@@ -485,7 +491,7 @@ def test_new_files_go_behind_the_known_ones_in_the_order_of_a_hash(tmp_path: Pat
 
 
 def test_a_file_that_vanishes_is_an_error_with_its_name(tmp_path: Path) -> None:
-    part = Part(0, 0, 1, 10)
+    part = Part(SourceFile("a", 0, ""), 0, 1, 10)
     for kind in ("jsonl", "txt", "parquet"):
         path = tmp_path / f"gone.{kind}"
         error = failure(list, readers.read_texts(kind, Reading(path, Options()), part))

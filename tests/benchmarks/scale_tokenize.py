@@ -100,7 +100,7 @@ def start_watched_worker(*arguments: Any) -> None:
 
         return make
 
-    slices._write_documents = clocked("documents", slices._write_documents)
+    slices.write_documents = clocked("documents", slices.write_documents)
     slices.tokenize_slice = noted(slices.tokenize_slice)
     readers.read_texts = clocked_batches(readers.read_texts)
     encode = tokenizer.BulkEncoder.encode  # lazy; the clock needs it done
@@ -123,7 +123,7 @@ def encode_alone(source: Path, ready: Any, speeds: Any) -> None:
         vocabulary = Path(folder) / shards.VOCABULARY_FILE
         vocabulary.write_bytes(tokenizer.vocabulary())
         encoder = tokenizer.BulkEncoder(vocabulary)
-        texts = list(tokenize.batches(sources.resolve(str(source), None, "train", None)))
+        texts = list(tokenize.batches(sources.resolve(str(source))))
         for batch in texts:
             deque(encoder.encode(batch), maxlen=0)
     ready.wait()
@@ -183,7 +183,7 @@ class Row:
 
 
 def run(workers: int, source: Path, folder: Path, gigabytes: float) -> Row:
-    found = sources.resolve(str(source), None, "train", None)
+    found = sources.resolve(str(source))
     text = tokenize.planned(found, 2**40).bytes
     with tempfile.TemporaryDirectory(dir=folder) as name:
         work = Path(name)

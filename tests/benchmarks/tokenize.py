@@ -34,7 +34,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import readers, shards, slices, sources, tokenizer
-from pipeline.slices import Job, Options
+from pipeline.plan import Plan
+from pipeline.slices import Job
+from pipeline.sources import Options
 
 ROOT = Path(__file__).parents[2]
 TIKTOKEN_BYTES = 30_000_000  # enough text for the slow rows
@@ -43,14 +45,15 @@ MARKS = (1, 10, 50)  # slices a worker
 
 def batches(source: sources.Source) -> Iterator[list[bytes]]:
     """The texts of the source, some 1,024 at a time."""
-    for part in (part for each in planned(source, 2**40).slices for part in each.parts):
-        at = readers.Reading(source.local_path(part.file), Options())
+    slices = planned(source, 2**40).slices.values()
+    for part in (part for each in slices for part in each.parts):
+        at = readers.Reading(source.root / part.file.name, Options())
         for batch in readers.read_texts(source.kind, at, part):
             yield [text for text in batch.texts if text]
 
 
-def planned(source: sources.Source, shard_tokens: int) -> sources.Plan:
-    plan = sources.Plan(source, Options(shard_tokens=shard_tokens), readers.stop)
+def planned(source: sources.Source, shard_tokens: int) -> Plan:
+    plan = Plan(source, Options(shard_tokens=shard_tokens), readers.stop)
     plan.reach(math.inf)
     return plan
 
@@ -83,13 +86,10 @@ def run_with_tiktoken(source: sources.Source, folder: Path) -> int:
     """One slice through prepare's own worker code, in this process."""
     context = multiprocessing.get_context("spawn")
     slices._encoder = TiktokenEncoder()  # type: ignore[assignment]
-    slices._done_bytes, slices._done_tokens = context.Value("q"), context.Value("q")
+    slices._done = context.Array("q", 2)
     first = planned(source, round(TIKTOKEN_BYTES / sources.BYTES_PER_TOKEN)).slices[0]
     folder.mkdir(parents=True, exist_ok=True)
-    paths = tuple(source.local_path(part.file) for part in first.parts)
-    files = tuple(source.files[part.file] for part in first.parts)
-    job = Job(first, source.kind, paths, files, folder, Options(), None)
-    made = slices.tokenize_slice(job)
+    made = slices.tokenize_slice(Job(first, source.kind, source.root, folder))
     return sum(shard.text_bytes for shard in made.shards)
 
 
@@ -212,7 +212,7 @@ def main() -> None:
 
 def measure_parts(arguments: argparse.Namespace, folder: Path) -> dict[str, tuple[float, float]]:
     """Rows a, b, e and f."""
-    source = sources.resolve(str(arguments.source), None, "train", None)
+    source = sources.resolve(str(arguments.source))
     texts = list(batches(source))
     vocabulary = folder / shards.VOCABULARY_FILE
     vocabulary.write_bytes(tokenizer.vocabulary())
