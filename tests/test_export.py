@@ -290,7 +290,9 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
     refused(forge, folder, "pickled")
 
 
-def test_an_export_needs_the_config_and_the_index_of_a_run_but_no_log(run: Path, tmp_path: Path, forge) -> None:
+def test_an_export_needs_the_config_and_the_index_of_a_run_but_no_log(
+    run: Path, tmp_path: Path, forge
+) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "st')
