@@ -131,7 +131,7 @@ def chat_shards(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     index = shards.load_index(small_shards)
     made = []
     for split in shards.SPLITS:
-        path = shards.shard_path(folder, split, 0)
+        path = folder / f"{split}_000000.bin"
         writer = shards.ShardWriter(path)
         writer.write(tokens)
         checksum = writer.commit()
