@@ -219,10 +219,12 @@ class Readme:
         loss, num_tokens = _number(evaluated, "loss"), index.total("num_tokens", "train")
         revision = (index.source.get("hub") or {}).get("revision")
         sample = last.get("sample", {}).get("text", "").replace("\n", "\n> ")
-        longer = ""
+        more = ""
+        if now["step"] < stop:
+            more = "- Not complete: the same command with `--resume` continues it\n"
         if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:
             path = quote(str(checkpoint.checkpoint_path(run, flat)))
-            longer = f"""\
+            more += f"""\
 - To train it for longer: `--from {path}`, the last checkpoint before the learning rate fell, with
   another --out, and --set seed=2 for another order
 """
@@ -234,7 +236,7 @@ class Readme:
 | {self.name} | {duration(now["seconds"])} | {steps} | {amount(now["tokens"])} \
 | {amount(config.model.num_parameters())} | {loss} |
 
-Loss is the mean over the fixed validation tokens, in nats a token.
+Loss is the mean over the same {config.evaluate.num_tokens:,} validation tokens, in nats a token.
 
 - Validation loss {_number(self.first, "loss")} -> {loss}, {_number(evaluated, "bits_per_byte")} \
 bits a byte; training loss {_number(taken, "loss")}
@@ -242,9 +244,9 @@ bits a byte; training loss {_number(taken, "loss")}
 {now["tokens"] / max(1, num_tokens):.2f} epochs of {num_tokens:,} tokens
 - Optimizer: {config.optimizer.describe()}
 - Hardware: {last.get("start", {}).get("hardware")}; torch {torch.__version__}
-{longer}
-Files: `config.toml` (resolved), `metrics.jsonl`, `r50k_base.tiktoken` (vocabulary), `checkpoints/`
-(safetensors).
+{more}
+Files: `config.toml` (resolved), `metrics.jsonl`, `data_index.json` (of the shards),
+`r50k_base.tiktoken` (vocabulary), `checkpoints/` (safetensors).
 
     forge-sample {quote(str(run))}
     forge-export {quote(str(run))} {quote(f"{run if run.name else run.absolute().name}-hf")}

@@ -45,7 +45,7 @@ class Signals:
         elif not self.stop:
             self.stop, self.stopped_at = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self.stopped_at > SAME_PRESS_SECONDS:
-            os.write(sys.stderr.fileno(), b"Leaving now, at the last checkpoint.\n")
+            os.write(sys.stderr.fileno(), b"Leaving now, without saving.\n")
             os._exit(128 + signal.SIGINT)
 
 
