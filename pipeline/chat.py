@@ -108,8 +108,8 @@ def columns_of(schema: Any, options: ChatOptions, where: object) -> tuple[str, .
 def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
     """The messages of a row, trimmed, with roles of chatml.ROLES.
 
-    A system message without text is none. Raises LeftOutError for what is no conversation with an
-    assistant.
+    A system message without text is dropped. Raises LeftOutError for a row that is not a
+    conversation with an assistant.
     """
     raw = row[columns[0]]
     if raw is None:

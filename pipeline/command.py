@@ -25,7 +25,7 @@ class Count(click.ParamType[int]):
         match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\d\d?)?)([kmbt]?)", plain)
         number = round(float(match[1]) * COUNT_UNITS[match[2]]) if match else 0
         if number < 1:
-            self.fail(f"{value!r} is no count; write 250000, 500k, 2.5M, 10B or 1e9", param, ctx)
+            self.fail(f"{value!r} is not a count; write 250000, 500k, 2.5M, 10B or 1e9", param, ctx)
         return number
 
 

@@ -1,7 +1,7 @@
 """The conversations of a source file: rows of parquet or lines of JSON Lines, as batches.
 
-A row that is no conversation to train on is counted in `skipped`, by its reason. Damage (a bad line
-or row group, invalid UTF-8) goes to `on_damage`, as that of text does.
+A row that is not a conversation to train on is counted in `skipped`, by its reason. Damage (a bad
+line or row group, invalid UTF-8) goes to `on_damage`, as that of text does.
 """
 
 import json

@@ -349,7 +349,7 @@ def load_index(folder: Path) -> Index:
 def _check_counts(*values: Any) -> None:
     for value in values:
         if type(value) is not int or value < 0:
-            raise ValueError(f"{value!r} is no count")
+            raise ValueError(f"{value!r} is not a count")
 
 
 def head_checksum(path: Path) -> str:

@@ -29,7 +29,7 @@ ANEW = "choose another --out, or start again with --overwrite"
 
 @cache
 def token_lengths() -> npt.NDArray[np.int64]:
-    """Length in bytes of each token; the markers of chat are no text."""
+    """Length in bytes of each token; the markers of chat have none."""
     lengths = [len(token) for token in tokenizer.token_bytes()]
     return np.array(lengths + [0] * (chatml.VOCAB_SIZE - len(lengths)), np.int64)
 

@@ -60,11 +60,13 @@ def write_report(paths: Sequence[Path], out: Path, against: Path | None) -> int:
 
 
 def check_out(out: Path) -> None:
-    """ForgeError for a file that is no page: a slip of the hand must not cost a run its log."""
+    """ForgeError for a file that is not a page: a slip must not cost a run its log."""
     with refusals("read the page that is to be replaced", out):
         before = out.read_bytes() if out.is_file() else b""
     if before and not before.startswith(b"<!DOCTYPE html>"):
-        raise ForgeError("--out is a file that is no page", where=out, fix="name another")
+        raise ForgeError(
+            "--out is a file, and not a page of forge-report", where=out, fix="name another"
+        )
 
 
 def read_references(path: Path) -> list[Row]:

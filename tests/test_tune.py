@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import metrics_of
+from safetensors.torch import load_file
 from test_train import QUICK, same_weights, weights
 
 from pipeline import chatml, shards, tokenizer
-from trainer import layouts
+from trainer import checkpoint, layouts
 from trainer.config import ModelConfig
 from trainer.cross_entropy import IGNORED
 from trainer.model import build_model
@@ -173,6 +175,24 @@ def test_a_folder_of_transformers_is_tuned(
     result = forge("train", "chat", "--from", exported, "--data", chat, "--out", out, *CHAT)
     assert result.exit_code == 0, result.output
     assert layouts.read_model(exported).vocab_size == shards.VOCAB_SIZE
+
+
+def test_a_run_of_another_vocabulary_is_not_tuned(
+    tmp_path: Path, chat: Path, run: Path, forge: Callable[..., Result]
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    step = checkpoint.steps(other)[-1]
+    state = checkpoint.load_state(other, step)
+    state.vocabulary = "0" * 64
+    masters, moments = (
+        load_file(checkpoint.checkpoint_path(other, step) / name)
+        for name in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE)
+    )
+    checkpoint.save(other, masters, moments, state)
+    out = tmp_path / "run"
+    result = forge("train", "chat", "--from", other, "--data", chat, "--out", out, *CHAT)
+    assert result.exit_code == 1
+    assert "the weights are of another vocabulary" in result.output
 
 
 def test_data_and_config_that_do_not_fit_are_one_error(

@@ -78,7 +78,7 @@ def load_weights(setup: Setup, command: Command, state: State, is_new: bool) -> 
             read = partial(checkpoint.load_tensors, path / file, tensors)
             fill_from_first(setup.ranks, read, tensors)
     elif command.weights_from is not None:
-        read = partial(read_source, command.weights_from, setup.config.model, masters)
+        read = partial(read_source, command.weights_from, state, masters)
         fill_from_first(setup.ranks, read, masters)
     optimizer.copy_to_model()
 
@@ -102,13 +102,22 @@ def model_to_tune(name: str, source: Path | None, data: Path) -> ModelConfig:
     return replace(model, vocab_size=max(model.vocab_size, index.tokenizer["vocab_size"]))
 
 
-def read_source(source: Path, wanted: ModelConfig, masters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that --from names, for `masters`. ForgeError unless they are of this model.
+def read_source(source: Path, new: State, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that --from names, for the `masters` of a new run.
 
-    An embedding with fewer tokens than the config's gets the mean of its rows for the new ones.
+    ForgeError unless they are of its model and vocabulary. An embedding with fewer tokens than the
+    new one gets the mean of its rows for the others.
     """
+    wanted = new.model
     if found := checkpoint.find(source):
-        model = checkpoint.load_state(*found, (MODEL_FILE,)).model
+        state = checkpoint.load_state(*found, (MODEL_FILE,))
+        model = state.model
+        if state.vocabulary not in ("", new.vocabulary):
+            what, fix = (
+                "the weights are of another vocabulary",
+                "train from scratch on these shards",
+            )
+            raise ForgeError(what, where=source, fix=fix)
     else:
         model, tensors = layouts.read_folder(source)
     theirs, ours = model.sizes(), wanted.sizes()
@@ -122,8 +131,8 @@ def read_source(source: Path, wanted: ModelConfig, masters: dict[str, Tensor]) -
         path = checkpoint_path(*found) / MODEL_FILE
         tensors = checkpoint.load_tensors(path, masters | {EMBEDDING: rows})
     rows = tensors[EMBEDDING]
-    new = rows.mean(0, keepdim=True).expand(wanted.vocab_size - len(rows), -1)
-    return tensors | {EMBEDDING: torch.cat([rows, new])}
+    more = rows.mean(0, keepdim=True).expand(wanted.vocab_size - len(rows), -1)
+    return tensors | {EMBEDDING: torch.cat([rows, more])}
 
 
 def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_new: bool) -> Report:
