@@ -241,7 +241,7 @@ def test_only_a_page_is_replaced(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "metrics.jsonl", log)
     done = forge_report(run, "--out", log)
     assert done.exit_code == 1
-    assert "no page" in done.output
+    assert "not a page" in done.output
     assert log.read_bytes() == (run / "metrics.jsonl").read_bytes()
 
 
