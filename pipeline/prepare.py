@@ -88,7 +88,6 @@ def tokenize(
         index, known_files = verify.look_at(folder, wanted, overwrite)
         work = folder / WORK_FOLDER
         if index and verify.is_enough(index, wanted):
-            shutil.rmtree(work, ignore_errors=True)
             return Outcome(index, up_to_date=True)
         if source.hub:
             source = replace(source, root=(folder if keep_downloads else work) / DOWNLOADS_FOLDER)

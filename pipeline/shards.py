@@ -342,7 +342,7 @@ def load_index(folder: Path) -> Index:
             sha256=hashlib.sha256(data).hexdigest(),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        fix = "make the folder again with forge-prep tokenize --overwrite"
+        fix = "restore index.json, or make the shards again in another folder"
         raise ForgeError(f"the index is damaged: {error!r}", where=path, fix=fix) from error
 
 

@@ -19,10 +19,10 @@ import torch
 from pipeline import chatml, shards, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.files import check_utf8
-from sampler.load import TOKENIZER_FILE, Loaded, open_model
+from sampler.load import Loaded, open_model
 from trainer import checkpoint
 from trainer.checkpoint import CONFIG_FILE
-from trainer.layouts import model_config, transformers_weights
+from trainer.layouts import TOKENIZER_FILE, model_config, transformers_weights
 from trainer.report import duration, read_metrics
 from trainer.run import DATA_FILE
 

@@ -15,7 +15,6 @@ from trainer import checkpoint, layouts
 from trainer.model import LanguageModel, build_model
 from trainer.run import DATA_FILE
 
-TOKENIZER_FILE = "tokenizer_config.json"  # of a folder of transformers
 MARKERS = [b""] * (chatml.VOCAB_SIZE - VOCAB_SIZE)
 
 
@@ -85,7 +84,7 @@ def _open_transformers(folder: Path) -> Loaded:
     _check_tokenizer(folder)
     model = build_model(config)
     model.load_state_dict(weights)
-    settings = folder / TOKENIZER_FILE
+    settings = folder / layouts.TOKENIZER_FILE
     template = layouts.read_json(settings).get("chat_template") if settings.is_file() else None
     is_chat = template == chatml.TEMPLATE
     return Loaded(folder, model, [*tokenizer.token_bytes()] + MARKERS * is_chat, None, is_chat)

@@ -23,16 +23,35 @@ OFFLINE = {
     "no_proxy": "*",  # gradio asks its own server whether it is there
 }
 # Of W3C's Content Security Policy Level 3; gradio's page needs the unsafe ones of its own.
-POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+POLICY = (
+    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    b"frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
+)
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class SelfOnly:
-    """ASGI middleware: every answer of the server carries POLICY."""
+    """ASGI middleware: answers carry POLICY, and other sites' pages are refused.
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    A request is another site's if its Origin is not its Host; and, for a server on this machine
+    alone, if its Host is another name (DNS rebinding).
+    """
+
+    def __init__(self, app: Any, is_local: bool) -> None:
+        self.app, self.is_local = app, is_local
+
+    def is_own(self, headers: dict[bytes, bytes]) -> bool:
+        host = headers.get(b"host", b"").decode("latin-1")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        is_here = host.rsplit(":", 1)[0] in LOOPBACK or host in LOOPBACK
+        return origin.partition("://")[2] in ("", host) and (is_here or not self.is_local)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not self.is_own(dict(scope["headers"])):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"another site's request"})
+            return
+
         async def send_with_policy(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", POLICY)
@@ -100,7 +119,12 @@ def build(session: Session, seed: int) -> Any:
             messages = gradio.Chatbot(
                 render_markdown=False, show_label=False, scale=1, buttons=["copy", "copy_all"]
             )
-            gradio.ChatInterface(answer, chatbot=messages, additional_inputs=settings)
+            gradio.ChatInterface(
+                answer,
+                chatbot=messages,
+                additional_inputs=settings,
+                api_visibility="private",  # or it would answer beside the page, by the same decoder
+            )
         else:
             text = gradio.Textbox(label="Text", lines=12, autofocus=True)
             with gradio.Row():
@@ -132,7 +156,7 @@ def serve(session: Session, seed: int, host: str, port: int) -> None:
             mcp_server=False,
             run_history=False,
             footer_links=[],
-            app_kwargs={"middleware": [Middleware(SelfOnly)]},
+            app_kwargs={"middleware": [Middleware(SelfOnly, is_local=host in LOOPBACK)]},
         )
     except (OSError, ValueError) as error:
         raise ForgeError(

@@ -211,3 +211,23 @@ def test_base_continues_a_text_and_draws_no_marker(chat_run: Path, run: Path, fo
     result = forge("sample", run, "--system", "Be brief.", "--prompt", "a")
     assert result.exit_code == 2
     assert "trained on chat" in result.output
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "is_local", "is_own"),
+    [
+        (b"127.0.0.1:7860", None, True, True),
+        (b"localhost:7860", b"http://localhost:7860", True, True),
+        (b"127.0.0.1:7860", b"http://evil.example", True, False),
+        (b"evil.example", None, True, False),  # a name that now leads here
+        (b"192.168.1.5:7860", b"http://192.168.1.5:7860", False, True),
+        (b"192.168.1.5:7860", b"http://evil.example", False, False),
+    ],
+)
+def test_the_page_answers_no_other_site(
+    host: bytes, origin: bytes | None, is_local: bool, is_own: bool
+) -> None:
+    from sampler.web import SelfOnly
+
+    headers = {b"host": host} | ({b"origin": origin} if origin else {})
+    assert SelfOnly(None, is_local).is_own(headers) == is_own

@@ -137,7 +137,8 @@ def test_a_resumed_tuning_ends_with_the_same_bits(
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
-    assert forge("train", *command, "--resume").exit_code == 0
+    command = ["chat", "--data", chat, "--out", out, *CHAT, "--resume"]  # --from is not needed
+    assert forge("train", *command).exit_code == 0
     assert same_weights(out, tuned)
 
 
@@ -175,6 +176,43 @@ def test_a_folder_of_transformers_is_tuned(
     result = forge("train", "chat", "--from", exported, "--data", chat, "--out", out, *CHAT)
     assert result.exit_code == 0, result.output
     assert layouts.read_model(exported).vocab_size == shards.VOCAB_SIZE
+
+
+def test_markers_take_the_place_of_padding_as_the_mean_token(
+    tmp_path: Path, chat: Path, small_shards: Path, forge: Callable[..., Result]
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "run"
+    padded = [*QUICK, "--set=model.vocab_size=50304", "--set=schedule.max_steps=2"]
+    assert forge("train", "tiny", "--data", small_shards, "--out", base, *padded).exit_code == 0
+    short = [*CHAT, "--set=schedule.max_steps=1", "--set=optimizer.peak_lr=1e-30"]
+    short += ["--set=optimizer.name=adamw"]
+    assert (
+        forge("train", "chat", "--from", base, "--data", chat, "--out", out, *short).exit_code == 0
+    )
+    old, new = weights(base)["wte.weight"], weights(out)["wte.weight"]
+    assert torch.equal(new[: shards.VOCAB_SIZE], old[: shards.VOCAB_SIZE])
+    mean = old[: shards.VOCAB_SIZE].mean(0).expand(2, -1)
+    torch.testing.assert_close(new[shards.VOCAB_SIZE : chatml.VOCAB_SIZE], mean)
+    assert torch.equal(new[chatml.VOCAB_SIZE :], old[chatml.VOCAB_SIZE :])
+
+
+def test_a_run_killed_before_its_first_save_is_no_run_yet(
+    tmp_path: Path, chat: Path, run: Path, forge: Callable[..., Result], monkeypatch
+) -> None:
+    """So the same command begins it again, and never with random weights."""
+    out = tmp_path / "run"
+    command = ["chat", "--from", run, "--data", chat, "--out", out, *CHAT, "--resume"]
+
+    def full(*arguments: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_tensors", full)
+        result = forge("train", *command)
+    assert result.exit_code == 1
+    assert "the weights of --from are not saved" in result.output
+    assert not (out / "config.toml").exists()
+    assert forge("train", *command).exit_code == 0
 
 
 def test_a_run_of_another_vocabulary_is_not_tuned(

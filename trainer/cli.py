@@ -77,7 +77,7 @@ def main(
     if out is None and not check:
         raise click.UsageError("--out is missing: the folder for the run (or add --check)")
     try:
-        find_model = partial(model_to_tune, config, weights_from, data)
+        find_model = partial(model_to_tune, config, weights_from, data, out if resume else None)
         chosen, name = config_file.load(config, settings, find_model), Path(config).stem
         if check or out is None:
             checking.check(chosen, name, data)

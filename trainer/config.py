@@ -161,7 +161,7 @@ class ScheduleConfig:
     warmup_steps: CountOrZero
     max_steps: Count | None = None  # the run ends at the first of these
     max_tokens: Count | None = None
-    max_epochs: Positive | None = None  # of the shards
+    max_epochs: Annotated[float, Bounds(0, 1_000_000, above=True)] | None = None  # of the shards
     budget_hours: Positive | None = None  # wall clock, with the last evaluation and checkpoint
     shape: Literal["auto", "cosine", "wsd"] = "auto"  # auto: wsd with budget_hours, else cosine
     final_lr_fraction: Share = 0.1  # of peak_lr, where the cosine ends

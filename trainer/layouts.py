@@ -21,6 +21,7 @@ from trainer.model import LAYER_NORM_EPS, RMS_NORM_EPS, Fused, LanguageModel, bu
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer_config.json"
 AGAIN = "download or copy the folder again"
 # Keys of config.json that change what is computed: transformers' default, and the values that we
 # compute, of which exports have the first.

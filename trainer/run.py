@@ -46,7 +46,8 @@ def open_run(command: Command, index: Index) -> State | None:
     """Where the run stands; None for a new one. ForgeError if neither may be. Writes nothing."""
     run, source = command.run, command.weights_from
     if not (run / CONFIG_FILE).is_file():
-        others = (p for p in run.iterdir() if p.name not in BEFORE_CONFIG)
+        begun = {checkpoint.FOLDER} if checkpoint.steps(run) in ([], [0]) else set()
+        others = (p for p in run.iterdir() if p.name not in BEFORE_CONFIG | begun)
         if strange := next((p.name for p in others if p.suffix != ".partial"), None):
             what = f"--out contains other files and no run: {strange}"
             raise ForgeError(what, where=run, fix="name another, or move them")
@@ -67,15 +68,15 @@ def open_run(command: Command, index: Index) -> State | None:
         what = "an earlier version of forge-train made this run, and only that can resume it"
         raise ForgeError(what, where=run, fix=anew)
     checkpoint.load_state(run, found[-1])  # its tensors are whole, too
+    if (run / DATA_FILE).read_bytes() != (index.folder / shards.INDEX_FILE).read_bytes():
+        what = "the run was trained on other shards, or these were extended: index.json differs"
+        raise ForgeError(what, where=index.folder, fix=f"give the same folder, or {anew}")
     changes = differences(state.config, flat(command.config))
-    if source and str(source) != state.weights_from:
+    if source and source.resolve() != Path(state.weights_from).resolve():
         changes.append(f"--from: {state.weights_from or 'none'} -> {source}")
     if fixed := [change for change in changes if change.startswith(FIXED)]:
         what = f"a run keeps its model, its schedule and its order of the text: {', '.join(fixed)}"
         raise ForgeError(what, where=run, fix=f"use the same config, or {anew}")
-    if (run / DATA_FILE).read_bytes() != (index.folder / shards.INDEX_FILE).read_bytes():
-        what = "the run was trained on other shards, or these were extended: index.json differs"
-        raise ForgeError(what, where=index.folder, fix=f"give the same folder, or {anew}")
     for change in changes:
         say(f"Changed since the last start: {change}")
     return replace(state, config=flat(command.config))

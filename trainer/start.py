@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pipeline import chatml
 from pipeline.errors import ForgeError, refusals
-from pipeline.shards import load_index
+from pipeline.shards import VOCAB_SIZE, load_index
 from trainer import checkpoint, layouts
 from trainer.backends import compile_model, load_libraries
 from trainer.check import describe
@@ -25,7 +26,7 @@ from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import Ranks, fill_from_first, from_first
 from trainer.report import Metrics, Readme, Report, Row, Terminal, duration, hardware, say
-from trainer.run import Command, check_room, write_files
+from trainer.run import DATA_FILE, Command, check_room, write_files
 from trainer.schedule import Clock, first_plan
 from trainer.step import Setup
 from trainer.windows import Data, MicroBatches
@@ -78,16 +79,20 @@ def load_weights(setup: Setup, command: Command, state: State, is_new: bool) -> 
             read = partial(checkpoint.load_tensors, path / file, tensors)
             fill_from_first(setup.ranks, read, tensors)
     elif command.weights_from is not None:
-        read = partial(read_source, command.weights_from, state, masters)
+        num_ids = setup.data.index.tokenizer["vocab_size"]
+        read = partial(read_source, command.weights_from, state, num_ids, masters)
         fill_from_first(setup.ranks, read, masters)
     optimizer.copy_to_model()
 
 
-def model_to_tune(name: str, source: Path | None, data: Path) -> ModelConfig:
-    """The model of --from, with a row of the embedding for each of chat's tokens.
+def model_to_tune(name: str, source: Path | None, data: Path, run: Path | None) -> ModelConfig:
+    """The model of a config that has none, of that name: that of `run` which is resumed, if any.
 
-    It is for a config without a model, of that name. ForgeError unless `data` is of conversations.
+    Else that of --from, with a row of the embedding for each of chat's tokens. ForgeError unless
+    `data` is of conversations.
     """
+    if run is not None and (steps := checkpoint.steps(run)):
+        return checkpoint.load_state(run, steps[-1], ()).model
     index = load_index(data)
     if source is None:
         what, fix = "the config has no model of its own", "--from RUN, the run that is to be tuned"
@@ -102,16 +107,18 @@ def model_to_tune(name: str, source: Path | None, data: Path) -> ModelConfig:
     return replace(model, vocab_size=max(model.vocab_size, index.tokenizer["vocab_size"]))
 
 
-def read_source(source: Path, new: State, masters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that --from names, for the `masters` of a new run.
+def read_source(
+    source: Path, new: State, num_ids: int, masters: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights that --from names, for the `masters` of a new run on shards of `num_ids` tokens.
 
-    ForgeError unless they are of its model and vocabulary. An embedding with fewer tokens than the
-    new one gets the mean of its rows for the others.
+    ForgeError unless they are of its model and vocabulary. Tokens that the weights never met, as
+    chat's markers, begin as the mean of those that they did.
     """
-    wanted = new.model
+    wanted, settings = new.model, source / layouts.TOKENIZER_FILE
     if found := checkpoint.find(source):
         state = checkpoint.load_state(*found, (MODEL_FILE,))
-        model = state.model
+        model, settings = state.model, found[0] / DATA_FILE
         if state.vocabulary not in ("", new.vocabulary):
             what, fix = (
                 "the weights are of another vocabulary",
@@ -130,9 +137,13 @@ def read_source(source: Path, new: State, masters: dict[str, Tensor]) -> dict[st
         rows = torch.empty(model.vocab_size, model.embedding_size, device="meta")
         path = checkpoint_path(*found) / MODEL_FILE
         tensors = checkpoint.load_tensors(path, masters | {EMBEDDING: rows})
-    rows = tensors[EMBEDDING]
-    more = rows.mean(0, keepdim=True).expand(wanted.vocab_size - len(rows), -1)
-    return tensors | {EMBEDDING: torch.cat([rows, more])}
+    said = layouts.read_json(settings) if settings.is_file() else {}
+    is_chat = bool(said.get("chat") or said.get("chat_template"))
+    rows, num_known = tensors[EMBEDDING], chatml.VOCAB_SIZE if is_chat else VOCAB_SIZE
+    mean = rows[:num_known].mean(0, keepdim=True)
+    rows = torch.cat([rows, mean.expand(wanted.vocab_size - len(rows), -1)])
+    rows[num_known:num_ids] = mean
+    return tensors | {EMBEDDING: rows}
 
 
 def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_new: bool) -> Report:

@@ -66,11 +66,11 @@ def train(command: Command, started: float | None = None) -> None:
         is_unproven = not is_new and state.validation_loss is None
         checkpoints = Checkpoints(run, config.checkpoint, state.step if is_unproven else None)
         signals = opened.enter_context(Signals())
+        if is_new and command.weights_from:
+            save_source(setup, state, checkpoints)
         report = open_report(setup, command, state, clock, is_new)
         with setup.batches:
             if is_new:
-                if command.weights_from:  # so that --resume does not need --from
-                    save(setup, state, clock, report, checkpoints)
                 evaluate(setup, state, clock, report)
             run_steps(setup, state, clock, signals, report, checkpoints)
         is_complete = state.step >= state.plan.stop
@@ -79,6 +79,15 @@ def train(command: Command, started: float | None = None) -> None:
         if ranks.is_first:
             stopped = f"Stopped at step {state.step}; the same command with --resume continues."
             say(f"Done in {duration(clock.used)}: {run}" if is_complete else stopped)
+
+
+def save_source(setup: Setup, state: State, checkpoints: Checkpoints) -> None:
+    """Save the weights of --from before the folder counts as a run: --resume never lacks them."""
+    optimizer = setup.optimizer
+    masters, moments = optimizer.views(optimizer.masters), optimizer.state()
+    if problem := from_first(setup.ranks, lambda: checkpoints.save(masters, moments, state)):
+        what = f"the weights of --from are not saved: {problem}"
+        raise ForgeError(what, where=checkpoints.run, fix="make room, or name another --out")
 
 
 # ---------------------------------------------------------------------------------------- the loop

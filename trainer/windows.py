@@ -99,7 +99,8 @@ def open_data(config: Config, folder: Path) -> Data:
     num_ids, vocab_size = index.tokenizer["vocab_size"], config.model.vocab_size
     if num_ids > vocab_size:
         what = f"the shards have {num_ids:,} token ids, the model {vocab_size:,}"
-        raise ForgeError(what, where=folder, fix=f"--set model.vocab_size={num_ids}")
+        fix = "forge-train chat --from RUN" if index.chat else f"--set model.vocab_size={num_ids}"
+        raise ForgeError(what, where=folder, fix=fix)
     context_length = config.model.context_length
     if index.chat and index.chat["context_length"] != context_length:
         what = f"conversations packed for {index.chat['context_length']:,} tokens of context, "
