@@ -37,7 +37,7 @@ REASONS = {
     "unknown_role": f"with a role that is none of {', '.join(NAMES_OF_ROLES)}",
     "not_text": "with content that is null, a list of parts or otherwise no text",
     "no_assistant": "without an assistant's turn",
-    "too_long": "longer than the context",
+    "too_long": "longer than the context (--long cut keeps their beginning)",
 }
 COUNTS = ("num_turns", "num_trained_tokens", "num_padding_tokens")
 MIN_CONTEXT_LENGTH = 16

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import chat, chatml, shards, tokenizer
+from pipeline.command import counted
 from pipeline.errors import ForgeError
 from pipeline.shards import DocumentLengths, Index, Shard
 
@@ -69,7 +70,7 @@ def render(index: Index) -> str:
     facts = summarize(index)
     source, tokens, skipped = facts["source"], facts["tokenizer"], facts["skipped"]
     hub, fraction = source.get("hub") or {}, facts["options"].get("val_fraction")
-    origin = f"{source['name']} ({source['kind']}, {source['num_files']} files)"
+    origin = f"{source['name']} ({source['kind']}, {counted(source['num_files'], 'file')})"
     if hub:
         config = f"config {hub['config']}, " if "config" in hub else ""
         origin += f"\n           {config}split {hub['split']}, revision {hub['revision']}"

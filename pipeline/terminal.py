@@ -9,6 +9,8 @@ import click
 
 from pipeline.command import counted
 
+CHAT_TOKENS = 65_536  # of a step and of an evaluation, in configs/chat.toml
+
 
 class ProgressBar:
     """tqdm by bytes on a terminal, silent elsewhere."""
@@ -75,12 +77,24 @@ def report(folder: Path, outcome: Any, max_tokens: int | None) -> None:
 
 def next_commands(folder: Path, index: Any) -> str:
     """What to type next, with a config that the shards are enough for."""
+    quoted = shlex.quote(str(folder))
     if index.chat:
-        name = shlex.quote(str(folder))
-        return f"Look:  forge-prep show {name} 0\nTune:  forge-train chat --from RUN --data {name}"
+        advice, length = (
+            f"forge-train chat --from RUN --data {quoted}",
+            index.chat["context_length"],
+        )
+        for split, key in (("train", "batch.tokens_per_step"), ("val", "evaluate.num_tokens")):
+            most = sum((shard.num_tokens - 1) // length for shard in index.of(split)) * length
+            if not most:
+                advice = f"too few {split} conversations: add some, or start again with another "
+                advice += "--val-fraction and --overwrite"
+                break
+            if most < CHAT_TOKENS:
+                advice += f" --set {key}={most}"
+        return f"Look:  forge-prep show {quoted} 0\nTune:  {advice}"
     train, val = (index.total("num_tokens", split) for split in ("train", "val"))
     config = "gpt2" if min(train, val) > 2**20 else "tiny"  # gpt2 validates on a million
-    quoted, most = shlex.quote(str(folder)), max(0, val - 1) // 128 * 128  # tiny's context
+    most = max(0, val - 1) // 128 * 128  # tiny's context
     advice = f"forge-train {config} --data {quoted} --check"
     if index.total("num_documents") == 1:
         advice = "a document is never split, and forge-train needs two; --split-on cuts a .txt"

@@ -329,7 +329,7 @@ def test_each_kind_of_bad_conversation_is_left_out_and_counted(tmp_path: Path, f
         assert index.total("num_documents") == len(rows)
         shown = forge("prep", "info", out).output
         assert "left out   1 null\n           2 without a message" in shown
-        assert "           1 longer than the context\n" in shown
+        assert "           1 longer than the context (--long cut keeps their beginning)\n" in shown
 
 
 def test_a_source_of_nothing_but_bad_conversations_is_an_error(tmp_path: Path) -> None:

@@ -524,7 +524,7 @@ def test_check_prints_the_plan_and_trains_nothing(small_shards: Path, forge) -> 
         "61,440 tokens a step = 60 windows",
         "AdamW at 0.0003",
         "accumulation steps",
-        "GiB on each GPU",
+        "GiB on a GPU",
         "epochs",
         "GB of disk",
     ):

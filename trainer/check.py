@@ -42,9 +42,10 @@ def describe(config: Config, name: str, index: Index, cut: Cut, ranks: Ranks) ->
         f"{counted(config.windows_per_step(), 'window')} of {model.context_length}: micro-batch "
         f"{cut.micro_batch_size} x {counted(cut.accumulation_steps, 'accumulation step')} x "
         f"{counted(ranks.world_size, 'rank')}",
-        f"steps: {until(config, train_tokens)} of {index.folder}",
+        f"steps: {until(config, train_tokens)}",
+        f"data: {index.folder}",
         f"optimizer: {config.optimizer.describe()}",
-        f"memory: about {cut.estimated_bytes / 2**30:.1f} GiB on each GPU (bfloat16); a checkpoint "
+        f"memory: about {cut.estimated_bytes / 2**30:.1f} GiB on a GPU, in bfloat16; a checkpoint "
         f"takes {checkpoint_bytes(config) / 1e9:.2f} GB of disk",
         *(f"note: {note}" for note in notes(config, train_tokens)),
     ]

@@ -217,6 +217,7 @@ class Readme:
         evaluated, taken, stop = last.get("evaluate"), last.get("step"), self.state.plan.stop
         steps = f"{now['step']:,}" + ("" if stop == math.inf else f" of {stop:,.0f}")
         loss, num_tokens = _number(evaluated, "loss"), index.total("num_tokens", "train")
+        at = f"{evaluated['step']:,}" if evaluated else "-"
         revision = (index.source.get("hub") or {}).get("revision")
         sample = last.get("sample", {}).get("text", "").replace("\n", "\n> ")
         more = ""
@@ -238,8 +239,8 @@ class Readme:
 
 Loss is the mean over the same {config.evaluate.num_tokens:,} validation tokens, in nats a token.
 
-- Validation loss {_number(self.first, "loss")} -> {loss}, {_number(evaluated, "bits_per_byte")} \
-bits a byte; training loss {_number(taken, "loss")}
+- Validation loss {_number(self.first, "loss")} -> {loss} at step {at}, \
+{_number(evaluated, "bits_per_byte")} bits a byte; training loss {_number(taken, "loss")}
 - Data: {index.source["name"]}{f" at {revision}" if revision else ""}, \
 {now["tokens"] / max(1, num_tokens):.2f} epochs of {num_tokens:,} tokens
 - Optimizer: {config.optimizer.describe()}

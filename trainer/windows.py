@@ -138,7 +138,7 @@ def check_amount(config: Config, data: Data) -> None:
                 f"{windows.num_windows * length}"
             )
     if problems:
-        fix = "lower it with --set, or tokenize more text, or with another --val-fraction"
+        fix = "lower it with --set; or make shards of more text, or with another --val-fraction"
         raise ForgeError("\n".join(problems), where=data.index.folder, fix=fix)
 
 
