@@ -59,7 +59,7 @@ def train(command: Command, started: float | None = None) -> None:
         if state.step >= state.plan.stop:
             if ranks.is_first:
                 say(
-                    f"The run is complete: {run}. To train on its weights: --from it, another --out."
+                    f"The run is complete: {run}. To go on from it: --from, another --out."
                 )
             return
         setup = prepare(command, data, device, state, ranks)
