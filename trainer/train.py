@@ -58,9 +58,7 @@ def train(command: Command, started: float | None = None) -> None:
         is_new, state = resumed is None, resumed or new_state(command, data, device)
         if state.step >= state.plan.stop:
             if ranks.is_first:
-                say(
-                    f"The run is complete: {run}. To go on from it: --from, another --out."
-                )
+                say(f"The run is complete: {run}. To train it for longer, give it to --from.")
             return
         setup = prepare(command, data, device, state, ranks)
         load_weights(setup, command, state, is_new)
