@@ -109,7 +109,7 @@ class Slice:
 
     @cached_property
     def made_of(self) -> str:
-        """A hash that changes when any file, row group or option does; the limit is no part."""
+        """A hash that changes when any file, row group or option does, max_tokens apart."""
         described = repr((self.parts, replace(self.options, max_tokens=None)))
         return xxhash.xxh3_128_hexdigest(described.encode())
 

@@ -79,9 +79,9 @@ def next_commands(folder: Path, index: Any) -> str:
     """What to type next, with a config that the shards are enough for."""
     quoted = shlex.quote(str(folder))
     if index.chat:
-        advice, length = (
-            f"forge-train chat --from RUN --data {quoted}",
+        length, advice = (
             index.chat["context_length"],
+            f"forge-train chat --from RUN --data {quoted}",
         )
         for split, key in (("train", "batch.tokens_per_step"), ("val", "evaluate.num_tokens")):
             most = sum((shard.num_tokens - 1) // length for shard in index.of(split)) * length

@@ -12,7 +12,6 @@ A task's centred accuracy is 0 for guessing and 1 for all right; CORE is its mea
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,13 +178,16 @@ def evaluate(
     with process_group(ranks, device, TIMEOUT_SECONDS):
         tasks: list[Task] = []
         on_all(ranks, lambda: tasks.extend(read_bundle(bundle, max_per_task)))
-        rows = []
-        for path in paths:
-            loaded = list[Loaded]()
-            opened = partial(open_model, path, step, device, torch.float32)
-            on_all(ranks, lambda: loaded.append(opened()))  # noqa: B023
-            rows.append(on_tasks(loaded[0], tasks, ranks))
+        models = (open_here(path, step, device, ranks) for path in paths)
+        rows = [on_tasks(loaded, tasks, ranks) for loaded in models]
     return rows if ranks.is_first else []
+
+
+def open_here(path: Path, step: int | None, device: torch.device, ranks: Ranks) -> Loaded:
+    """open_model() on this rank. A ForgeError of one is raised on all."""
+    opened: list[Loaded] = []  # which does not travel between the ranks
+    on_all(ranks, lambda: opened.append(open_model(path, step, device, torch.float32)))
+    return opened[0]
 
 
 def on_tasks(loaded: Loaded, tasks: list[Task], ranks: Ranks) -> dict[str, Any]:

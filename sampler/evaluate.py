@@ -22,11 +22,10 @@ from tqdm import tqdm
 
 from pipeline import chatml, tokenizer
 from pipeline.errors import ForgeError
-from pipeline.shards import EOT_TOKEN, INDEX_FILE, load_index
+from pipeline.shards import EOT_TOKEN, load_index
 from sampler.lines import read_lines
 from sampler.load import Loaded, best_device, open_model
 from trainer.evaluate import VALIDATION_SEED
-from trainer.layouts import read_json
 from trainer.model import LanguageModel
 from trainer.windows import Windows, to_device, windows_at
 
@@ -53,7 +52,8 @@ def evaluate(
     models = [open_model(path, step, torch.device("cpu"), torch.float32) for path in paths]
     if data is not None:
         longest = min(loaded.model.config.context_length for loaded in models)
-        packed = chat_length(data)
+        chat = load_index(data).chat
+        packed = chat["context_length"] if chat else None
         length = context_length or packed or longest
         if length > longest:
             fix = f"leave out the model that reads {longest}" if packed else None
@@ -97,12 +97,6 @@ def token_losses(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tenso
 # Shards
 
 
-def chat_length(folder: Path) -> int | None:
-    """The length of the windows that a folder's conversations are packed into; None for text."""
-    chat = read_json(load_index(folder).folder / INDEX_FILE).get("chat")
-    return chat["context_length"] if chat else None
-
-
 @torch.inference_mode()
 def window_losses(
     loaded: Loaded, windows: Windows, count: int, is_chat: bool = False
@@ -144,7 +138,7 @@ def on_shards(
             where=folder,
             fix="more text, more --num-tokens, or a shorter --context-length",
         )
-    is_chat = chat_length(folder) is not None
+    is_chat = index.chat is not None
     rows: list[Row] = []
     first: Floats | None = None
     for loaded in models:

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from pipeline import chatml, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN, VOCAB_SIZE, VOCABULARY_FILE, read_vocabulary
 from trainer import checkpoint, layouts
 from trainer.model import LanguageModel, build_model
-from trainer.run import DATA_FILE
+from trainer.run import knows_chat
 
 MARKERS = [b""] * (chatml.VOCAB_SIZE - VOCAB_SIZE)
 
@@ -31,9 +30,7 @@ class Loaded:
     def with_markers(self) -> "Loaded":
         """A copy of a base model as training on chat starts: each marker is the mean token."""
         model = copy.deepcopy(self.model)
-        weight = model.wte.weight
-        grown = F.pad(weight, (0, 0, 0, max(0, chatml.VOCAB_SIZE - len(weight))))
-        grown[VOCAB_SIZE : chatml.VOCAB_SIZE] = weight[:VOCAB_SIZE].mean(0)
+        grown = layouts.with_markers(model.wte.weight)
         model.wte.weight = torch.nn.Parameter(grown, requires_grad=False)
         return replace(self, model=model, vocabulary=self.vocabulary + MARKERS, is_chat=True)
 
@@ -73,8 +70,7 @@ def _open_run(run: Path, step: int) -> Loaded:
     model = build_model(state.model)
     path = checkpoint.checkpoint_path(run, step) / checkpoint.MODEL_FILE
     model.load_state_dict(checkpoint.load_tensors(path, dict(model.named_parameters())))
-    index = layouts.read_json(run / DATA_FILE) if (run / DATA_FILE).is_file() else {}
-    vocabulary, is_chat = read_vocabulary(run / VOCABULARY_FILE), bool(index.get("chat"))
+    vocabulary, is_chat = read_vocabulary(run / VOCABULARY_FILE), knows_chat(run)
     return Loaded(run, model, vocabulary + MARKERS * is_chat, state, is_chat)
 
 
@@ -84,9 +80,7 @@ def _open_transformers(folder: Path) -> Loaded:
     _check_tokenizer(folder)
     model = build_model(config)
     model.load_state_dict(weights)
-    settings = folder / layouts.TOKENIZER_FILE
-    template = layouts.read_json(settings).get("chat_template") if settings.is_file() else None
-    is_chat = template == chatml.TEMPLATE
+    is_chat = knows_chat(folder)
     return Loaded(folder, model, [*tokenizer.token_bytes()] + MARKERS * is_chat, None, is_chat)
 
 

@@ -12,7 +12,7 @@ SAID = {"role": "assistant", "content": "Four."}
 
 
 def conversation(*sizes: int) -> chat.Tokens:
-    """A conversation whose turns, user and assistant in turn, have so many one-token words."""
+    """A conversation of turns, by user and assistant, with these numbers of one-token words."""
     roles = ("user", "assistant")
     turns = [{"role": roles[n % 2], "content": " a" * size} for n, size in enumerate(sizes)]
     return chat.encode(turns, tokenizer.encode)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pipeline import shards
+from pipeline import chatml, shards
 from pipeline.errors import ForgeError
 from trainer import checkpoint
 from trainer.config import ModelConfig
@@ -159,6 +159,17 @@ def model_config(
 
 # ---------------------------------------------------------------------------------------------
 # Theirs -> ours
+
+
+def with_markers(rows: Tensor) -> Tensor:
+    """An embedding (V, C) of a text model with rows for ChatML's markers: each the mean token.
+
+    Rows of a padded vocabulary become theirs.
+    """
+    missing = max(0, chatml.VOCAB_SIZE - len(rows))
+    grown = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
+    grown[shards.VOCAB_SIZE : chatml.VOCAB_SIZE] = rows[: shards.VOCAB_SIZE].mean(0)
+    return grown
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

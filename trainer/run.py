@@ -12,11 +12,11 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline import shards
+from pipeline import chatml, shards
 from pipeline.errors import ForgeError
 from pipeline.files import write_whole
 from pipeline.shards import Index
-from trainer import checkpoint
+from trainer import checkpoint, layouts
 from trainer.checkpoint import CONFIG_FILE, State
 from trainer.config import Config
 from trainer.config_file import differences, flat, to_toml
@@ -42,12 +42,22 @@ class Command:
     weights_from: Path | None = None  # a run, a checkpoint, a folder of transformers
 
 
+def knows_chat(folder: Path) -> bool:
+    """Whether a run, or a folder in transformers' layout that we exported, was trained on chat."""
+    for name, key in ((DATA_FILE, "chat"), (layouts.TOKENIZER_FILE, "chat_template")):
+        if (folder / name).is_file() and (found := layouts.read_json(folder / name).get(key)):
+            return found == chatml.TEMPLATE or name == DATA_FILE
+    return False
+
+
 def open_run(command: Command, index: Index) -> State | None:
     """Where the run stands; None for a new one. ForgeError if neither may be. Writes nothing."""
     run, source = command.run, command.weights_from
     if not (run / CONFIG_FILE).is_file():
-        begun = {checkpoint.FOLDER} if checkpoint.steps(run) in ([], [0]) else set()
-        others = (p for p in run.iterdir() if p.name not in BEFORE_CONFIG | begun)
+        steps = checkpoint.steps(run)  # a start with --from saves the weights first
+        is_begun = not steps or (steps == [0] and source is not None)
+        left = BEFORE_CONFIG | ({checkpoint.FOLDER} if is_begun else set())
+        others = (p for p in run.iterdir() if p.name not in left)
         if strange := next((p.name for p in others if p.suffix != ".partial"), None):
             what = f"--out contains other files and no run: {strange}"
             raise ForgeError(what, where=run, fix="name another, or move them")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline import chatml
 from pipeline.errors import ForgeError, refusals
-from pipeline.shards import VOCAB_SIZE, load_index
+from pipeline.shards import load_index
 from trainer import checkpoint, layouts
 from trainer.backends import compile_model, load_libraries
 from trainer.check import describe
@@ -26,7 +26,7 @@ from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
 from trainer.ranks import Ranks, fill_from_first, from_first
 from trainer.report import Metrics, Readme, Report, Row, Terminal, duration, hardware, say
-from trainer.run import DATA_FILE, Command, check_room, write_files
+from trainer.run import Command, check_room, knows_chat, write_files
 from trainer.schedule import Clock, first_plan
 from trainer.step import Setup
 from trainer.windows import Data, MicroBatches
@@ -79,8 +79,8 @@ def load_weights(setup: Setup, command: Command, state: State, is_new: bool) -> 
             read = partial(checkpoint.load_tensors, path / file, tensors)
             fill_from_first(setup.ranks, read, tensors)
     elif command.weights_from is not None:
-        num_ids = setup.data.index.tokenizer["vocab_size"]
-        read = partial(read_source, command.weights_from, state, num_ids, masters)
+        is_chat = setup.data.train.is_chat
+        read = partial(read_source, command.weights_from, state, is_chat, masters)
         fill_from_first(setup.ranks, read, masters)
     optimizer.copy_to_model()
 
@@ -108,28 +108,25 @@ def model_to_tune(name: str, source: Path | None, data: Path, run: Path | None) 
 
 
 def read_source(
-    source: Path, new: State, num_ids: int, masters: dict[str, Tensor]
+    source: Path, new: State, is_chat: bool, masters: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weights that --from names, for the `masters` of a new run on shards of `num_ids` tokens.
+    """The weights that --from names, for the `masters` of a new run.
 
-    ForgeError unless they are of its model and vocabulary. Tokens that the weights never met, as
-    chat's markers, begin as the mean of those that they did.
+    ForgeError unless they are of its model and vocabulary. For chat, the embedding of a text model
+    gets rows for the markers.
     """
-    wanted, settings = new.model, source / layouts.TOKENIZER_FILE
     if found := checkpoint.find(source):
         state = checkpoint.load_state(*found, (MODEL_FILE,))
-        model, settings = state.model, found[0] / DATA_FILE
+        model, folder = state.model, found[0]
         if state.vocabulary not in ("", new.vocabulary):
-            what, fix = (
-                "the weights are of another vocabulary",
-                "train from scratch on these shards",
-            )
-            raise ForgeError(what, where=source, fix=fix)
+            fix = "train from scratch on these shards"
+            raise ForgeError("the weights are of another vocabulary", where=source, fix=fix)
     else:
-        model, tensors = layouts.read_folder(source)
-    theirs, ours = model.sizes(), wanted.sizes()
-    if model.vocab_size < wanted.vocab_size:
-        theirs["vocab_size"] = wanted.vocab_size
+        (model, tensors), folder = layouts.read_folder(source), source
+    is_new_to_chat = is_chat and not knows_chat(folder)
+    theirs, ours = model.sizes(), new.model.sizes()
+    if is_new_to_chat:
+        theirs["vocab_size"] = max(model.vocab_size, chatml.VOCAB_SIZE)
     if differing := [f"{k}: {theirs[k]} -> {v}" for k, v in ours.items() if theirs[k] != v]:
         what = f"the weights are of another model: {', '.join(differing)}"
         raise ForgeError(what, where=source, fix="use a config with the same [model]")
@@ -137,13 +134,9 @@ def read_source(
         rows = torch.empty(model.vocab_size, model.embedding_size, device="meta")
         path = checkpoint_path(*found) / MODEL_FILE
         tensors = checkpoint.load_tensors(path, masters | {EMBEDDING: rows})
-    said = layouts.read_json(settings) if settings.is_file() else {}
-    is_chat = bool(said.get("chat") or said.get("chat_template"))
-    rows, num_known = tensors[EMBEDDING], chatml.VOCAB_SIZE if is_chat else VOCAB_SIZE
-    mean = rows[:num_known].mean(0, keepdim=True)
-    rows = torch.cat([rows, mean.expand(wanted.vocab_size - len(rows), -1)])
-    rows[num_known:num_ids] = mean
-    return tensors | {EMBEDDING: rows}
+    if is_new_to_chat:
+        tensors[EMBEDDING] = layouts.with_markers(tensors[EMBEDDING])
+    return tensors
 
 
 def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_new: bool) -> Report:
