@@ -68,21 +68,22 @@ def main(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '/tmp')}/.cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "llm-forge" / "compiled"))
     started = time.perf_counter()  # importing torch is part of the time that a run takes
-    from trainer import check as checking
     from trainer import config_file
     from trainer.run import Command
+    from trainer.start import check as check_plan
     from trainer.start import model_to_tune
     from trainer.train import train
 
-    if out is None and not check:
-        raise click.UsageError("--out is missing: the folder for the run (or add --check)")
     try:
+        if out is None and not check:
+            raise click.UsageError("--out is missing: the folder for the run (or add --check)")
         find_model = partial(model_to_tune, config, weights_from, data, out if resume else None)
         chosen, name = config_file.load(config, settings, find_model), Path(config).stem
-        if check or out is None:
-            checking.check(chosen, name, data)
+        command = Command(chosen, name, data, out or Path(), resume, weights_from)
+        if check:
+            check_plan(command)
         else:
-            train(Command(chosen, name, data, out, resume, weights_from), started)
+            train(command, started)
     except ForgeError as error:
         rank = os.environ.get("RANK", "0")
         raise click.ClickException(f"[rank {rank}] " * (rank != "0") + str(error)) from error
