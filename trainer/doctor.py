@@ -148,7 +148,7 @@ def full_load() -> Found:
     for number, heat, watts, limit, usual, reasons in loaded:
         what += f"; GPU {number}: {watts} of {limit} W, {heat} °C"
         if limit != usual:
-            fixes.append(f"GPU {number} takes {usual} W by default (nvidia-smi -pl)")
+            fixes.append(f"GPU {number} has {usual} W by default: nvidia-smi -pl sets it")
         if reasons.startswith("0x") and int(reasons, 16) & SLOWED:
             fixes.append(f"GPU {number} is slowed by heat or supply: look at fans and cables")
     if min(speeds) < max(0.9 * max(speeds), 0.6 * (peak or 0)):
