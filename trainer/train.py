@@ -68,7 +68,7 @@ def train(command: Command, started: float | None = None) -> None:
         signals = opened.enter_context(Signals())
         if is_new and command.weights_from:
             save_source(setup, state, checkpoints)
-        report = open_report(setup, command, state, clock, is_new)
+        report = open_report(setup, command, state, clock, is_new, opened)
         with setup.batches:
             if is_new:
                 evaluate(setup, state, clock, report)
