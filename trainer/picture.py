@@ -21,6 +21,7 @@ LOSS_PANEL, RATE_PANEL = (72, 304), (340, 408)  # top and bottom
 STYLE = """<style>
 text { font: 13px system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; fill: #666a72; }
 .legend { font-size: 14px; fill: #1c1e22; } .end { text-anchor: end; }
+.middle { text-anchor: middle; }
 .paper { fill: #fcfcfa; } .grid { stroke: #e4e3de; }
 .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .training { stroke: #0069b4; } .validation { stroke: #cc4e00; } .rate { stroke: #00805c; }
@@ -30,11 +31,6 @@ text { fill: #9a9ea6; } .legend { fill: #e8e7e3; }
 .training { stroke: #5fb2f2; } .validation { stroke: #ff9558; } .rate { stroke: #40cc9f; }
 }</style>"""
 Point = tuple[float, float]  # tokens, value
-
-
-def mean(points: Iterable[Point]) -> Point:
-    tokens, values = zip(*points, strict=True)
-    return fmean(tokens), fmean(values)
 
 
 class Curve:
@@ -54,31 +50,32 @@ class Curve:
             pairs = zip(self.points[::2], self.points[1::2], strict=True)
             self.points, self.width = [mean(pair) for pair in pairs], 2 * self.width
 
-    def so_far(self) -> list[Point]:
-        return self.points + ([mean(self.waiting)] if self.waiting else [])
+
+def mean(points: Iterable[Point]) -> Point:
+    tokens, values = zip(*points, strict=True)
+    return fmean(tokens), fmean(values)
 
 
 class Picture:
-    """A watcher that draws at each evaluation, in `pool`'s thread."""
+    """A watcher that draws at each evaluation, in the thread of `pool`."""
 
     def __init__(self, run: Path, past: Iterable[Row], pool: Executor) -> None:
         self.path, self.pool = run / PICTURE_FILE, pool
-        self.training, self.validation, self.rate = Curve(), Curve(), Curve()
+        self.curves = {"training": Curve(), "validation": Curve(), "rate": Curve()}
         for row in past:
             self.note(row)
 
     def note(self, row: Row) -> None:
         if row["kind"] == "step":
-            self.training.add(row["tokens"], row["loss"])
-            self.rate.add(row["tokens"], row["lr"])
+            self.curves["training"].add(row["tokens"], row["loss"])
+            self.curves["rate"].add(row["tokens"], row["lr"])
         elif row["kind"] == "evaluate":
-            self.validation.add(row["tokens"], row["loss"])
+            self.curves["validation"].add(row["tokens"], row["loss"])
 
     def __call__(self, row: Row) -> None:
         self.note(row)
         if row["kind"] == "evaluate":
-            curves = (self.training, self.validation, self.rate)
-            self.pool.submit(self.write, *(curve.so_far() for curve in curves))
+            self.pool.submit(self.write, *(list(curve.points) for curve in self.curves.values()))
 
     def write(self, *curves: list[Point]) -> None:
         with contextlib.suppress(OSError):  # README.md, written at the same time, warns
@@ -88,11 +85,11 @@ class Picture:
 def draw(training: list[Point], validation: list[Point], rate: list[Point]) -> str:
     """The picture as SVG. All axes are linear; the loss before START_FRACTION is cut off."""
     losses = {"training": training, "validation": validation}
-    end = max((tokens for tokens, _ in training + validation), default=0) or 1
+    end = max((tokens for tokens, _ in training + validation), default=0)
     shown = [loss for tokens, loss in training + validation if tokens >= START_FRACTION * end]
     low, high = min(shown, default=0), max(shown, default=1)
     margin = 0.04 * (high - low) or 0.5
-    peak = max((value for _, value in rate), default=1)
+    peak, end = max((value for _, value in rate), default=0) or 1, end or 1
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}">',
         f'{STYLE}<rect class="paper" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
@@ -109,8 +106,8 @@ def draw(training: list[Point], validation: list[Point], rate: list[Point]) -> s
         x = round(LEFT + (RIGHT - LEFT) * tokens / end)
         for top, bottom in (LOSS_PANEL, RATE_PANEL):
             parts.append(f'<path class="grid" d="M{x} {top}V{bottom}"/>')
-        parts.append(f'<text x="{x}" y="{RATE_PANEL[1] + 18}" text-anchor="middle">')
-        parts.append(f"{amount(round(tokens))}</text>")
+        label = f'<text class="middle" x="{x}" y="{RATE_PANEL[1] + 18}">{amount(round(tokens))}'
+        parts.append(f"{label}</text>")
     parts += panel(losses, end, (low - margin, high + margin), LOSS_PANEL)
     return "\n".join([*parts, *panel({"rate": rate}, end, (0, 1.1 * peak), RATE_PANEL), "</svg>\n"])
 

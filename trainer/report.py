@@ -102,7 +102,7 @@ def say(text: str, end: str = "\n") -> None:
         print(f"{erase}{text}", end=end, flush=True)
     except BrokenPipeError:  # nor does the rest of the buffer, at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError:
+    except (OSError, UnicodeError):  # the latter: text that the terminal has no letters for
         pass
 
 
@@ -186,21 +186,19 @@ class Terminal:
             return None
         self.printed_at = now
         used, left = self.clock.used, self.seconds_left(row["step"])
+        at = f"{row['step']:>{len(self.num_steps)}}/{self.num_steps}"
+        eta = f"eta {'?' if left == math.inf else duration(left)}"
         mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:5.1%}"
-        memory = ""
-        if torch.cuda.is_initialized():
-            memory = f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        line = (
-            f"step {row['step']:>{len(self.num_steps)}}/{self.num_steps}  "
-            f"eta {'?' if left == math.inf else duration(left)}  loss {row['loss']:7.4f}  "
-            f"{row['tokens_per_second']:>9,.0f} tok/s{mfu}{memory}  "
-            f"lr {row['lr']:.2e}  norm {row['norm']:7.3f}"
-        )
+        speed = f"{row['tokens_per_second']:>9,.0f} tok/s{mfu}"
+        loss, rate = f"loss {row['loss']:7.4f}", f"lr {row['lr']:.2e}  norm {row['norm']:7.3f}"
         if not sys.stdout.isatty():
-            return say(line)
+            return say(f"step {at}  {loss}  {rate}  {speed}  {eta}")
         bar = "=" * round(12 * used / (used + left))  # by time
+        line = f"[{bar:12}]  {at}  {eta}  {loss}  {speed}"
+        if torch.cuda.is_available():
+            line += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         columns = shutil.get_terminal_size().columns  # now; a line that fills them would wrap
-        return say(f"[{bar:12}]  {line}"[: columns - 1], end="")
+        return say(line[: columns - 1], end="")
 
     @property
     def num_steps(self) -> str:

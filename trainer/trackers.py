@@ -30,8 +30,9 @@ def rows() -> Iterator[Row]:
 def figures(row: Row) -> dict[str, float]:
     """The numbers of a step or an evaluation, by the names of their charts."""
     prefix = PREFIXES.get(row["kind"])
-    numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-    return {f"{prefix}/{key}": value for key, value in numbers.items()} if prefix else {}
+    numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+    kept = numbers.keys() - {"step", "seconds"} if prefix else ()
+    return {f"{prefix}/{key}": numbers[key] for key in sorted(kept)}
 
 
 def write_events(run: str, name: str, config: Row, step: int) -> None:
@@ -39,9 +40,10 @@ def write_events(run: str, name: str, config: Row, step: int) -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would load all of it
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(f"{run}/tensorboard", purge_step=step + 1, flush_secs=10) as writer:
+    given = {"flush_secs": 10, "filename_suffix": f".{os.getpid()}"}
+    with SummaryWriter(f"{run}/tensorboard", purge_step=step + 1, **given) as writer:
         text = "".join(f"    {key} = {json.dumps(value)}\n" for key, value in config.items())
-        writer.add_text("config", text, step)
+        writer.add_text("config", text, max(step, 0))
         for row in rows():
             for key, value in figures(row).items():
                 writer.add_scalar(key, value, row["step"])
