@@ -1,7 +1,7 @@
 """RUN/curves.svg, which RUN/README.md shows: training loss, validation loss, learning rate.
 
-Written by hand, with a style for dark pages, and in a millisecond: a library's drawing would hold
-Python's lock for a fifth of a second, while the training thread needs it.
+Written by hand: no package is needed, dark pages get a style of their own, and it takes a
+millisecond of Python's lock (matplotlib: 70), which the training thread needs, too.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ class Curve:
         self.points, self.waiting, self.width = list[Point](), list[Point](), 1
 
     def add(self, tokens: int, value: float | None) -> None:
+        """Add a row's value, unless it is not finite, or None, which metrics.jsonl has for that."""
         if value is None or not math.isfinite(value):
             return
         self.waiting.append((tokens, value))
@@ -67,10 +68,10 @@ class Picture:
 
     def note(self, row: Row) -> None:
         if row["kind"] == "step":
-            self.curves["training"].add(row["tokens"], row["loss"])
-            self.curves["rate"].add(row["tokens"], row["lr"])
+            self.curves["training"].add(row["tokens"], row.get("loss"))
+            self.curves["rate"].add(row["tokens"], row.get("lr"))
         elif row["kind"] == "evaluate":
-            self.curves["validation"].add(row["tokens"], row["loss"])
+            self.curves["validation"].add(row["tokens"], row.get("loss"))
 
     def __call__(self, row: Row) -> None:
         self.note(row)

@@ -70,7 +70,8 @@ def check(command: Command) -> None:
         if command.weights_from is not None:
             check_source(command.weights_from, state, data.train.is_chat)
 
-    for part in (show, partial(check_amount, config, data), check_weights):
+    parts = show, partial(check_amount, config, data), check_weights, partial(trackers, config)
+    for part in parts:
         try:
             part()
         except ForgeError as error:
@@ -214,7 +215,6 @@ def open_report(
     where, started_at = hardware(setup.device, ranks.world_size), int(time.time())
 
     def make() -> None:
-        libraries = trackers(config)
         check_room(run, checkpoint_bytes(config), config.checkpoint.keep_last)
         found = ""
         if config.batch.micro_batch_size == "auto":  # and stays so: the next start may find another
@@ -232,7 +232,7 @@ def open_report(
         name = re.sub(r"[^\w.-]", "-", f"{run.resolve().name}-{begun_at}")
         step = -1 if is_new else state.step
         given = {"run": str(run), "name": name, "config": flat(config), "step": step}
-        for library in libraries:
+        for library in trackers(config):
             tracker = Tracker(library, given)
             opened.callback(tracker.close)
             watchers.append(tracker)
