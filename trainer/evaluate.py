@@ -10,7 +10,7 @@ from trainer.config import Config
 from trainer.cross_entropy import IGNORED
 from trainer.model import LanguageModel
 from trainer.ranks import Ranks, on_all, sum_over_ranks
-from trainer.windows import Data, to_device, windows_at
+from trainer.windows import Data, Ids, Windows, to_device, windows_at
 
 VALIDATION_SEED = 0  # one choice of validation windows for every run
 OPENINGS = 64  # conversations, of which the shortest question is asked
@@ -19,26 +19,26 @@ OPENINGS = 64  # conversations, of which the shortest question is asked
 @torch.no_grad()
 def validation_loss(
     model: LanguageModel, data: Data, config: Config, micro_batch_size: int, ranks: Ranks
-) -> tuple[float, float]:
+) -> tuple[float, float, dict[str, float]]:
     """Loss over the same validation windows for any batch and number of ranks.
 
-    In nats per token and in bits per byte of text.
+    In nats per token, in bits per byte of text, and in nats for each part of a mixture. Its parts
+    share the windows equally, as far as they have some, and are weighted by their train tokens.
     """
-    device = next(model.parameters()).device
-    length = config.model.context_length
-    count = config.evaluate.num_tokens // length
-    mine = np.arange(ranks.rank, count, ranks.world_size)
-    mine = windows_at(mine, data.val.num_windows, VALIDATION_SEED)
+    device, index = next(model.parameters()).device, data.index
+    length, size = config.model.context_length, micro_batch_size
+    share = max(1, config.evaluate.num_tokens // length // len(data.parts))
+    counts = [min(share, part.num_windows) for part in data.parts]
     token_bytes = torch.tensor([len(token) for token in data.vocabulary], device=device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    sums = torch.zeros(len(counts), 3, dtype=torch.float64, device=device)  # nats, tokens, bytes
 
-    def add_mine() -> None:
-        for first in range(0, len(mine), micro_batch_size):
-            batch = data.val.read(mine[first : first + micro_batch_size])
+    def add(windows: Windows, mine: Ids, sums: torch.Tensor) -> None:
+        for first in range(0, len(mine), size):
+            batch = windows.read(mine[first : first + size])
             # The last one is filled up: torch.compile would compile another shape anew.
-            full = np.resize(batch, (micro_batch_size, length + 1))
-            inputs, targets = to_device(full, device, data.val.is_chat)
-            is_real = torch.arange(micro_batch_size, device=device)[:, None] < len(batch)
+            full = np.resize(batch, (size, length + 1))
+            inputs, targets = to_device(full, device, windows.is_chat)
+            is_real = torch.arange(size, device=device)[:, None] < len(batch)
             targets = torch.where(is_real, targets, IGNORED)
             scored = targets[targets != IGNORED]
             sums[1] += len(scored)
@@ -47,9 +47,19 @@ def validation_loss(
                 x = model.trunk(inputs).detach()  # frees the graph at once
             sums[0] += model.loss(x, targets)
 
+    def add_mine() -> None:
+        for part, count, of_part in zip(data.parts, counts, sums, strict=True):
+            mine = np.arange(ranks.rank, count, ranks.world_size)
+            add(part, windows_at(mine, part.num_windows, VALIDATION_SEED), of_part)
+
     on_all(ranks, add_mine)
-    nats, num_tokens, num_bytes = sum_over_ranks(sums, ranks).tolist()
-    return nats / num_tokens, nats / math.log(2) / num_bytes
+    sums = sum_over_ranks(sums, ranks).cpu()
+    trained = [sum(s.num_tokens for s in index.of("train", part.part)) for part in data.parts]
+    weights = torch.tensor(trained, dtype=torch.float64) / torch.tensor(counts)
+    nats, num_tokens, num_bytes = (weights / weights.sum() @ sums).tolist()
+    losses = (sums[:, 0] / sums[:, 1]).tolist()
+    of_parts = {str(part.part): loss for part, loss in zip(data.parts, losses, strict=True)}
+    return nats / num_tokens, nats / math.log(2) / num_bytes, of_parts
 
 
 def opening(data: Data) -> list[int]:
