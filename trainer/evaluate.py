@@ -10,7 +10,7 @@ from trainer.config import Config
 from trainer.cross_entropy import IGNORED
 from trainer.model import LanguageModel
 from trainer.ranks import Ranks, on_all, sum_over_ranks
-from trainer.windows import Data, Ids, Windows, to_device, windows_at
+from trainer.windows import Data, to_device, windows_at
 
 VALIDATION_SEED = 0  # one choice of validation windows for every run
 OPENINGS = 64  # conversations, of which the shortest question is asked
@@ -32,34 +32,31 @@ def validation_loss(
     token_bytes = torch.tensor([len(token) for token in data.vocabulary], device=device)
     sums = torch.zeros(len(counts), 3, dtype=torch.float64, device=device)  # nats, tokens, bytes
 
-    def add(windows: Windows, mine: Ids, sums: torch.Tensor) -> None:
-        for first in range(0, len(mine), size):
-            batch = windows.read(mine[first : first + size])
-            # The last one is filled up: torch.compile would compile another shape anew.
-            full = np.resize(batch, (size, length + 1))
-            inputs, targets = to_device(full, device, windows.is_chat)
-            is_real = torch.arange(size, device=device)[:, None] < len(batch)
-            targets = torch.where(is_real, targets, IGNORED)
-            scored = targets[targets != IGNORED]
-            sums[1] += len(scored)
-            sums[2] += token_bytes[scored].sum()
-            with torch.enable_grad():  # as in training, or it would be compiled again
-                x = model.trunk(inputs).detach()  # frees the graph at once
-            sums[0] += model.loss(x, targets)
-
     def add_mine() -> None:
         for part, count, of_part in zip(data.parts, counts, sums, strict=True):
             mine = np.arange(ranks.rank, count, ranks.world_size)
-            add(part, windows_at(mine, part.num_windows, VALIDATION_SEED), of_part)
+            mine = windows_at(mine, part.num_windows, VALIDATION_SEED)
+            for first in range(0, len(mine), size):
+                batch = part.read(mine[first : first + size])
+                # The last one is filled up: torch.compile would compile another shape anew.
+                full = np.resize(batch, (size, length + 1))
+                inputs, targets = to_device(full, device, part.is_chat)
+                is_real = torch.arange(size, device=device)[:, None] < len(batch)
+                targets = torch.where(is_real, targets, IGNORED)
+                scored = targets[targets != IGNORED]
+                of_part[1] += len(scored)
+                of_part[2] += token_bytes[scored].sum()
+                with torch.enable_grad():  # as in training, or it would be compiled again
+                    x = model.trunk(inputs).detach()  # frees the graph at once
+                of_part[0] += model.loss(x, targets)
 
     on_all(ranks, add_mine)
     sums = sum_over_ranks(sums, ranks).cpu()
     trained = [sum(s.num_tokens for s in index.of("train", part.part)) for part in data.parts]
     weights = torch.tensor(trained, dtype=torch.float64) / torch.tensor(counts)
     nats, num_tokens, num_bytes = (weights / weights.sum() @ sums).tolist()
-    losses = (sums[:, 0] / sums[:, 1]).tolist()
-    of_parts = {str(part.part): loss for part, loss in zip(data.parts, losses, strict=True)}
-    return nats / num_tokens, nats / math.log(2) / num_bytes, of_parts
+    losses = {str(p.part): float(row[0] / row[1]) for p, row in zip(data.parts, sums, strict=True)}
+    return nats / num_tokens, nats / math.log(2) / num_bytes, losses
 
 
 def opening(data: Data) -> list[int]:

@@ -149,7 +149,6 @@ def read_metrics(run: Path) -> list[Row]:
 
 
 def _brief(value: Any) -> Any:
-    """Six digits of each float, and None for one that is not finite."""
     if isinstance(value, dict):
         return {key: _brief(each) for key, each in value.items()}
     if not isinstance(value, float):

@@ -216,7 +216,7 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
     if state.step:  # the one before the first step compiles
         clock.evaluation = took
     figures = {"loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak}
-    of_parts = {"parts": parts} if len(parts) > 1 else {}  # of a mixture
+    of_parts = {"parts": parts} if len(setup.data.index.parts) > 1 else {}  # of a mixture
     report("evaluate", state.step, **figures, **of_parts, evaluate_seconds=took)
     if text:
         report("sample", state.step, text=text)
