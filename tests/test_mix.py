@@ -260,7 +260,7 @@ def test_a_run_reports_each_part_and_forge_eval_measures_it(
     said = ", ".join(f"{name} {loss:.4f}" for name, loss in parts.items())
     assert f"  {said}\n" in trained.output
     assert f"each part: {said};" in (run / "README.md").read_text()
-    assert f"  {next(iter(parts))}: 40 k tokens, " in trained.output
+    assert f"by part           40,000 of {next(iter(parts))} (" in trained.output
     measured = forge("eval", run, "--data", mixed, "--num-tokens", 320, "--json")
     rows = [json.loads(line) for line in measured.stdout.splitlines()]
     assert {row["part"]: row["loss"] for row in rows} == pytest.approx(parts, abs=1e-4)
