@@ -52,6 +52,9 @@ def describe(
         "training tokens": f"{train_tokens:,}",
         "validation tokens": f"{val_tokens:,}",
     }
+    if parts := index.source.get("parts"):  # of a mixture
+        amounts = ("{train_tokens:,} of {folder} ({epochs:.2f} epochs)".format(**p) for p in parts)
+        rows["training tokens by part"] = ", ".join(amounts)
     found = [f"note: {note}" for note in notes(config, train_tokens)]
     if product:
         shares = " to ".join(f"{share:.0%}" for share in STEP_SHARE)

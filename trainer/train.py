@@ -208,7 +208,7 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
     began = time.perf_counter()
     config, model, device = setup.config, setup.model, setup.device
     size = setup.cut.micro_batch_size
-    loss, bits = validation_loss(model, setup.data, config, size, setup.ranks)
+    loss, bits, parts = validation_loss(model, setup.data, config, size, setup.ranks)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     text, num_tokens = "", config.evaluate.sample_tokens
     if setup.ranks.is_first and num_tokens and state.step and math.isfinite(loss):
@@ -217,7 +217,8 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
     if state.step:  # the one before the first step compiles
         clock.evaluation = took
     figures = {"loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak}
-    report("evaluate", state.step, **figures, evaluate_seconds=took)
+    of_parts = {"parts": parts} if len(setup.data.index.parts) > 1 else {}  # of a mixture
+    report("evaluate", state.step, **figures, **of_parts, evaluate_seconds=took)
     if text:
         report("sample", state.step, text=text)
     state.validation_loss = loss if math.isfinite(loss) else None
