@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from pipeline.errors import ForgeError
 
 T = TypeVar("T")
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+# (output, input) of equal shares; either may lie in the other. torch 2.13 has renamed them.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,39 @@ def from_first(ranks: Ranks, action: Callable[[], T]) -> T:
     return on_all(ranks, lambda: action() if ranks.is_first else cast(T, None))[0]
 
 
+class Shared(NamedTuple):
+    """A tensor whose numbers are shared out among the ranks, or all on each."""
+
+    shape: torch.Size
+    spans: list[slice]  # of the flat tensor: each rank's numbers
+    mine: torch.Tensor  # this rank's, (numbers,)
+
+
+def gathered(ranks: Ranks, *groups: dict[str, Shared]) -> Iterator[dict[str, torch.Tensor]]:
+    """Each group's whole tensors on rank 0, on the CPU; {} on the others. All ranks take all."""
+    for group in groups:
+        if ranks.is_first:
+            yield {name: gather(shared) for name, shared in group.items()}
+        else:
+            for shared in group.values():
+                if len(shared.mine):
+                    dist.send(shared.mine.cpu(), dst=0)
+            yield {}
+
+
+def gather(shared: Shared) -> torch.Tensor:
+    """On rank 0, while the others send."""
+    whole = torch.empty(shared.shape)
+    flat = whole.view(-1)
+    flat[shared.spans[0]] = shared.mine.cpu()
+    for rank, span in enumerate(shared.spans[1:], start=1):
+        if span.start < span.stop:
+            dist.recv(flat[span], src=rank)
+    return whole
+
+
 def fill_from_first(
-    ranks: Ranks, read: Callable[[], dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor]
+    ranks: Ranks, read: Callable[[], dict[str, torch.Tensor]], tensors: dict[str, Shared]
 ) -> None:
     """Fill `tensors` on every rank, in place, with what `read` gives by their names on rank 0.
 
@@ -164,8 +198,14 @@ def fill_from_first(
     """
     found: dict[str, torch.Tensor] = {}
     from_first(ranks, lambda: found.update(read()))
-    for name, tensor in tensors.items():
+    for name, shared in tensors.items():
         if ranks.is_first:
-            tensor.copy_(found.pop(name))
-        if ranks.world_size > 1:
-            dist.broadcast(tensor, src=0)
+            flat = found.pop(name).to("cpu", torch.float32).flatten()
+            shared.mine.copy_(flat[shared.spans[0]])
+            for rank, span in enumerate(shared.spans[1:], start=1):
+                if span.start < span.stop:
+                    dist.send(flat[span], dst=rank)
+        elif len(shared.mine):
+            received = torch.empty(shared.mine.shape)
+            dist.recv(received, src=0)
+            shared.mine.copy_(received)

@@ -24,7 +24,7 @@ from trainer.config_file import flat
 from trainer.memory import checkpoint_bytes, cut_here
 from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
-from trainer.ranks import Ranks, fill_from_first, from_first
+from trainer.ranks import Ranks, Shared, fill_from_first, from_first
 from trainer.report import Metrics, Readme, Report, Row, Terminal, duration, hardware, say
 from trainer.run import Command, check_room, knows_chat, write_files
 from trainer.schedule import Clock, first_plan
@@ -72,7 +72,7 @@ def prepare(
 def load_weights(setup: Setup, command: Command, state: State, is_new: bool) -> None:
     """Fill model and optimizer with the run's checkpoint, or with the weights of --from."""
     optimizer = setup.optimizer
-    masters, moments = optimizer.views(optimizer.masters), optimizer.state()
+    masters, moments = optimizer.masters(), optimizer.state()
     if not is_new:
         path = checkpoint_path(command.run, state.step)
         for file, tensors in ((MODEL_FILE, masters), (OPTIMIZER_FILE, moments)):
@@ -108,7 +108,7 @@ def model_to_tune(name: str, source: Path | None, data: Path, run: Path | None) 
 
 
 def read_source(
-    source: Path, new: State, is_chat: bool, masters: dict[str, Tensor]
+    source: Path, new: State, is_chat: bool, masters: dict[str, Shared]
 ) -> dict[str, Tensor]:
     """The weights that --from names, for the `masters` of a new run.
 
