@@ -433,6 +433,32 @@ def test_training_learns_a_batch_by_heart_and_skips_what_is_not_finite(
     assert not torch.equal(everything()["wte.weight"], before["wte.weight"])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_blocks_give_the_same_gradients_and_keep_only_their_inputs(
+    family: ModelConfig,
+) -> None:
+    inputs, targets = draw(family)
+    losses, gradients, kept = [], [], []
+    for recomputes in (False, True):
+        model, sizes = made(family), [0]
+        backends.compile_model(model, configs.load("tiny"), torch.device("cpu"), recomputes)
+
+        def note(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes[0] += x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            x = model.trunk(inputs)
+        loss = model.loss(x, targets)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        kept.append(sizes[0])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
 @pytest.mark.parametrize(("config", "compiles"), [(SMALL, True), (MODERN, False)])
 def test_a_gpu_compiles_what_is_faster_for_it(
     config: ModelConfig, compiles: bool, monkeypatch: pytest.MonkeyPatch

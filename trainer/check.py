@@ -45,7 +45,8 @@ def describe(config: Config, name: str, index: Index, cut: Cut, ranks: Ranks) ->
         f"steps: {until(config, train_tokens)}",
         f"data: {index.folder}",
         f"optimizer: {config.optimizer.describe()}",
-        f"memory: about {cut.estimated_bytes / 2**30:.1f} GiB on a GPU, in bfloat16; a checkpoint "
+        f"memory: about {cut.estimated_bytes / 2**30:.1f} GiB on a GPU, in bfloat16"
+        f"{', with all blocks recomputed in the backward pass' * cut.recomputes}; a checkpoint "
         f"takes {checkpoint_bytes(config) / 1e9:.2f} GB of disk",
         *(f"note: {note}" for note in notes(config, train_tokens)),
     ]

@@ -9,6 +9,7 @@ dq, dk and dv become one array and are normalized and rotated back, and after an
 # mypy: disable-error-code="no-untyped-call"
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from trainer.config import Config
 from trainer.model import RMS_NORM_EPS, Qwen3, attend
 from trainer.optimizer import compute_dtype
 
+Layer = Callable[..., tuple[Tensor, Tensor]]
 ROWS, COLUMNS = 16, 256  # of a tile, with four warps
 WARP_COLUMNS = 256  # of a row that one program takes: 16 bytes a thread
 
@@ -28,17 +30,6 @@ def available(config: Config, device: torch.device) -> bool:
     on_gpu = device.type == "cuda" and cross_entropy.gpu_kernels() is not None
     is_half = compute_dtype(config, device) == torch.bfloat16
     return config.model.family == "qwen3" and is_half and on_gpu
-
-
-def hidden(model: Qwen3, tokens: Tensor) -> Tensor:
-    """model.hidden(tokens): tokens (B, T) -> (B, T, C)."""
-    blocks: list[Any] = list(model.h)
-    x, turns = model.wte(tokens), model.turns[:, : tokens.shape[1]]
-    n: Tensor = blocks[0].ln_1(x)
-    norms = [*(block.ln_1 for block in blocks[1:]), model.ln_f]
-    for block, norm in zip(blocks, norms, strict=True):
-        x, n = layer(block, norm, x, n, turns)
-    return n
 
 
 def layer(block: Any, norm: Any, x: Tensor, n: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +46,17 @@ def layer(block: Any, norm: Any, x: Tensor, n: Tensor, turns: Tensor) -> tuple[T
     y = mlp.down_proj(Gate.apply(mlp.gate_up_proj(n)))
     out: tuple[Tensor, Tensor] = AddRMSNorm.apply(x, y, norm.weight)
     return out
+
+
+def hidden(model: Qwen3, tokens: Tensor, layer: Layer = layer) -> Tensor:
+    """model.hidden(tokens): tokens (B, T) -> (B, T, C). `layer` may be recomputed."""
+    blocks: list[Any] = list(model.h)
+    x, turns = model.wte(tokens), model.turns[:, : tokens.shape[1]]
+    n: Tensor = blocks[0].ln_1(x)
+    norms = [*(block.ln_1 for block in blocks[1:]), model.ln_f]
+    for block, norm in zip(blocks, norms, strict=True):
+        x, n = layer(block, norm, x, n, turns)
+    return n
 
 
 class Gate(torch.autograd.Function):

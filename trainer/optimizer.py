@@ -170,7 +170,7 @@ class Optimizer:
         Moments are `exp_avg.NAME` and `exp_avg_sq.NAME`, for Muon's matrices `momentum.NAME`, and
         `mean_squares.ROWSxCOLUMNS` for all of a shape; `step.0` and `step.1` are single numbers.
         """
-        found = {}
+        found: dict[str, Shared] = {}
         for part in self.parts.values():
             for kind, own in part.moments.items():
                 found |= {f"{kind}.{name}": each for name, each in part.shared(own).items()}
@@ -194,8 +194,11 @@ class Optimizer:
 
     def checksum(self) -> int:
         """Of the model's weights, in pieces: a sum in int64 takes four times their memory."""
-        flats = [part.weights.view(torch.int16) for part in self.parts.values()]
-        return sum(int(p.sum(dtype=torch.int64)) for f in flats for p in f.split(SUM_PIECE))
+        total = 0
+        for part in self.parts.values():
+            for piece in torch.split(part.weights.view(torch.int16), SUM_PIECE):
+                total += int(piece.sum(dtype=torch.int64))
+        return total
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

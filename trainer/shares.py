@@ -50,7 +50,8 @@ class Part:
             if self.weights.dtype == torch.float32:  # backward adds by itself
                 parameters[name].grad = view
             else:
-                parameters[name].register_post_accumulate_grad_hook(partial(take_gradient, view))
+                take = partial(take_gradient, view)
+                parameters[name].register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
         self.moments = {kind: torch.zeros_like(self.masters) for kind in moments}
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def prepare(
             model.init_weights(config.seed)
         loaded.result()
     optimizer = Optimizer(model.to(device), config, ranks)
-    compile_model(model, config, device)
+    compile_model(model, config, device, cut.recomputes)
     size = cut.micro_batch_size
     batches = MicroBatches(data.train, config, state.step, size, ranks, device)
     return Setup(config, data, ranks, device, cut, model, optimizer, batches)
