@@ -39,8 +39,8 @@ def compile_model(
 ) -> None:
     """Put fused.py's trunk in place where it serves; else torch.compile, as the config asks.
 
-    With `recomputes` a block keeps only its inputs, and is computed again in the backward pass
-    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). Blocks are compiled one by
+    With `recomputes` blocks keep their inputs alone, and are computed again in the backward pass
+    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). They are compiled one by
     one then, so that backward gives their gradients one by one.
     """
     compiles = config.compile == "full" or (config.compile == "auto" and device.type == "cuda")
@@ -49,8 +49,8 @@ def compile_model(
         layer = functools.partial(again, fused.layer) if recomputes else fused.layer
         model.trunk = functools.partial(fused.hidden, model, layer=layer)
     elif recomputes:
-        blocks = [torch.compile(b, dynamic=False) if compiles else b for b in model.h]
-        blocks = [functools.partial(again, block) for block in blocks]
-        model.trunk = functools.partial(model.hidden, blocks=blocks)
+        for block in model.h:
+            run = torch.compile(block.forward, dynamic=False) if compiles else block.forward
+            block.forward = functools.partial(again, run)
     elif compiles:
         model.trunk = torch.compile(model.hidden, dynamic=False)

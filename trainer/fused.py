@@ -9,7 +9,6 @@ dq, dk and dv become one array and are normalized and rotated back, and after an
 # mypy: disable-error-code="no-untyped-call"
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from trainer.config import Config
 from trainer.model import RMS_NORM_EPS, Qwen3, attend
 from trainer.optimizer import compute_dtype
 
-Layer = Callable[..., tuple[Tensor, Tensor]]
 ROWS, COLUMNS = 16, 256  # of a tile, with four warps
 WARP_COLUMNS = 256  # of a row that one program takes: 16 bytes a thread
 
@@ -48,7 +46,7 @@ def layer(block: Any, norm: Any, x: Tensor, n: Tensor, turns: Tensor) -> tuple[T
     return out
 
 
-def hidden(model: Qwen3, tokens: Tensor, layer: Layer = layer) -> Tensor:
+def hidden(model: Qwen3, tokens: Tensor, layer: Any = layer) -> Tensor:
     """model.hidden(tokens): tokens (B, T) -> (B, T, C). `layer` may be recomputed."""
     blocks: list[Any] = list(model.h)
     x, turns = model.wte(tokens), model.turns[:, : tokens.shape[1]]

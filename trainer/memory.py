@@ -71,12 +71,10 @@ def estimate_bytes(
     head = LOGIT_BYTES * min(tokens, HEAD_CHUNK["cuda"]) * model.vocab_size
     head += HEAD_BYTES * model.vocab_size * model.embedding_size
     activations = max(kept + max(head, at_work), gradients + at_work)
-    is_rounded = world_size > 1 and config.reduce_precision == "bfloat16"
-    sent = GRADIENT_BYTES * num_parameters if is_rounded else 0
     by_muon = muon_weights(config)
     own = ADAMW_BYTES * (num_parameters - by_muon) + MUON_BYTES * by_muon
     state = WHOLE_BYTES * num_parameters + own / world_size
-    return int(state + max(activations, sent, MUON_UPDATE_BYTES * by_muon / world_size))
+    return int(state + max(activations, MUON_UPDATE_BYTES * by_muon / world_size))
 
 
 def cut_here(config: Config, ranks: Ranks, device: torch.device) -> Cut:
@@ -116,8 +114,8 @@ def cut_step(config: Config, world_size: int, limit: float | None = None) -> Cut
             raise ForgeError(what, where="batch.micro_batch_size", fix=fix)
         sizes = [given]
     if limit is None:
-        fits = [n for n in sizes if n * config.model.context_length <= CPU_TOKENS]
-        size = max(fits, default=sizes[0])
+        small = [n for n in sizes if n * config.model.context_length <= CPU_TOKENS]
+        size = max(small, default=sizes[0])
         return Cut(size, share // size, estimate_bytes(config, size, world_size))
     for recomputes in (False, True):
         estimates = {n: estimate_bytes(config, n, world_size, recomputes) for n in sizes}

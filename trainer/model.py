@@ -18,7 +18,7 @@ H heads, K heads of keys and values, D head size, V vocabulary.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, Self
@@ -90,9 +90,6 @@ def attend(
     return y.transpose(1, 2).flatten(2)
 
 
-Blocks = Iterable[Callable[..., Tensor]]
-
-
 class LanguageModel(nn.Module, ABC):
     def __init__(
         self, config: ModelConfig, norm: Callable[[], nn.Module], attention: Any, mlp: Any
@@ -127,13 +124,8 @@ class LanguageModel(nn.Module, ABC):
     def init_std(self, name: str, weight: Tensor) -> float: ...
 
     @abstractmethod
-    def hidden(
-        self, tokens: Tensor, cache: Cache | None = None, blocks: Blocks | None = None
-    ) -> Tensor:
-        """The last layer's normalized output: tokens (B, T) -> (B, T, C).
-
-        `blocks` are self.h, or the same in another form.
-        """
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """The last layer's normalized output: tokens (B, T) -> (B, T, C)."""
 
     def logits(self, x: Tensor) -> Tensor:
         """The tied head: (..., C) -> (..., V)."""
@@ -205,12 +197,10 @@ class GPT2(LanguageModel):
         norm = partial(nn.LayerNorm, config.embedding_size, bias=config.bias)
         super().__init__(config, norm, Attention, MLP)
 
-    def hidden(
-        self, tokens: Tensor, cache: Cache | None = None, blocks: Blocks | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         new = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(new if cache is None else cache.positions)
-        for block in blocks or self.h:
+        for block in self.h:
             x = block(x, cache)
         return self.ln_f(x)
 
@@ -301,12 +291,10 @@ class Qwen3(LanguageModel):
         self.turns = self.turns.to(self.wte.weight.device)
         return self
 
-    def hidden(
-        self, tokens: Tensor, cache: Cache | None = None, blocks: Blocks | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         x = self.wte(tokens)
         turn = self.turns[:, : tokens.shape[1]] if cache is None else self.turns[:, cache.positions]
-        for block in blocks or self.h:
+        for block in self.h:
             x = block(x, cache, turn)
         return self.ln_f(x)
 

@@ -38,19 +38,13 @@ class Optimizer:
         self.reduce_dtype = getattr(torch, config.reduce_precision)
         self.device = next(model.parameters()).device
         dtype = compute_dtype(config, self.device)
-
-        def part(rule: str, named: dict[str, nn.Parameter]) -> Part:
-            is_muon = rule == "muon"
-            moments = ("momentum",) if is_muon else ("exp_avg", "exp_avg_sq")
-            return Part(named, ranks, dtype, moments, is_whole=is_muon)
-
         groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "matrices": {}, "vectors": {}}
         for name, parameter in model.named_parameters():
             by_muon = self.options.name == "muon" and name.startswith("h.")
             rule = "vectors" if parameter.ndim < 2 else "muon" if by_muon else "matrices"
             groups[rule][name] = parameter
         # Vectors are biases and gains, which are not decayed.
-        self.parts = {rule: part(rule, named) for rule, named in groups.items() if named}
+        self.parts = {r: Part(r, named, ranks, dtype) for r, named in groups.items() if named}
         # Numbers of sound steps, of AdamW's parts.
         self.steps = {rule: torch.zeros((), device=self.device) for rule in ("matrices", "vectors")}
         # (rows, columns): where Muon's matrices of that shape start. A fused one is several.

@@ -169,24 +169,28 @@ class Shared(NamedTuple):
 def gathered(ranks: Ranks, *groups: dict[str, Shared]) -> Iterator[dict[str, torch.Tensor]]:
     """Each group's whole tensors on rank 0, on the CPU; {} on the others. All ranks take all."""
     for group in groups:
-        if ranks.is_first:
-            yield {name: gather(shared) for name, shared in group.items()}
-        else:
-            for shared in group.values():
-                if len(shared.mine):
-                    dist.send(shared.mine.cpu(), dst=0)
-            yield {}
+        wholes = {}
+        for name, shared in group.items():
+            if not ranks.is_first:
+                send(shared.mine.cpu(), 0)
+                continue
+            wholes[name] = torch.empty(shared.shape)
+            parts = [wholes[name].view(-1)[span] for span in shared.spans]
+            parts[0].copy_(shared.mine)
+            for rank, part in enumerate(parts[1:], start=1):
+                receive(part, rank)
+        yield wholes
 
 
-def gather(shared: Shared) -> torch.Tensor:
-    """On rank 0, while the others send."""
-    whole = torch.empty(shared.shape)
-    flat = whole.view(-1)
-    flat[shared.spans[0]] = shared.mine.cpu()
-    for rank, span in enumerate(shared.spans[1:], start=1):
-        if span.start < span.stop:
-            dist.recv(flat[span], src=rank)
-    return whole
+def send(numbers: torch.Tensor, rank: int) -> None:
+    """What receive() takes there; nothing travels where there are no numbers."""
+    if len(numbers):
+        dist.send(numbers, rank)
+
+
+def receive(numbers: torch.Tensor, rank: int) -> None:
+    if len(numbers):
+        dist.recv(numbers, rank)
 
 
 def fill_from_first(
@@ -199,13 +203,12 @@ def fill_from_first(
     found: dict[str, torch.Tensor] = {}
     from_first(ranks, lambda: found.update(read()))
     for name, shared in tensors.items():
+        mine = torch.empty(shared.mine.shape)
         if ranks.is_first:
             flat = found.pop(name).to("cpu", torch.float32).flatten()
-            shared.mine.copy_(flat[shared.spans[0]])
-            for rank, span in enumerate(shared.spans[1:], start=1):
-                if span.start < span.stop:
-                    dist.send(flat[span], dst=rank)
-        elif len(shared.mine):
-            received = torch.empty(shared.mine.shape)
-            dist.recv(received, src=0)
-            shared.mine.copy_(received)
+            mine, *others = [flat[span] for span in shared.spans]
+            for rank, part in enumerate(others, start=1):
+                send(part, rank)
+        else:
+            receive(mine, 0)
+        shared.mine.copy_(mine)

@@ -22,26 +22,19 @@ class Part:
     """
 
     def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],
-        ranks: Ranks,
-        dtype: torch.dtype,
-        moments: tuple[str, ...],
-        is_whole: bool,
+        self, rule: str, parameters: dict[str, nn.Parameter], ranks: Ranks, dtype: torch.dtype
     ) -> None:
-        """`is_whole`: each parameter lies in one share."""
+        """A parameter of the rule "muon" lies in one share."""
         self.parameters, self.ranks = parameters, ranks
         sizes = [parameter.numel() for parameter in parameters.values()]
-        starts, self.size = layout(sizes, ranks.world_size, is_whole)
+        starts, self.size = layout(sizes, ranks.world_size, is_whole=rule == "muon")
         self.starts = dict(zip(parameters, starts, strict=True))
         device = next(iter(parameters.values())).device
         flat = torch.zeros(ranks.world_size * self.size, device=device)
         for name, view in self.views(flat).items():
             view.copy_(parameters[name].detach())
         self.weights = flat.to(dtype)  # in float32 the same array
-        self.masters = self.own(flat)  # float32
-        if self.weights is not flat:
-            self.masters = self.masters.clone()
+        self.masters = self.own(flat) if self.weights is flat else self.own(flat).clone()
         for name, view in self.views(self.weights).items():
             parameters[name].data = view
         del flat
@@ -52,7 +45,8 @@ class Part:
             else:
                 take = partial(take_gradient, view)
                 parameters[name].register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
-        self.moments = {kind: torch.zeros_like(self.masters) for kind in moments}
+        kinds = ("momentum",) if rule == "muon" else ("exp_avg", "exp_avg_sq")
+        self.moments = {kind: torch.zeros_like(self.masters) for kind in kinds}
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The parameters' numbers in a flat array, (ranks * size,), in their shapes."""
@@ -117,15 +111,9 @@ def layout(sizes: list[int], world_size: int, is_whole: bool) -> tuple[list[int]
 
 def take_gradient(sums: Tensor, parameter: Tensor) -> None:
     """Add the gradient that backward left in a parameter to its float32 sums, and free it."""
-    assert parameter.grad is not None
-    add(sums.view(-1), parameter.grad.view(-1))
-    parameter.grad = None
-
-
-def add(sums: Tensor, fresh: Tensor) -> None:
-    """sums (n), float32, += fresh (n): by a kernel at the speed of memory on a GPU."""
-    if sums.is_cuda and (kernels := gpu_kernels()):
-        grid = (-(-len(sums) // ADD_BLOCK),)
-        kernels.accumulate[grid](sums, fresh, len(sums), ADD_BLOCK, num_warps=4)
+    fresh, parameter.grad = parameter.grad, None
+    if sums.is_cuda and (kernels := gpu_kernels()):  # at the speed of memory
+        grid = (-(-sums.numel() // ADD_BLOCK),)
+        kernels.accumulate[grid](sums, fresh, sums.numel(), ADD_BLOCK, num_warps=4)
     else:
-        sums.add_(fresh)
+        sums.add_(fresh)  # type: ignore[arg-type]
