@@ -57,54 +57,28 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
     """Write a run's checkpoint to `out`, whole or not at all; returns the result of check()."""
     out = out.resolve()
     check_utf8(out)
-    exists = out.exists()
-    if exists and (there := next(out.iterdir() if out.is_dir() else iter([out]), None)):
-        raise ForgeError(
-            "the folder for the export is not empty", where=there, fix="name a new one"
-        )
+    if out.exists() and (there := next(out.iterdir() if out.is_dir() else iter([out]), None)):
+        what = "the folder for the export is not empty"
+        raise ForgeError(what, where=there, fix="name a new one")
     loaded = open_model(run, step, torch.device("cpu"))
     if loaded.state is None:
         raise ForgeError("that is an exported folder", where=run, fix="give a run of forge-train")
     card = model_card(loaded, loaded.state, dtype)
+    prefix = f"{out.name}.partial."
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Inside the folder if it exists: it may be a mount, or the only place we may write to.
         with tempfile.TemporaryDirectory(
-            prefix=f"{out.name}.partial.",
-            dir=out if exists else out.parent,
-            ignore_cleanup_errors=True,
+            prefix=prefix, dir=out.parent, ignore_cleanup_errors=True
         ) as made:
             partial = Path(made) / out.name
             partial.mkdir()  # with the usual permissions, unlike `made`
             write_files(partial, loaded, card, dtype)
             checked = check(partial, loaded, dtype)
-            if exists:
-                move_files(partial, out)
-            else:
-                partial.rename(out)
+            partial.rename(out)  # in the place of an empty folder, if there is one
     except OSError as error:
-        raise ForgeError(
-            f"cannot write: {error.strerror or error}", where=out, fix="make room, or name another"
-        ) from error
+        what = f"cannot write: {error.strerror or error}"
+        raise ForgeError(what, where=out, fix="make room, or name another") from error
     return checked
-
-
-def move_files(partial: Path, out: Path) -> None:
-    """Move all files into `out`, or none; config.json last, since it makes the folder a model.
-
-    `out` holds nothing but the folder that `partial` is in.
-    """
-    if any(path != partial.parent for path in out.iterdir()):
-        raise ForgeError("the folder was filled meanwhile", where=out, fix="name a new one")
-    names = sorted((path.name for path in partial.iterdir()), key=lambda n: n == "config.json")
-    try:
-        for name in names:
-            (partial / name).rename(out / name)
-    except BaseException:
-        for name in reversed(names):
-            if not (partial / name).exists():
-                (out / name).unlink()
-        raise
 
 
 def write_files(folder: Path, loaded: Loaded, card: str, dtype: str) -> None:
