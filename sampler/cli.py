@@ -12,7 +12,6 @@ import click
 
 from pipeline.command import ForgeCommand
 
-DEFAULT_PROMPT = "Fruits are good for you because"
 MAX_TOKENS = {False: 100, True: 512}  # of a text, and of a chat's answer
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -34,8 +33,8 @@ def importing() -> Iterator[None]:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--prompt",
-    help="Text to continue or to answer; - reads it from standard input, without its final line "
-    f"end.  [default: ask for prompts on a terminal, else {DEFAULT_PROMPT!r}]",
+    help="Text to continue or to answer; - is standard input, without its final line end.  "
+    "[default: ask for prompts on a terminal, else -]",
 )
 @click.option(
     "--prompts-file",
@@ -131,9 +130,10 @@ def sample(
 
     MODEL is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
     local folder in transformers' GPT-2 or Qwen3 layout. Prints the text while it is generated, and
-    stops at <|endoftext|>. Without a prompt, a terminal asks for one after another. A model that
-    was trained on chat answers, and a terminal opens a conversation: /reset starts a new one, /quit
-    leaves. Where the context is full, the oldest messages are left out.
+    stops at <|endoftext|>. Without --prompt, a terminal asks for one prompt after another, and a
+    pipe is the prompt. A model that was trained on chat answers, and a terminal opens a
+    conversation: /reset starts a new one, /quit leaves. Where the context is full, the oldest
+    messages are left out.
     """
     with importing():
         from sampler import chat, load, terminal
@@ -142,18 +142,14 @@ def sample(
 
     if (prompt is not None) + (prompts_file is not None) + options["web"] > 1:
         raise click.UsageError("--prompt, --prompts-file and --web cannot be combined")
-    prompts = None
+    prompts, asks = None, sys.stdin is not None and sys.stdin.isatty()
     if prompts_file is not None:
         prompts = terminal.read_prompts(prompts_file)
         as_json = as_json or terminal.is_jsonl(prompts_file)
-    elif prompt == "-":
+    elif prompt == "-" or (prompt is None and not asks and not options["web"]):
         prompts = [terminal.read_prompt()]
     elif prompt is not None:
         prompts = [terminal.Prompt(prompt)]
-    elif not options["web"] and (sys.stdin is None or not sys.stdin.isatty()):  # None: closed
-        note = f"No --prompt: using {DEFAULT_PROMPT!r}. --prompt - reads standard input."
-        click.echo(note, err=True)
-        prompts = [terminal.Prompt(DEFAULT_PROMPT)]
     loaded = load.open_model(model, checkpoint, load.best_device())
     if options["base"]:
         loaded = loaded.as_base()

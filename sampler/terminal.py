@@ -39,18 +39,14 @@ def is_jsonl(path: Path) -> bool:
 
 def read_prompt() -> Prompt:
     """All of standard input, without the final line end that echo writes."""
+    where, fix = "standard input", "pipe a text in UTF-8 in, or name it: --prompt TEXT"
     if sys.stdin is None:
-        raise ForgeError(
-            "standard input is closed", fix="pipe a text in, or name it: --prompt TEXT"
-        )
+        raise ForgeError("standard input is closed", where=where, fix=fix)
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ForgeError(
-            f"cannot read the prompt: {getattr(error, 'strerror', None) or error}",
-            where="standard input",
-            fix="give --prompt - a text in UTF-8",
-        ) from error
+        what = f"cannot read the prompt: {getattr(error, 'strerror', None) or error}"
+        raise ForgeError(what, where=where, fix=fix) from error
     return Prompt(text.replace("\r\n", "\n").removesuffix("\n"))
 
 
