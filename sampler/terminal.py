@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -181,20 +180,21 @@ class Session:
     def interact(self, num_samples: int, seed: int, ask: Callable[[str], str] = input) -> None:
         """Read prompts from the terminal until Ctrl-D. Ctrl-C ends the current text."""
         tell(self.help)
-        with _line_history():
-            while True:
-                try:
-                    line = ask("> ")
-                    # Raised before Ctrl-C can come: the same prompt again gives another text.
-                    first, seed = seed, seed + num_samples
-                    self.respond(line, num_samples, first)
-                except ForgeError as error:
-                    tell(f"Error: {error}")
-                except KeyboardInterrupt:
-                    print()
-                except EOFError:
-                    print()
-                    return
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() line editing)
+        while True:
+            try:
+                line = ask("> ")
+                # Raised before Ctrl-C can come: the same prompt again gives another text.
+                first, seed = seed, seed + num_samples
+                self.respond(line, num_samples, first)
+            except ForgeError as error:
+                tell(f"Error: {error}")
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return
 
     def respond(self, line: str, num_samples: int, seed: int) -> None:
         """Write what follows a line that was typed. EOFError ends the interactive mode."""
@@ -222,24 +222,3 @@ def in_order(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str, bool]]:
 
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _line_history() -> Iterator[None]:
-    """Line editing, with the prompts of earlier sessions, where Python has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = folder / "llm-forge" / "prompts"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(1000)
-            readline.write_history_file(path)

@@ -97,9 +97,8 @@ def test_the_loss_over_the_assistant_s_words_is_that_of_a_plain_loop(
 
 
 def test_a_conversation_remembers_its_turns_until_reset(
-    chat_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    chat_run: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     session = opened(chat_run)
     session.interact(1, 0, asked("Who are you?", "", "How small?"))
     assert capsys.readouterr().out == "A small model.\nVery small.\n\n"
@@ -112,9 +111,8 @@ def test_a_conversation_remembers_its_turns_until_reset(
 
 
 def test_ctrl_c_ends_an_answer_and_what_was_said_stays_in_the_conversation(
-    chat_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     session = opened(chat_run)
     honest, answers = session.show, []
 

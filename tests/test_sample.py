@@ -443,9 +443,8 @@ def asked(*lines: str) -> Callable[[str], str]:
 
 
 def test_the_interactive_mode_outlives_an_error(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     session(run, slides=False).interact(1, 0, asked("word " * 100, "It is"))
     said = capsys.readouterr()
     assert said.out.startswith("It is")
@@ -453,7 +452,7 @@ def test_the_interactive_mode_outlives_an_error(
 
 
 def test_a_text_that_ctrl_c_ended_is_not_made_again(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds: list[int] = []
 
@@ -461,7 +460,6 @@ def test_a_text_that_ctrl_c_ended_is_not_made_again(
         seeds.append(seed)
         raise KeyboardInterrupt
 
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(terminal.Session, "write", write)
     session(run).interact(2, 5, asked("a", "a"))
     assert seeds == [5, 7]
@@ -531,7 +529,7 @@ def test_a_reader_that_stops_early_is_not_an_error(
         output.close()
 
 
-def test_the_interactive_mode_outlives_ctrl_c(run: Path, tmp_path: Path) -> None:
+def test_the_interactive_mode_outlives_ctrl_c(run: Path) -> None:
     """In a real terminal: a prompt, Ctrl-C in the middle of its text, another prompt, Ctrl-D."""
     ours, theirs = pty.openpty()
     arguments = [str(run), "--max-tokens", "1000000", "--stop", "zzzz"]
@@ -541,7 +539,7 @@ def test_the_interactive_mode_outlives_ctrl_c(run: Path, tmp_path: Path) -> None
         stdout=theirs,
         stderr=theirs,
         cwd=ROOT,
-        env=os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"},
+        env=os.environ | {"TERM": "dumb"},
         start_new_session=True,
         preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
     )
@@ -573,4 +571,3 @@ def test_the_interactive_mode_outlives_ctrl_c(run: Path, tmp_path: Path) -> None
         process.kill()
         process.wait()
         os.close(ours)
-    assert (tmp_path / "llm-forge" / "prompts").read_text().count("The number") == 2
