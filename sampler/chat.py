@@ -56,6 +56,8 @@ class Chat(Session):
         if command == "/reset":
             self.history = ()
             tell("A new conversation.")
+        elif command.startswith("/") and command[1:].isalpha():  # /help, say
+            tell(self.help)
         elif command:
             asked = [*self.history, {"role": "user", "content": line}]
             self.answer = ""

@@ -105,6 +105,11 @@ def test_a_conversation_remembers_its_turns_until_reset(
     assert session.history == (*WHO, *HOW)
     session.interact(1, 0, asked("/reset", "Who are you?", "/quit", "How small?"))
     assert session.history == tuple(WHO)
+    capsys.readouterr()
+    session.interact(1, 0, asked("/help"))
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("/reset starts")) == ("\n", 2)
+    assert session.history == tuple(WHO)
     loud = opened(chat_run, system=SYSTEM["content"])
     loud.interact(1, 0, asked("Who are you?"))
     assert loud.history[-1] == LOUD
