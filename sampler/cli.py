@@ -282,9 +282,7 @@ def evaluate(
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("report.html"),
-    show_default=True,
-    help="The page; one that is there is replaced.",
+    help="The page; one that is there is replaced.  [default: report.html in the first RUN]",
 )
 @click.option(
     "--against",
@@ -293,7 +291,7 @@ def evaluate(
     help="Draw the losses of other models, too: what forge-eval --json printed.",
 )
 @click.version_option(package_name="llm-forge")
-def report(runs: tuple[Path, ...], out: Path, against: Path | None) -> None:
+def report(runs: tuple[Path, ...], out: Path | None, against: Path | None) -> None:
     """Show RUN, or several side by side, as one page that opens in any browser.
 
     Curves over tokens or hours, samples, configs with their differences, data and hardware. A run
@@ -302,6 +300,7 @@ def report(runs: tuple[Path, ...], out: Path, against: Path | None) -> None:
     with importing():
         from sampler import report as reporting
 
+    out = out or runs[0] / "report.html"
     num_bytes = reporting.write_report(runs, out, against)
     click.echo(f"Written: {out} ({num_bytes / 1000:,.0f} kB)")
 
