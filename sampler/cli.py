@@ -218,12 +218,6 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
     help="Tokens of --data to measure on, the same for all models; fewer if there are fewer.",
 )
 @click.option(
-    "--context-length",
-    type=click.IntRange(1),
-    metavar="TOKENS",
-    help="Length of a window.  [default: the shortest context of the models]",
-)
-@click.option(
     "--questions",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Multiple-choice questions in HellaSwag's format: ctx, endings, label.",
@@ -254,10 +248,10 @@ def evaluate(
     """Measure MODELS side by side: on shards (--data), on --questions, by --core, or several.
 
     A model is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
-    local folder in transformers' GPT-2 or Qwen3 layout. All see the same tokens. Losses are in nats
-    per token; ± is one standard error. acc_norm is HellaSwag's usual number: the ending with the
-    largest log p per character. CORE is DCLM's mean over 22 tasks (GPT-2 XL: 0.2565, as nanochat
-    measured it); under torchrun all GPUs share its items.
+    local folder in transformers' GPT-2 or Qwen3 layout. All see the same tokens, in windows of the
+    shortest context. Losses are in nats per token; ± is one standard error. acc_norm is HellaSwag's
+    usual number: the ending with the largest log p per character. CORE is DCLM's mean over 22 tasks
+    (GPT-2 XL: 0.2565, as nanochat measured it); under torchrun all GPUs share its items.
     """
     is_on_text = on["data"] is not None or on["questions"] is not None
     if not is_on_text and bundle is None:
