@@ -38,12 +38,8 @@ class Chat(Session):
         most = length - min(self.limits.max_tokens, length // 4)
         tokens, num_dropped = fit(messages, most)
         if len(tokens) > most:
-            raise ForgeError(
-                f"a message of {len(tokens):,} tokens, with its system text; the context has room "
-                f"for {most:,}",
-                where=prompt.where,
-                fix="shorten it",
-            )
+            what = f"a message of {len(tokens):,} tokens, with its system text: {most:,} have room"
+            raise ForgeError(what, where=prompt.where, fix="shorten it")
         if num_dropped:
             tell(f"The context is full: the oldest {num_dropped} messages are left out.")
         return tokens
@@ -90,11 +86,8 @@ def check_messages(messages: Any, where: str | None) -> list[Message]:
             if last["role"] != "user" or not last["content"].strip():
                 problem = "the last message is not a user's, or is empty: nothing to answer"
     if problem is not None:
-        raise ForgeError(
-            problem,
-            where=where,
-            fix='write {"messages": [{"role": "user", "content": "..."}]}',
-        )
+        fix = 'write {"messages": [{"role": "user", "content": "..."}]}'
+        raise ForgeError(problem, where=where, fix=fix)
     return list(messages)
 
 

@@ -122,12 +122,8 @@ def on_shards(models: Iterator[Loaded], windows: Windows, num_tokens: int) -> li
     windows.check()
     count = min(num_tokens // context_length, windows.num_windows)
     if count < 2:
-        raise ForgeError(
-            f"the {split} split has {windows.num_windows} windows of {context_length} tokens, and "
-            f"{num_tokens:,} tokens are asked for; a standard error needs at least 2 windows",
-            where=folder,
-            fix="more text, or more --num-tokens",
-        )
+        what = f"{count} windows of {context_length} tokens, and a standard error needs at least 2"
+        raise ForgeError(what, where=f"{folder}, {split}", fix="more text, or more --num-tokens")
     is_chat = index.chat is not None
     rows: list[Row] = []
     first: Floats | None = None
@@ -135,11 +131,9 @@ def on_shards(models: Iterator[Loaded], windows: Windows, num_tokens: int) -> li
         if is_chat and not loaded.is_chat:
             loaded = loaded.with_markers()
         elif index.tokenizer["vocab_size"] > loaded.model.config.vocab_size:
-            raise ForgeError(
-                "the shards have token ids that the model does not have",
-                where=loaded.path,
-                fix="leave it out: it was made with another vocabulary",
-            )
+            what = "the shards have token ids that the model does not have"
+            fix = "leave it out: it was made with another vocabulary"
+            raise ForgeError(what, where=loaded.path, fix=fix)
         nats, num_targets, num_bytes = window_losses(loaded, windows, count, is_chat)
         loss, loss_error = ratio(nats, num_targets)
         bits, bits_error = ratio(nats / math.log(2), num_bytes)
@@ -212,12 +206,10 @@ def read_questions(path: Path) -> list[Question]:
             if not all(endings):
                 raise ValueError("an ending is empty")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ForgeError(
-                "not a question in HellaSwag's format: "
-                + (f"{error} is missing" if isinstance(error, KeyError) else str(error)),
-                where=where,
-                fix='{"ctx": "...", "endings": ["...", "..."], "label": 0}',
-            ) from error
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            what = f"not a question in HellaSwag's format: {reason}"
+            fix = '{"ctx": "...", "endings": ["...", "..."], "label": 0}'
+            raise ForgeError(what, where=where, fix=fix) from error
         questions.append(question)
     return questions
 

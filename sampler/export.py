@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline import chatml, shards, tokenizer
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, refusals
 from pipeline.files import check_utf8
 from sampler.load import Loaded, open_model
 from trainer import checkpoint
@@ -65,7 +65,7 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
         raise ForgeError("that is an exported folder", where=run, fix="give a run of forge-train")
     card = model_card(loaded, loaded.state, dtype)
     prefix = f"{out.name}.partial."
-    try:
+    with refusals("write the export", out, "or name another folder"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             prefix=prefix, dir=out.parent, ignore_cleanup_errors=True
@@ -75,9 +75,6 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
             write_files(partial, loaded, card, dtype)
             checked = check(partial, loaded, dtype)
             partial.rename(out)  # in the place of an empty folder, if there is one
-    except OSError as error:
-        what = f"cannot write: {error.strerror or error}"
-        raise ForgeError(what, where=out, fix="make room, or name another") from error
     return checked
 
 
@@ -148,15 +145,13 @@ def check(folder: Path, loaded: Loaded, dtype: str) -> str:
         difference = (wanted - theirs(tokens).logits).abs().max().item()
     # 1e-4 for logits of ordinary size; float32 has seven digits, whatever their size.
     if not difference < 1e-4 * max(1.0, wanted.abs().max().item() / 100):
-        raise ForgeError(
-            f"transformers' logits differ by {difference:.2g}", where=folder, fix=REPORT
-        )
+        what = f"transformers' logits differ by {difference:.2g}"
+        raise ForgeError(what, where=folder, fix=REPORT)
     their_tokenizer.model_max_length = 10**6  # or it warns of long texts
     for text in CHECK_TEXTS:
         if their_tokenizer(text)["input_ids"] != tokenizer.encode(text):
-            raise ForgeError(
-                f"transformers' tokens differ for {text[:40]!r}", where=folder, fix=REPORT
-            )
+            what = f"transformers' tokens differ for {text[:40]!r}"
+            raise ForgeError(what, where=folder, fix=REPORT)
     if loaded.is_chat:
         messages = [
             {"role": chatml.ROLES[n % len(chatml.ROLES)], "content": text}
@@ -218,11 +213,11 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
         data = json.loads((run / DATA_FILE).read_text())["source"]
         rows = read_metrics(run)
     except (OSError, ValueError, KeyError) as error:
-        raise ForgeError(
+        what, fix = (
             f"the run folder is incomplete: {error!r}",
-            where=run,
-            fix=f"restore its {CONFIG_FILE} and {DATA_FILE}",
-        ) from error
+            f"restore {CONFIG_FILE}, {DATA_FILE}",
+        )
+        raise ForgeError(what, where=run, fix=fix) from error
     exported = replace(model, vocab_size=min(model.vocab_size, len(loaded.vocabulary)))
     before = [row for row in rows if row["step"] <= state.step]
     evaluated = [row for row in before if row["kind"] == "evaluate" and row["loss"]][-1:]

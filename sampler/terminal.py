@@ -63,11 +63,9 @@ def read_prompts(path: Path) -> list[Prompt]:
                 raise TypeError("the prompt is not a string")
             prompts.append(Prompt(text, row, where))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ForgeError(
-                'not a JSON object with a text as its "prompt", or with "messages"',
-                where=where,
-                fix='write {"prompt": "..."} on each line',
-            ) from error
+            what = 'not a JSON object with a text as its "prompt", or with "messages"'
+            fix = 'write {"prompt": "..."} on each line'
+            raise ForgeError(what, where=where, fix=fix) from error
     return prompts
 
 
@@ -95,26 +93,21 @@ class Session:
             is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
             if not is_memory:
                 raise
-            raise ForgeError(
-                f"out of memory with {num_rows:,} texts at a time", fix="a smaller --parallel"
-            ) from error
+            what = f"out of memory with {num_rows:,} texts at a time"
+            raise ForgeError(what, fix="a smaller --parallel") from error
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt. One too long for the context is an error, or is cut with a note."""
         if "prompt" not in prompt.row and "messages" in prompt.row:
-            raise ForgeError(
-                "a conversation, for a model that continues text",
-                where=prompt.where,
-                fix='give a model that was trained on chat, or a "prompt" (and no --base)',
-            )
+            what = "a conversation, for a model that continues text"
+            fix = 'give a model that was trained on chat, or a "prompt" (and no --base)'
+            raise ForgeError(what, where=prompt.where, fix=fix)
         most = self.decoder.context_length
         tokens = tokenizer.encode(prompt.text)
         if len(tokens) > most and not self.limits.slides:
-            raise ForgeError(
-                f"a prompt of {len(tokens):,} tokens; the context has {most:,}",
-                where=prompt.where,
-                fix="shorten it, or --at-context-end slide, which reads the end of it",
-            )
+            what = f"a prompt of {len(tokens):,} tokens; the context has {most:,}"
+            fix = "shorten it, or --at-context-end slide, which reads the end of it"
+            raise ForgeError(what, where=prompt.where, fix=fix)
         if len(tokens) > most:
             tell(f"The prompt has {len(tokens):,} tokens: only the last {most:,} are read.")
         return tokens

@@ -142,7 +142,7 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_the_system_s_text_stay
         assert tokens == chatml.render(kept, tokenizer.encode, add_generation_prompt=True)
         assert len(tokens) <= CONTEXT - 16
         assert "the oldest 2 messages are left out" in capsys.readouterr().err
-    with pytest.raises(ForgeError, match=r"a message of .* room for 48"):
+    with pytest.raises(ForgeError, match=r"a message of .*: 48 have room"):
         session.encode(chat.Prompt("word " * 60))
 
 

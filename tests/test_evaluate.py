@@ -141,7 +141,7 @@ def test_nothing_or_too_little_to_measure_on_is_refused(
     assert forge("eval", run).exit_code == 2
     result = forge("eval", run, "--data", small_shards, "--num-tokens", 64)
     assert result.exit_code == 1
-    assert "at least 2 windows" in result.output
+    assert "needs at least 2" in result.output
 
 
 def test_scores_are_transformers_log_probabilities(
