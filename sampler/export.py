@@ -171,21 +171,14 @@ def check(folder: Path, loaded: Loaded, dtype: str) -> str:
 def tokenizer_json(special: dict[int, str]) -> dict[str, Any]:
     """GPT-2's tokenizer in the format of the `tokenizers` library, with its special tokens."""
     data = tokenizer.package_data()
+    usual = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": token,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
+            {"id": token, "content": text, "special": True, **usual}
             for token, text in special.items()
         ],
         "normalizer": None,
@@ -213,10 +206,8 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
         data = json.loads((run / DATA_FILE).read_text())["source"]
         rows = read_metrics(run)
     except (OSError, ValueError, KeyError) as error:
-        what, fix = (
-            f"the run folder is incomplete: {error!r}",
-            f"restore {CONFIG_FILE}, {DATA_FILE}",
-        )
+        what = f"the run folder is incomplete: {error!r}"
+        fix = f"restore its {CONFIG_FILE} and {DATA_FILE}"
         raise ForgeError(what, where=run, fix=fix) from error
     exported = replace(model, vocab_size=min(model.vocab_size, len(loaded.vocabulary)))
     before = [row for row in rows if row["step"] <= state.step]
