@@ -83,7 +83,7 @@ def test_the_loss_is_the_one_that_training_logged(run: Path, small_shards: Path,
 def test_the_standard_errors_are_those_of_resampled_windows(run: Path, small_shards: Path) -> None:
     loaded = open_model(run, None, CPU)
     windows = evaluate.Windows(load_index(small_shards), "val", 64)
-    count = 150
+    count = 80
     (row,) = evaluate.on_shards(iter([loaded]), windows, 64 * count)
     nats, _, num_bytes = evaluate.window_losses(loaded, windows, count)
     chosen = np.random.default_rng(0).integers(0, count, (2000, count))
