@@ -14,7 +14,10 @@ from pipeline.command import ForgeCommand
 
 MAX_TOKENS = {False: 100, True: 512}  # of a text, and of a chat's answer
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-SETTINGS = {"help_option_names": ["-h", "--help"]}
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+CHECKPOINT = click.option(
+    "--checkpoint", type=int, metavar="STEP", help="Step of a run.  [default: the latest]"
+)
 
 
 @contextlib.contextmanager
@@ -45,10 +48,8 @@ def importing() -> Iterator[None]:
 @click.option("--system", metavar="TEXT", help="The system message of a chat.")
 @click.option("--base", is_flag=True, help="Continue text, although MODEL was trained on chat.")
 @click.option("--web", is_flag=True, help="Serve a page for the browser, until Ctrl-C.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address of --web.")
-@click.option(
-    "--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Port of --web."
-)
+@click.option("--host", default="127.0.0.1", help="Address of --web.")
+@click.option("--port", type=click.IntRange(1, 65535), default=7860, help="Port of --web.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
@@ -58,7 +59,6 @@ def importing() -> Iterator[None]:
     "--temperature",
     type=click.FloatRange(0),
     default=0.8,
-    show_default=True,
     help="Below 1 sharpens, above 1 flattens; 0 takes the likeliest token.",
 )
 @click.option("--top-k", type=click.IntRange(1), help="Draw from the K likeliest tokens only.")
@@ -76,7 +76,6 @@ def importing() -> Iterator[None]:
     "--repetition-penalty",
     type=click.FloatRange(0, min_open=True),
     default=1.0,
-    show_default=True,
     help="Above 1 makes tokens that the text already has less likely (as in CTRL).",
 )
 @click.option(
@@ -89,10 +88,9 @@ def importing() -> Iterator[None]:
     "--at-context-end",
     type=click.Choice(["slide", "stop"]),
     default="slide",
-    show_default=True,
     help="When the context is full: drop its older half and continue, or end the text.",
 )
-@click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--num-samples", type=click.IntRange(1), default=1)
 @click.option(
     "--parallel",
     type=click.IntRange(1),
@@ -103,11 +101,10 @@ def importing() -> Iterator[None]:
     "--seed",
     type=click.IntRange(0, 2**62),
     default=0,
-    show_default=True,
     help="Same seed, same text, on the same machine with the same options, --num-samples and "
     "--parallel among them; it counts up over --num-samples.",
 )
-@click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
+@CHECKPOINT
 @click.option(
     "--json",
     "as_json",
@@ -182,14 +179,11 @@ def sample(
 @click.command(cls=ForgeCommand, context_settings=SETTINGS)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--checkpoint", type=int, metavar="STEP", help="Step to export.  [default: the latest]"
-)
+@CHECKPOINT
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="bfloat16",
-    show_default=True,
     help="Type of the exported weights.",
 )
 @click.version_option(package_name="llm-forge")
@@ -209,12 +203,11 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
 @click.command(cls=ForgeCommand, context_settings=SETTINGS)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of shards.")
-@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True)
+@click.option("--split", type=click.Choice(["val", "train"]), default="val")
 @click.option(
     "--num-tokens",
     type=click.IntRange(1),
     default=1_048_576,
-    show_default=True,
     help="Tokens of --data to measure on, the same for all models; fewer if there are fewer.",
 )
 @click.option(
@@ -234,7 +227,7 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
     metavar="N",
     help="Items of each of CORE's tasks, for a quick look.  [default: all]",
 )
-@click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
+@CHECKPOINT
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per model and task.")
 @click.version_option(package_name="llm-forge")
 def evaluate(
