@@ -70,25 +70,20 @@ class Chat(Session):
 
 def check_messages(messages: Any, where: str | None) -> list[Message]:
     """Messages that chatml.render() takes and that end with a user's; else ForgeError."""
-    problem = None
-    if not isinstance(messages, list) or not messages:
-        problem = "messages is not a list of objects"
-    else:
-        for message in messages:
-            role = message.get("role") if isinstance(message, dict) else None
-            content = message.get("content") if isinstance(message, dict) else None
-            if role not in chatml.ROLES:
-                problem = f"the role {role!r} is none of {', '.join(chatml.ROLES)}"
-            elif not isinstance(content, str):
-                problem = f"the content of a message is not a text: {content!r}"
-        if problem is None:
-            last = messages[-1]
-            if last["role"] != "user" or not last["content"].strip():
-                problem = "the last message is not a user's, or is empty: nothing to answer"
-    if problem is not None:
-        fix = 'write {"messages": [{"role": "user", "content": "..."}]}'
+    fix, problem = 'write {"messages": [{"role": "user", "content": "..."}]}', None
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise ForgeError("messages is not a list of objects", where=where, fix=fix)
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in chatml.ROLES:
+            problem = f"the role {role!r} is none of {', '.join(chatml.ROLES)}"
+        elif not isinstance(content, str):
+            problem = f"the content of a message is not a text: {content!r}"
+    if not problem and (not messages or role != "user" or not content.strip()):
+        problem = "the last message is not a user's, or is empty: nothing to answer"
+    if problem:
         raise ForgeError(problem, where=where, fix=fix)
-    return list(messages)
+    return messages
 
 
 def fit(messages: list[Message], most: int) -> tuple[list[int], int]:
