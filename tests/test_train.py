@@ -178,7 +178,8 @@ def test_validation_loss_does_not_depend_on_the_micro_batch(
     finished: Path, small_shards: Path, tmp_path: Path
 ) -> None:
     """10 windows of validation in micro-batches of 4 and of 1."""
-    train_alone(small_shards, tmp_path / "run", "--set=batch.micro_batch_size=1")
+    more = ["--set=batch.micro_batch_size=1", "--set=schedule.max_steps=1"]
+    train_alone(small_shards, tmp_path / "run", *more)
     ours, theirs = (metrics_of(r, "evaluate")[0]["loss"] for r in (tmp_path / "run", finished))
     assert ours == pytest.approx(theirs, rel=1e-6)
 
@@ -458,7 +459,7 @@ def test_rows_beyond_the_vocabulary_are_never_sampled(small_shards: Path, tmp_pa
     """A model with many more ids than GPT-2 has: its samples still decode."""
     run = tmp_path / "run"
     more = ["--set=model.vocab_size=65536", "--set=evaluate.sample_tokens=40"]
-    train_alone(small_shards, run, *more, "--set=schedule.max_steps=4")
+    train_alone(small_shards, run, *more, "--set=schedule.max_steps=1")
     assert metrics_of(run, "sample")[0]["text"]
 
 
