@@ -5,7 +5,6 @@ A window has exactly context_length tokens. It holds whole conversations, each o
 one of REASONS.
 """
 
-import re
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -90,19 +89,6 @@ def find_columns(names: Iterable[str], wanted: tuple[str, ...], where: object) -
     known = " or ".join(" + ".join(columns) for columns in ((wanted,) if wanted else LAYOUTS))
     what = f"no conversations: no columns {known}; there are: {', '.join(names)}"
     raise ForgeError(what, where=where, fix=NAME_COLUMNS)
-
-
-def columns_of(schema: Any, options: ChatOptions, where: object) -> tuple[str, ...]:
-    """The layout of a parquet file, by its Arrow schema. ForgeError if none fits."""
-    columns = find_columns(schema.names, options.columns, where)
-    wanted, says = r"(large_)?list<.*|null", "lists of messages"
-    if len(columns) > 1:
-        wanted, says = r"(large_)?string(_view)?|null", "strings"
-    for name in columns:
-        if not re.fullmatch(wanted, kind := str(schema.field(name).type)):
-            what = f"column {name!r} holds {kind}, not {says}"
-            raise ForgeError(what, where=where, fix=NAME_COLUMNS)
-    return columns
 
 
 def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
