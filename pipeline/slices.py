@@ -26,7 +26,7 @@ from pipeline.chat import ChatOptions, LeftOutError
 from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
 from pipeline.readers import Batch, Reading
 from pipeline.shards import DocumentLengths, Shard, ShardWriter
-from pipeline.sides import ChatSide, Side
+from pipeline.sides import Side
 from pipeline.sources import Slice
 
 Encoded = tuple[bytes, npt.NDArray[Any], int]  # text, tokens behind <|endoftext|>, text bytes
@@ -104,7 +104,9 @@ def tokenize_slice(job: Job) -> Record:
     record = record_path(job.work, job.slice.number)
     with ExitStack() as stack, refusals("write", job.work.parent, KEPT):
         record.unlink(missing_ok=True)  # of other files or another limit: its shards will change
-        sides = {split: _side(job, split) for split in shards.SPLITS}
+        how = job.slice.options.chat
+        where = (job.work, job.slice.number, how.context_length if how else None)
+        sides = {split: Side(split, *where) for split in shards.SPLITS}
         for side in sides.values():
             stack.enter_context(side.writer)
         train, val = sides.values()
@@ -131,7 +133,7 @@ def tokenize_slice(job: Job) -> Record:
             document_tokens={
                 split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()
             },
-            chat={k: side.counts for k, side in sides.items() if isinstance(side, ChatSide)},
+            chat={split: side.counts for split, side in sides.items()} if how else {},
             made_of=job.slice.made_of,
             limit=job.limit,
             shards=made,
@@ -139,12 +141,6 @@ def tokenize_slice(job: Job) -> Record:
         # Not waited for: should a power cut take it, its slice is made again.
         files.write_whole(record, json.dumps(asdict(finished)).encode(), wait_for_disk=False)
         return finished
-
-
-def _side(job: Job, split: str) -> Side:
-    if options := job.slice.options.chat:
-        return ChatSide(job.work, split, job.slice.number, options.context_length)
-    return Side(job.work, split, job.slice.number)
 
 
 def _batches(job: Job, at: Reading) -> Iterator[Batch]:

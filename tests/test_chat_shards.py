@@ -285,7 +285,7 @@ def test_conversations_are_packed_some_at_a_time_so_that_memory_is_bounded(
     monkeypatch.setattr(
         chat, "lay_out", lambda *a, lay_out=chat.lay_out: made.append(lay_out(*a)) or made[-1]
     )
-    side = sides.ChatSide(tmp_path, "train", 0, LENGTH)
+    side = sides.Side("train", tmp_path, 0, LENGTH)
     for tokens in rendered(some_rows(200)):
         side.add(np.array(tokens[1:], np.uint16), 0)
         packed.append(side.num_tokens)
