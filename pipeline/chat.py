@@ -5,8 +5,9 @@ A window has exactly context_length tokens. It holds whole conversations, each o
 one of REASONS.
 """
 
+import re
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ LAYOUTS = (
     ("instruction", "output"),
     ("prompt", "completion"),
 )
+KEYS_OF_MESSAGES = (("role", "content"), ("from", "value"))
+HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")  # as JSON can escape it
 NAMES_OF_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in chatml.ROLES}
 REASONS = {
     "null": "null",
@@ -121,57 +124,29 @@ def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
 def _read_message(raw: Any) -> dict[str, str]:
     if not isinstance(raw, dict):
         raise LeftOutError("malformed")
-    for role_key, content_key in (("role", "content"), ("from", "value")):
-        if role_key in raw and content_key in raw:
-            break
-    else:
+    keys = next((keys for keys in KEYS_OF_MESSAGES if set(keys) <= raw.keys()), None)
+    if keys is None or not isinstance(raw[keys[0]], str):
         raise LeftOutError("malformed")
-    role, content = raw[role_key], raw[content_key]
-    if not isinstance(role, str):
-        raise LeftOutError("malformed")
+    role, content = (raw[key] for key in keys)
     if role not in NAMES_OF_ROLES:
         raise LeftOutError("unknown_role")
-    if not isinstance(content, str) or not is_unicode(content):
+    if not isinstance(content, str) or HALF_A_CHARACTER.search(content):
         raise LeftOutError("not_text")
     return {"role": NAMES_OF_ROLES[role], "content": content.strip()}
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written in UTF-8: JSON can escape half a character."""
-    try:
-        text.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
-
-
-def encode(messages: Messages, encode_text: Callable[[str], Iterable[int]]) -> Tokens:
-    """The tokens of a conversation: <|endoftext|>, then its turns."""
-    return np.array(chatml.render(messages, encode_text), np.uint16)
 
 
 def fit(tokens: Tokens, options: ChatOptions) -> Tokens:
     """A conversation that fits into a window: all of it, or with `long` "cut" its beginning.
 
-    Raises LeftOutError if it is left out.
+    It is cut behind the last end of an assistant's turn that fits. Raises LeftOutError if it is
+    left out.
     """
     if len(tokens) <= options.context_length:
         return tokens
-    if options.long == "leave":
-        raise LeftOutError("too_long")
-    return cut(tokens, options.context_length)
-
-
-def cut(tokens: Tokens, context_length: int) -> Tokens:
-    """The beginning of a conversation, up to the last end of an assistant's turn that fits.
-
-    Raises LeftOutError if there is none.
-    """
-    size_of_end = 1 + len(chatml.NEWLINE)
     is_end = chatml.trained(tokens) & (tokens == chatml.IM_END)
-    stops = np.flatnonzero(is_end) + size_of_end
-    stops = stops[stops <= context_length]
-    if not len(stops):
+    stops = np.flatnonzero(is_end) + 1 + len(chatml.NEWLINE)
+    stops = stops[stops <= options.context_length]
+    if options.long == "leave" or not len(stops):
         raise LeftOutError("too_long")
     return tokens[: stops[-1]]
 
@@ -225,7 +200,5 @@ def count(windows: Tokens) -> dict[str, int]:
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """The sums over some of count()'s results."""
-    sums = dict.fromkeys(COUNTS, 0)
-    for row in counts:
-        sums = {name: sums[name] + row[name] for name in COUNTS}
-    return sums
+    rows = list(counts)
+    return {name: sum(row[name] for row in rows) for name in COUNTS}

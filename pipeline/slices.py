@@ -185,7 +185,8 @@ def _encoded_conversations(
 ) -> Iterator[Encoded]:
     encode = _encoder.encode_one()
     for messages in batch.documents:
-        whole = chat.encode(messages, lambda text: encode(text.encode()).tolist())
+        rendered = chatml.render(messages, lambda text: encode(text.encode()).tolist())
+        whole = np.array(rendered, np.uint16)
         try:
             tokens = chat.fit(whole, options)
         except LeftOutError as left_out:
