@@ -1131,34 +1131,6 @@ def test_a_worker_killed_by_the_kernel_is_an_error_and_the_next_run_resumes(
     assert contents(out) == contents(tmp_path / "straight")
 
 
-def test_too_little_room_is_said_before_the_work(
-    tmp_path: Path, documents, make_parquet, make_shards, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = make_parquet(tmp_path / "a.parquet", documents)
-    small = make_parquet(tmp_path / "b.parquet", documents[:1])
-    index = make_shards(small, tmp_path / "finished")
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ForgeError, match="too little room"):
-        make_shards(source, tmp_path / "out")
-    with pytest.raises(ForgeError, match="too little room"):
-        tokenize(source, tmp_path / "finished", Options(), overwrite=True)
-    assert verify.verify(index, 1, lambda count: None) == []
-
-
-def test_a_limited_run_needs_room_for_what_is_left_of_it(
-    tmp_path: Path, documents, make_parquet, make_shards, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "BYTES_PER_TOKEN", 0.004)
-    source, out = make_parquet(tmp_path / "a.parquet", documents, rows=20), tmp_path / "out"
-    all_but_the_index(source, out, max_tokens=20_000)
-    last = max((out / ".work").glob("[0-9]*.json"))
-    last.unlink()
-    usage = shutil.disk_usage(tmp_path)._replace(free=15_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    make_shards(source, out, max_tokens=20_000)
-
-
 def test_progress_ends_at_the_whole_of_the_plan(
     tmp_path: Path, folder_of_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
