@@ -215,6 +215,7 @@ def forge() -> Callable[..., Result]:
             "sample": sampler.cli.sample,
             "export": sampler.cli.export,
             "eval": sampler.cli.evaluate,
+            "report": sampler.cli.report,
         }
         return CliRunner().invoke(commands[program], [str(a) for a in arguments])
 

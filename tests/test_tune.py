@@ -228,9 +228,10 @@ def test_a_run_of_another_vocabulary_is_not_tuned(
     )
     checkpoint.save(other, masters, moments, state)
     out = tmp_path / "run"
-    result = forge("train", "chat", "--from", other, "--data", chat, "--out", out, *CHAT)
-    assert result.exit_code == 1
-    assert "the weights are of another vocabulary" in result.output
+    for end in (["--out", out], ["--check"]):
+        result = forge("train", "chat", "--from", other, "--data", chat, *end, *CHAT)
+        assert result.exit_code == 1
+        assert "the weights are of another vocabulary" in result.output
 
 
 def test_data_and_config_that_do_not_fit_are_one_error(

@@ -74,6 +74,15 @@ def steps(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in found)
 
 
+def num_bytes(run: Path) -> int:
+    """What its checkpoints take of the disk; those that vanish meanwhile do not count."""
+    total = 0
+    for path in (run / FOLDER).rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
 def find(path: Path, step: int | None = None) -> tuple[Path, int] | None:
     """(run, step) of a run's folder, whose latest checkpoint it is, or of a checkpoint's.
 

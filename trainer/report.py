@@ -68,6 +68,21 @@ def peak_flops(device: torch.device) -> float | None:
     return None
 
 
+def product_flops(device: torch.device, seconds: float = 1.0) -> float:
+    """FLOP/s of 8192^3 bfloat16 products on one GPU: what it sustains once it is warm."""
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = a @ b
+    torch.cuda.synchronize(device)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        for _ in range(20):
+            torch.mm(a, b, out=out)
+        torch.cuda.synchronize(device)
+        count += 20
+    return 2 * size**3 * count / (time.perf_counter() - started)
+
+
 def hardware(device: torch.device, world_size: int) -> str:
     if device.type == "cuda":
         return f"{world_size}x {torch.cuda.get_device_name(device)}"

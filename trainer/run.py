@@ -116,8 +116,7 @@ def check_room(run: Path, num_bytes: int, keep_last: int) -> None:
 
     The checkpoints that RUN/ has already make room for the next ones.
     """
-    folder = run / checkpoint.FOLDER
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    there = checkpoint.num_bytes(run)
     needed, free = (keep_last + 1) * num_bytes - there, shutil.disk_usage(run).free
     if free < needed:
         what = f"{free / 1e9:.2f} GB of disk are left, and checkpoints take {needed / 1e9:.2f} more"
