@@ -18,10 +18,11 @@ def resolve_hub(
     """
     import datasets
     from datasets.utils.logging import disable_progress_bar
-    from huggingface_hub import HfFileSystem
+    from huggingface_hub import HfApi, HfFileSystem
 
     disable_progress_bar()
     try:
+        HfApi().dataset_info(name, revision=revision)  # fails at once, the next line after 23 s
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         by_split = {str(key): files for key, files in (builder.config.data_files or {}).items()}
     except Exception as error:  # the library raises a dozen unrelated types, network's included
