@@ -81,7 +81,8 @@ def next_commands(folder: Path, index: Any) -> str:
         look, config = "show {} 0", "chat --from RUN"
     advice = f"forge-train {config} --data {{}} --check"
     if index.total("num_documents") == 1:
-        advice = "a document is never split, and forge-train needs two; --split-on cuts a .txt"
+        advice = "forge-train needs two documents or more; a .txt file is one, unless "
+        advice += "--split-on names how some of its lines begin"
     elif not (train and val):
         advice = "one split is empty: add text, or start again with another --val-fraction "
         advice += "and --overwrite"

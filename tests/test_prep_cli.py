@@ -227,8 +227,8 @@ def test_a_text_file_that_stays_one_document_is_said_to_be_one(forge, tmp_path: 
     text = tmp_path / "book.txt"
     text.write_text("A story.\n<|endoftext|>\nA second one.\n")
     made = forge("prep", "tokenize", text, "--out", tmp_path / "out")
-    assert "a document is never split" in made.stdout
-    assert "--split-on cuts a .txt" in made.stdout
+    assert "forge-train needs two documents or more" in made.stdout
+    assert "--split-on names how some of its lines begin" in made.stdout
     assert "book.txt holds <|endoftext|> as plain text" in made.stderr
     out = tmp_path / "cut"
     cut = forge("prep", "tokenize", text, "--out", out, "--split-on", "<|endoftext|>", "--json")
