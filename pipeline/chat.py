@@ -6,7 +6,6 @@ one of REASONS.
 """
 
 import re
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -155,29 +154,26 @@ def pack(lengths: Sequence[int], context_length: int) -> list[list[int]]:
     """Which conversations share a window: best fit, longest first.
 
     Each goes into the window that has the least room left, but enough. Both windows and what they
-    hold come in the order of the source. No length may be over context_length. O(n log n).
+    hold come in the order of the source. No length may be over context_length.
 
     Source: Johnson 1973, "Near-optimal bin packing algorithms"; for language models Ding et al.
     2024, arXiv:2404.10830.
     """
     windows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(context_length + 1)]  # windows, by tokens left
-    rooms: list[int] = []  # in order: those that a window has
+    has_room = bytearray(context_length + 1)  # whether there is such a window
     for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        place = bisect_left(rooms, lengths[number])
-        if place < len(rooms):
-            room = rooms[place]
-            window = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[place]
-        else:
-            room, window = context_length, len(windows)
+        room = has_room.find(True, lengths[number])
+        if room < 0:
+            room = context_length
+            by_room[room].append(len(windows))
             windows.append([])
+        window = by_room[room].pop()
+        has_room[room] = bool(by_room[room])
         windows[window].append(number)
         left = room - lengths[number]
-        if not by_room[left]:
-            insort(rooms, left)
         by_room[left].append(window)
+        has_room[left] = True
     return sorted(sorted(window) for window in windows)
 
 
