@@ -3,10 +3,8 @@
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,29 +234,6 @@ def test_more_files_extend_a_finished_folder(
     assert verify.verify(index, 1, lambda count: None) == []
     turns = sum(counts["num_turns"] for counts in index.chat["splits"].values())
     assert turns == sum(len(row["messages"]) for row in rows)
-
-
-def test_kills_change_no_byte(tmp_path: Path) -> None:
-    source = write_parquet(tmp_path / "a.parquet", some_rows(3_000), group=50)
-    program = "from pipeline import cli, sources; sources.BYTES_PER_TOKEN = 1e-4; cli.main()"
-    kills = 0
-    for out, most_kills in ((tmp_path / "straight", 0), (tmp_path / "killed", 3)):
-        for _ in range(9):
-            command = [sys.executable, "-c", program, "chat", source, "--out", out]
-            command += ["--context-length", LENGTH, "--workers", 2]
-            process = subprocess.Popen(list(map(str, command)), cwd=ROOT)
-            before = len(list(out.glob(".work/[0-9]*.json")))
-            while kills < most_kills and process.poll() is None:
-                if len(list(out.glob(".work/[0-9]*.json"))) > before + 5:
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
-                time.sleep(0.002)
-            if process.wait() == 0:
-                break
-        time.sleep(0.5)  # for workers of a killed parent to end
-    assert kills > 0
-    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
 
 
 @pytest.mark.usefixtures("small_slices")
