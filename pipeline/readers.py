@@ -1,5 +1,4 @@
-"""Reads the documents of a source file: texts of parquet, JSON Lines (.gz, .zst) or .txt files, or
-conversations of the first two, in batches.
+"""Reads the documents of a parquet, JSON Lines (.gz, .zst) or .txt file: texts or conversations.
 
 Damage (a bad line, row, row group or file) goes to `on_damage`, which raises it or leaves it out.
 """
@@ -78,11 +77,10 @@ def read_documents(kind: str, at: Reading, part: Part) -> Iterator[Batch]:
     with at.leaves_out(), refusals("read a source file", at, KEPT):
         if kind == "parquet":
             yield from read_parquet(at, part)
-        else:
-            with at.path.open("rb") as raw:
-                yield from batches(
-                    read_jsonl(raw, at) if kind == "jsonl" else read_txt(raw, at), raw
-                )
+            return
+        read = read_jsonl if kind == "jsonl" else read_txt
+        with at.path.open("rb") as raw:
+            yield from batches(read(raw, at), raw)
 
 
 @contextmanager
@@ -183,12 +181,8 @@ def columns_bytes(group: Any, columns: Sequence[str]) -> int:
 def find_columns(schema: pa.Schema, options: Options, where: object) -> tuple[str, ...]:
     """The columns of the text, or of conversations. ForgeError unless each is there, once."""
     columns: tuple[str, ...] = (options.text_column,)
-    fix = NAME_COLUMN
     if options.chat:
-        columns, fix = (
-            chat.find_columns(schema.names, options.chat.columns, where),
-            chat.NAME_COLUMNS,
-        )
+        columns = chat.find_columns(schema.names, options.chat.columns, where)
     wanted, says = r"(large_)?string(_view)?|null", "strings"  # null: as all rows are
     if options.chat and len(columns) == 1:
         wanted, says = r"(large_)?list<.*|null", "lists of messages"
@@ -203,6 +197,7 @@ def find_columns(schema: pa.Schema, options: Options, where: object) -> tuple[st
             what = f"column {name!r} holds {kinds[0]}, not {says}"
         else:
             continue
+        fix = chat.NAME_COLUMNS if options.chat else NAME_COLUMN
         raise ForgeError(what, where=where, fix=fix)
     return columns
 
