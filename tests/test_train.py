@@ -87,6 +87,8 @@ def test_a_run_folder_is_complete(finished: Path) -> None:
         "data_index.json",
         "r50k_base.tiktoken",
         "checkpoints",
+        "curves.svg",
+        "tensorboard",
     }
     assert checkpoint.steps(finished) == [4, 8]
     readme = (finished / "README.md").read_text()

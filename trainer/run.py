@@ -1,10 +1,12 @@
 """The run folder: whether a run may be made there or continued, and the files beside checkpoints.
 
 RUN/README.md             what a person reads first
+RUN/curves.svg            its picture (picture.py)
 RUN/config.toml           the resolved config
 RUN/metrics.jsonl         one object a line (report.py)
 RUN/data_index.json       index.json of the shards, as they were
 RUN/r50k_base.tiktoken    the vocabulary
+RUN/tensorboard/          event files, where tensorboardX is installed (trackers.py)
 RUN/checkpoints/          weights and optimizer state (checkpoint.py)
 """
 

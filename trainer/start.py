@@ -1,11 +1,14 @@
 """All that happens before the first step: the state, the model, its weights, the run folder."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +22,12 @@ from trainer import checkpoint, layouts
 from trainer.backends import compile_model, load_libraries
 from trainer.check import describe
 from trainer.checkpoint import MODEL_FILE, OPTIMIZER_FILE, State, checkpoint_path
-from trainer.config import ModelConfig
+from trainer.config import Config, ModelConfig
 from trainer.config_file import flat
 from trainer.memory import checkpoint_bytes, cut_here
 from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
+from trainer.picture import Picture
 from trainer.ranks import Ranks, fill_from_first, from_first
 from trainer.report import (
     Metrics,
@@ -31,9 +35,11 @@ from trainer.report import (
     Report,
     Row,
     Terminal,
+    Tracker,
     duration,
     hardware,
     product_flops,
+    read_metrics,
     say,
 )
 from trainer.run import Command, check_room, knows_chat, write_files
@@ -64,7 +70,8 @@ def check(command: Command) -> None:
         if command.weights_from is not None:
             check_source(command.weights_from, state, data.train.is_chat)
 
-    for part in (show, partial(check_amount, config, data), check_weights):
+    parts = show, partial(check_amount, config, data), check_weights, partial(trackers, config)
+    for part in parts:
         try:
             part()
         except ForgeError as error:
@@ -190,11 +197,22 @@ def read_source(
     return tensors
 
 
-def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_new: bool) -> Report:
-    """Create the run folder, or continue it. Only rank 0 has watchers."""
+def trackers(config: Config) -> list[str]:
+    """Libraries to pass rows to. ForgeError if the one that was asked for is not installed."""
+    asked, found = config.report.to, ["tensorboardX"] if find_spec("tensorboardX") else []
+    if asked and not find_spec(asked):
+        fix = f"pip install {asked}, or leave report.to out"
+        raise ForgeError(f"the package {asked} is not installed", where="report.to", fix=fix)
+    return [*found, asked] if asked else found
+
+
+def open_report(
+    setup: Setup, command: Command, state: State, clock: Clock, is_new: bool, opened: ExitStack
+) -> Report:
+    """Create the run folder, or continue it. Only rank 0 has watchers; `opened` closes them."""
     config, run, ranks, cut = setup.config, command.run, setup.ranks, setup.cut
     index, watchers = setup.data.index, list[Callable[[Row], None]]()
-    where = hardware(setup.device, ranks.world_size)
+    where, started_at = hardware(setup.device, ranks.world_size), int(time.time())
 
     def make() -> None:
         check_room(run, checkpoint_bytes(config), config.checkpoint.keep_last)
@@ -206,8 +224,19 @@ def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_n
         with refusals("write the run folder", run, "or choose another --out"):
             metrics = Metrics(run, None if is_new else state.step)
             write_files(run, command.config, index, found)
-        readme = Readme(run, command.name, config, index, state)
-        watchers.extend((metrics, Terminal(config, state, clock), readme))
+        past = read_metrics(run)
+        readme = Readme(run, command.name, config, index, state, past)
+        picture = Picture(run, past, opened.enter_context(ThreadPoolExecutor(1)))
+        watchers.extend((metrics, Terminal(config, state, clock), readme, picture))
+        begun_at = past[0].get("started_at") if past else started_at
+        name = re.sub(r"[^\w.-]", "-", f"{run.resolve().name}-{begun_at}")
+        step = -1 if is_new else state.step
+        given = {"run": str(run), "name": name, "config": flat(config), "step": step}
+        for library in trackers(config):
+            tracker = Tracker(library, given)
+            opened.callback(tracker.close)
+            watchers.append(tracker)
+        opened.callback(say, "", end="")  # erases the line that renews itself
         if not is_new:
             say(f"Resuming from step {state.step}, after {duration(state.seconds)} of training.")
         say(describe(config, command.name, index, cut, ranks, state.weights_from))
@@ -215,7 +244,7 @@ def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_n
 
     from_first(ranks, make)
     report = Report(watchers, config, clock)
-    process = {"process": os.getpid(), "started_at": int(time.time())}
+    process = {"process": os.getpid(), "started_at": started_at}
     here = {"world_size": ranks.world_size, "hardware": where, **asdict(cut), **process}
     report("start", state.step, **here)
     return report

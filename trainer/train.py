@@ -22,7 +22,7 @@ from trainer.report import Report, duration, peak_flops, say
 from trainer.run import Command, check_machines, open_run
 from trainer.schedule import Clock, learning_rate
 from trainer.signals import Signals
-from trainer.start import load_weights, new_state, open_report, prepare
+from trainer.start import load_weights, new_state, open_report, prepare, trackers
 from trainer.step import Inbox, Setup, StepResult, Votes, train_step
 from trainer.windows import check_amount, open_data, with_epochs
 
@@ -51,6 +51,7 @@ def train(command: Command, started: float | None = None) -> None:
 
         def open_folder() -> State | None:
             check_utf8(run)
+            trackers(config)
             opened.enter_context(hold(run, "forge-train", ENDING_SECONDS))
             return open_run(command, data.index)
 
@@ -68,7 +69,7 @@ def train(command: Command, started: float | None = None) -> None:
         signals = opened.enter_context(Signals())
         if is_new and command.weights_from:
             save_source(setup, state, checkpoints)
-        report = open_report(setup, command, state, clock, is_new)
+        report = open_report(setup, command, state, clock, is_new, opened)
         with setup.batches:
             if is_new:
                 evaluate(setup, state, clock, report)
