@@ -449,7 +449,7 @@ def test_a_text_of_parquet_that_is_not_utf8_is_left_out_alone(
     options = Options(val_fraction=0.0, min_score=min_score)
     with pytest.raises(ForgeError, match="invalid UTF-8") as caught:
         tokenize(path, tmp_path / "stops", options)
-    assert str(caught.value.where) == f"{path}, row group 0, text 6"
+    assert str(caught.value.where) == f"{path}, row group 0, row 6"
     outcome = tokenize(path, tmp_path / "out", options, skip_errors=True)
     kept = [
         text
@@ -458,8 +458,8 @@ def test_a_text_of_parquet_that_is_not_utf8_is_left_out_alone(
     ]
     assert texts_of(tmp_path / "out", "train") == kept
     assert outcome.index.skipped["damaged"] == [
-        "a.parquet, row group 0, text 6: invalid UTF-8: unexpected end of data",
-        "a.parquet, row group 1, text 501: invalid UTF-8: invalid start byte",
+        "a.parquet, row group 0, row 6: invalid UTF-8: unexpected end of data",
+        "a.parquet, row group 1, row 501: invalid UTF-8: invalid start byte",
     ]
 
 
