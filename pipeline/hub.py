@@ -35,9 +35,6 @@ def resolve_hub(
         raise ForgeError(what, where=name, fix="name one of them with --split")
     hub = HfFileSystem()
     paths = [str(path) for path in by_split[split]]
-    if any(not path.startswith("hf://") for path in paths):
-        what, fix = "the dataset's files do not lie on the hub", "download them; give their folder"
-        raise ForgeError(what, where=name, fix=fix)
     with on_the_hub(name):
         infos = {path: hub.info(path) for path in paths}
         parsed: list[Any] = [hub.resolve_path(path) for path in paths]
