@@ -5,7 +5,6 @@ A window has exactly context_length tokens. It holds whole conversations, each o
 one of REASONS.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,8 +27,6 @@ LAYOUTS = (
     ("instruction", "output"),
     ("prompt", "completion"),
 )
-KEYS_OF_MESSAGES = (("role", "content"), ("from", "value"))
-HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")  # as JSON can escape it
 NAMES_OF_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in chatml.ROLES}
 REASONS = {
     "null": "null",
@@ -42,6 +39,7 @@ REASONS = {
 }
 COUNTS = ("num_turns", "num_trained_tokens", "num_padding_tokens")
 MIN_CONTEXT_LENGTH = 16
+EOT = np.array([chatml.EOT_TOKEN], np.uint16)
 NAME_COLUMNS = (
     "name the column of the messages, or those of prompt and answer: "
     "--columns dialog, --columns question,response"
@@ -123,14 +121,20 @@ def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
 def _read_message(raw: Any) -> dict[str, str]:
     if not isinstance(raw, dict):
         raise LeftOutError("malformed")
-    keys = next((keys for keys in KEYS_OF_MESSAGES if set(keys) <= raw.keys()), None)
-    if keys is None or not isinstance(raw[keys[0]], str):
+    role: Any = None
+    content: Any = None
+    if "role" in raw and "content" in raw:
+        role, content = raw["role"], raw["content"]
+    elif "from" in raw and "value" in raw:
+        role, content = raw["from"], raw["value"]
+    if not isinstance(role, str):
         raise LeftOutError("malformed")
-    role, content = (raw[key] for key in keys)
     if role not in NAMES_OF_ROLES:
         raise LeftOutError("unknown_role")
-    if not isinstance(content, str) or HALF_A_CHARACTER.search(content):
-        raise LeftOutError("not_text")
+    try:
+        content.encode()
+    except (AttributeError, UnicodeEncodeError):  # JSON can escape half a character
+        raise LeftOutError("not_text") from None
     return {"role": NAMES_OF_ROLES[role], "content": content.strip()}
 
 
@@ -177,12 +181,21 @@ def pack(lengths: Sequence[int], context_length: int) -> list[list[int]]:
     return sorted(sorted(window) for window in windows)
 
 
+def join(documents: Iterable[npt.NDArray[Any]]) -> Tokens:
+    """Some documents as one array, each behind <|endoftext|>."""
+    pieces = [piece for tokens in documents for piece in (EOT, tokens)]
+    return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
+
+
 def lay_out(conversations: Sequence[Tokens], context_length: int) -> Tokens:
-    """Windows of packed conversations: (num_windows, context_length)."""
-    packed = pack([len(tokens) for tokens in conversations], context_length)
+    """Windows of packed conversations, which come without <|endoftext|>, and padding.
+
+    (num_windows, context_length).
+    """
+    packed = pack([1 + len(tokens) for tokens in conversations], context_length)
     windows = np.full((len(packed), context_length), chatml.IM_END, np.uint16)
     for window, numbers in zip(windows, packed, strict=True):
-        together = np.concatenate([conversations[number] for number in numbers])
+        together = join([conversations[number] for number in numbers])
         window[: len(together)] = together
     return windows
 

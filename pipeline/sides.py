@@ -11,7 +11,6 @@ from pipeline import chat, chatml, shards
 from pipeline.shards import Shard, ShardWriter
 
 BUFFER_TOKENS = 2**18  # 1 MiB of uint32: it stays in the processor's cache
-EOT = np.array([shards.EOT_TOKEN], np.uint16)
 PACKED_TOKENS = 2**23  # of conversations that are packed together: 16 MiB
 
 
@@ -47,14 +46,12 @@ class Side:
 
     def _flush(self) -> None:
         if self.context_length:
-            conversations = [np.concatenate((EOT, tokens)) for tokens in self._waiting]
-            windows = chat.lay_out(conversations, self.context_length)
+            windows = chat.lay_out(self._waiting, self.context_length)
             self.num_tokens += windows.size - self._num_waiting
             self.counts = chat.total([self.counts, chat.count(windows)])
             self.writer.write(windows.reshape(-1))
         elif self._waiting:
-            pieces = [piece for tokens in self._waiting for piece in (EOT, tokens)]
-            self.writer.write(np.concatenate(pieces, dtype=np.uint16, casting="unsafe"))
+            self.writer.write(chat.join(self._waiting))
         self._waiting, self._num_waiting = [], 0
 
     def commit(self) -> tuple[Shard, ...]:

@@ -138,7 +138,7 @@ def test_each_conversation_goes_where_least_room_is_left() -> None:
 def test_windows_hold_conversations_and_then_padding() -> None:
     made = [conversation(5, 9), conversation(30, 30), conversation(2, 3, 1, 1)]
     length = 100
-    windows = chat.lay_out(made, length)
+    windows = chat.lay_out([tokens[1:] for tokens in made], length)
     assert windows.shape == (2, length)
     assert windows.dtype == np.uint16
     for window, numbers in zip(windows, ([0, 1], [2]), strict=True):
