@@ -80,6 +80,7 @@ def read_references(path: Path) -> list[Row]:
             if (loss := number(row["loss"])) is None:
                 raise ValueError(f"a loss of {row['loss']}")
             name = Path(row["model"]).name or row["model"]
+            name += f" on {row['part']}" if "part" in row else ""  # of a mixture
             windows = int(row["num_tokens"]), int(row["context_length"])
         except (ValueError, KeyError, TypeError) as error:
             what = f"not a row of forge-eval --json: {error!r}"

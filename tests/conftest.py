@@ -188,7 +188,7 @@ def tuned(base: Path, chat_shards: Path, folder: Path) -> Path:
         loss.backward()
         optimizer.step()
     assert loss < 0.05
-    checkpoint.save(folder, dict(model.state_dict()), {}, state)
+    checkpoint.save(folder, iter([dict(model.state_dict()), {}]), state)
     return folder
 
 

@@ -38,7 +38,8 @@ def describe(
     most = (config.checkpoint.keep_last + 3) * checkpoint_bytes(config)  # best, flat, being written
     rows["checkpoints, GB"] = f"up to {most / 1e9:.2f}"
     if is_gpu:
-        rows["peak memory of a GPU, GB"] = f"about {cut.estimated_bytes / 1e9:.1f}"
+        again = ", with blocks recomputed in the backward pass" * cut.recomputes
+        rows["peak memory of a GPU, GB"] = f"about {cut.estimated_bytes / 1e9:.1f}{again}"
     rows |= {
         "hardware": hardware(ranks.device(), ranks.world_size),
         "micro-batch, accumulation, ranks": (
@@ -52,6 +53,9 @@ def describe(
         "training tokens": f"{train_tokens:,}",
         "validation tokens": f"{val_tokens:,}",
     }
+    if parts := index.source.get("parts"):  # of a mixture
+        amounts = ("{train_tokens:,} of {folder} ({epochs:.2f} epochs)".format(**p) for p in parts)
+        rows["training tokens by part"] = ", ".join(amounts)
     found = [f"note: {note}" for note in notes(config, train_tokens)]
     if product:
         shares = " to ".join(f"{share:.0%}" for share in STEP_SHARE)

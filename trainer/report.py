@@ -134,10 +134,9 @@ class Metrics:
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def __call__(self, row: Row) -> None:
-        brief = {k: _brief(v) if isinstance(v, float) else v for k, v in row.items()}
         try:
             with self.path.open("a") as file:
-                file.write("\n" * self.cut + json.dumps(brief) + "\n")
+                file.write("\n" * self.cut + json.dumps(_brief(row)) + "\n")
             self.cut = False
         except OSError as error:  # a full disk must not end a day's training
             self.cut = True
@@ -155,7 +154,11 @@ def read_metrics(run: Path) -> list[Row]:
     return rows
 
 
-def _brief(value: float) -> float | None:
+def _brief(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _brief(each) for key, each in value.items()}
+    if not isinstance(value, float):
+        return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
@@ -174,7 +177,7 @@ class Terminal:
             say(f"{at}  loss {row['loss']}, norm {row['norm']}: not finite, update skipped")
         elif kind == "evaluate":
             bits = f"bits per byte {row['bits_per_byte']:.4f}"
-            say(f"{at}  validation loss {row['loss']:.4f}  {bits}")
+            say(f"{at}  validation loss {row['loss']:.4f}  {bits}  {of_parts(row)}".rstrip())
         elif kind == "sample":
             say("  | " + re.sub(r"\s*\n\s*", "\n  | ", row["text"].strip()))
         elif kind == "checkpoint":
@@ -287,8 +290,12 @@ class Readme:
         revision = (index.source.get("hub") or {}).get("revision")
         sample = last.get("sample", {}).get("text", "").replace("\n", "\n> ")
         more = ""
+        if parts := of_parts(evaluated or {}):
+            more = (
+                f"- Validation loss of each part: {parts}; the whole weighs them by train tokens\n"
+            )
         if now["step"] < stop:
-            more = "- Not complete: the same command with `--resume` continues it\n"
+            more += "- Not complete: the same command with `--resume` continues it\n"
         if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:
             path = quote(str(checkpoint.checkpoint_path(run, flat)))
             more += f"""\
@@ -322,6 +329,11 @@ Files: `config.toml` (resolved), `metrics.jsonl`, `data_index.json` (of the shar
 
 > {sample}
 """
+
+
+def of_parts(row: Row) -> str:
+    """The loss of each part, if the data are a mixture."""
+    return ", ".join(f"{name} {_number(row['parts'], name)}" for name in row.get("parts", ()))
 
 
 def _number(row: Row | None, key: str) -> str:

@@ -28,7 +28,7 @@ from trainer.memory import checkpoint_bytes, cut_here
 from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
 from trainer.picture import Picture
-from trainer.ranks import Ranks, fill_from_first, from_first
+from trainer.ranks import Ranks, Shared, fill_from_first, from_first
 from trainer.report import (
     Metrics,
     Readme,
@@ -109,7 +109,7 @@ def prepare(
             model.init_weights(config.seed)
         loaded.result()
     optimizer = Optimizer(model.to(device), config, ranks)
-    compile_model(model, config, device)
+    compile_model(model, config, device, cut.recomputes)
     size = cut.micro_batch_size
     batches = MicroBatches(data.train, config, state.step, size, ranks, device)
     return Setup(config, data, ranks, device, cut, model, optimizer, batches)
@@ -118,7 +118,7 @@ def prepare(
 def load_weights(setup: Setup, command: Command, state: State, is_new: bool) -> None:
     """Fill model and optimizer with the run's checkpoint, or with the weights of --from."""
     optimizer = setup.optimizer
-    masters, moments = optimizer.views(optimizer.masters), optimizer.state()
+    masters, moments = optimizer.masters(), optimizer.state()
     if not is_new:
         path = checkpoint_path(command.run, state.step)
         for file, tensors in ((MODEL_FILE, masters), (OPTIMIZER_FILE, moments)):
@@ -178,7 +178,7 @@ def check_source(source: Path, new: State, is_chat: bool) -> bool:
 
 
 def read_source(
-    source: Path, new: State, is_chat: bool, masters: dict[str, Tensor]
+    source: Path, new: State, is_chat: bool, masters: dict[str, Shared]
 ) -> dict[str, Tensor]:
     """The weights that --from names, for the `masters` of a new run. ForgeError as check_source().
 
