@@ -329,20 +329,6 @@ def index(folder: Path, raw: bool) -> None:
     click.echo(next_commands(folder, made))
 
 
-@main.command("python-docs")
-@click.argument("file", type=A_PATH)
-def python_docs(file: Path) -> None:
-    """Write Python's own documentation to FILE, to try things.
-
-    1.4 MB and more of JSON Lines, without a download.
-    """
-    from pipeline import pydocs
-
-    click.echo(
-        f"{counted(pydocs.write(file), 'document')}, {file.stat().st_size / 1e6:.1f} MB: {file}"
-    )
-
-
 def default_name(source: str, config: str | None) -> str:
     """Name of the folder in data_cache/ when --out is not given."""
     if not config and glob.has_magic(source) and not Path(source).exists():

@@ -8,11 +8,10 @@ is a run whose slices are settled already, all but the last.
 """
 
 import math
-import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -94,7 +93,6 @@ def tokenize(
         source = source.ordered(known_files)
         run = _Run(source, folder, options, index, skip_errors)
         run.cut()  # before anything is removed: damage and a wrong column show here
-        run.check_room([path for path in folder.glob("*.bin") if overwrite])
         if overwrite:
             verify.clear(folder)
         verify.begin(folder, wanted | {"source": source.record()})
@@ -178,23 +176,6 @@ class _Run:
                 self.records[number] = record
                 self.done[0] += each.bytes
                 self.done[1] += record.num_train_tokens + record.num_val_tokens
-
-    def check_room(self, freed: Sequence[Path]) -> None:
-        """Refuse a run that cannot end well: too little room for its shards, once `freed` are gone.
-
-        Only parquet's metadata say how much text there is.
-        """
-        if self.source.kind != "parquet" or self.options.min_score is not None:
-            return
-        new = (each for number, each in self.plan.slices.items() if number not in self.records)
-        found = sum(record.num_train_tokens for record in self.records.values())
-        left = min(sum(each.bytes for each in new) / BYTES_PER_TOKEN, self.tokens_left() - found)
-        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in freed)
-        needed = left * shards.TOKEN_BYTES
-        if free < 0.8 * needed:  # the estimate is rough
-            what = f"too little room: about {needed / 1e9:.1f} GB of shards, "
-            fix = "make room, choose another --out, or take less with --max-tokens"
-            raise ForgeError(what + f"{free / 1e9:.1f} GB free", where=self.folder, fix=fix)
 
     def run(
         self, workers: int, downloads: Downloads | None, on_progress: Callable[[Progress], None]

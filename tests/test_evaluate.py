@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import python_docs
 import torch
 from conftest import ROOT, metrics_of
 
@@ -50,10 +51,8 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """HellaSwag-shaped questions: two by hand, and some made of Python's own documentation."""
-    from pipeline import pydocs
-
     rows = list(QUESTIONS)
-    texts = [document["text"] for document in pydocs.documents() if len(document["text"]) > 400]
+    texts = [text for text in python_docs.documents() if len(text) > 400]
     for number, text in enumerate(texts[:40]):
         words = text.split()
         others = [texts[(number + n) % 40].split()[30:38] for n in (3, 7, 11)]
