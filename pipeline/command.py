@@ -1,9 +1,12 @@
-"""What the command lines share: counts, and one message with exit code 1 for every failure."""
+"""What the command lines share: counts, cores, one message and exit code 1 for every failure."""
 
 import contextlib
 import io
+import math
+import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +14,7 @@ import click
 from pipeline.errors import ForgeError, refusal
 
 COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class Count(click.ParamType[int]):
@@ -32,6 +36,20 @@ class Count(click.ParamType[int]):
 def counted(number: int, noun: str) -> str:
     """1 file, 2 files."""
     return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def cores() -> int:
+    """CPUs that this process may use: the machine's, or its container's quota."""
+    count = float(len(os.sched_getaffinity(0)))
+    (root, own), group = CGROUPS, ""
+    with contextlib.suppress(OSError):
+        group = own.read_text().rpartition("::")[2].strip().lstrip("/")
+    for folder in [root / group, *(root / group).parents, root / "cpu"]:
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                quota, period = " ".join((folder / name).read_text() for name in names).split()
+                count = min(count, float(quota) / float(period) if float(quota) > 0 else count)
+    return max(1, math.ceil(count))
 
 
 class ForgeCommand(click.Command):

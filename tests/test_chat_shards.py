@@ -21,6 +21,7 @@ from hub import COMMIT, Hub
 
 from pipeline import chat, chatml, prepare, shards, sides, slices, sources, tokenizer, verify
 from pipeline.chat import ChatOptions
+from pipeline.engines import Processes
 from pipeline.errors import ForgeError
 from pipeline.sources import Options
 from trainer.windows import Windows
@@ -62,8 +63,8 @@ def make(source: Path, out: Path, workers: int = 1, **given: Any) -> shards.Inde
     skip, overwrite = given.pop("skip_errors", False), given.pop("overwrite", False)
     options = Options(**{"val_fraction": 0.2} | given, chat=how)
     found = sources.resolve(str(source), None, "train", None)
-    flags = {"workers": workers, "skip_errors": skip, "overwrite": overwrite}
-    return prepare.tokenize(found, out, options, **flags).index
+    flags = {"skip_errors": skip, "overwrite": overwrite}
+    return prepare.tokenize(found, out, options, Processes(workers), **flags).index
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -16,8 +16,9 @@ import pytest
 from click.testing import Result
 from conftest import ROOT
 
-from pipeline import cli, foreign, shards, tokenizer, verify
-from pipeline.cli import default_name, next_commands
+from pipeline import command, foreign, shards, tokenizer, verify
+from pipeline.cli import next_commands
+from pipeline.making import default_name
 
 
 @pytest.fixture
@@ -262,9 +263,9 @@ def test_workers_follow_the_quota_of_a_container(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(cli, "CGROUPS", (tmp_path, tmp_path / "proc"))
+    monkeypatch.setattr(command, "CGROUPS", (tmp_path, tmp_path / "proc"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    assert cli.cores() == cores
+    assert command.cores() == cores
 
 
 def test_files_of_other_kinds_are_named_and_hidden_ones_are_not_read(forge, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import prepare, pydocs, sources
+from pipeline.engines import Processes
 from pipeline.sources import Options
 from trainer import checkpoint
 from trainer.ranks import OWN_STORE
@@ -148,7 +149,7 @@ def make_data(folder: Path) -> Path:
     text = folder / "docs.jsonl"
     text.write_text("".join(json.dumps(document) + "\n" for document in pydocs.documents()))
     source = sources.resolve(str(text))
-    prepare.tokenize(source, folder / "shards", Options(val_fraction=0.2), workers=1)
+    prepare.tokenize(source, folder / "shards", Options(val_fraction=0.2), Processes(1))
     return folder / "shards"
 
 
