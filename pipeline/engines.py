@@ -1,6 +1,7 @@
 """Where slices are made: in processes of this machine, or in tasks of a Ray cluster.
 
-An engine runs jobs that depend on nothing but themselves. Which one does changes no byte.
+A slice depends on nothing but its job, so an engine is no more than submit(), which returns a
+future, and stop(). Which engine it is changes no byte.
 """
 
 import multiprocessing
@@ -8,12 +9,12 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pipeline.errors import KEPT, ForgeError, refusals
 from pipeline.slices import Job, Record, tokenize_slice
@@ -23,84 +24,49 @@ SHARED = f"in a container, docker run --shm-size=64m; {KEPT}"
 CANCEL_SECONDS = 10.0  # for tasks on Ray to remove what they have half written
 ON_ALL = "on every machine of the cluster"
 
-
-class Engine:
-    """Makes slices, some at a time. As a context, it stops what is left at the end."""
-
-    done: Any  # bytes of the source and tokens, of all that is made
-
-    def __init__(self) -> None:
-        self.running: dict[Future[Record], Slice] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def workers(self) -> int:
-        """How many slices it makes at a time, just now."""
-        raise NotImplementedError
-
-    def start(self, job: Job) -> None:
-        self.running[self._submit(job)] = job.slice
-
-    def ended(self) -> Iterator[tuple[Slice, Record]]:
-        """The slices that have just been made; waits for one, a moment. Raises ForgeError."""
-        futures, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
-        for future in futures:
-            record = self._record_of(future)
-            yield self.running.pop(future), record
-
-    def stop(self) -> None:
-        """End all that runs."""
-        raise NotImplementedError
-
-    def _submit(self, job: Job) -> Future[Record]:
-        raise NotImplementedError
-
-    def _record_of(self, future: Future[Record]) -> Record:
-        """The record that a job returned; ForgeError if it failed."""
-        raise NotImplementedError
+Running = dict[Future[Record], Slice]
 
 
-class Processes(Engine):
-    """Worker processes of this machine."""
+class Processes:
+    """Worker processes of this machine. `done` counts bytes of the source and tokens."""
 
     def __init__(self, workers: int) -> None:
-        super().__init__()
         self.num_workers = workers
         self.processes: list[Any] = []
         with refusals("make shared memory", "/dev/shm", SHARED):
             context = multiprocessing.get_context("spawn")  # its semaphores are files
-            self.done = context.Array("q", 2)
+            self.done: Any = context.Array("q", 2)
             self.pool = ProcessPoolExecutor(workers, context, _start_worker, (self.done,))
 
+    def connect(self) -> None:
+        """Nothing to do: a process starts with the first job that needs it."""
+
     def workers(self) -> int:
+        """How many slices are made at a time."""
         return self.num_workers
 
-    def _submit(self, job: Job) -> Future[Record]:
+    def submit(self, job: Job) -> Future[Record]:
         with _ctrl_c_blocked(), refusals("start the workers", job.work.parent, KEPT):
             future = self.pool.submit(_make_here, job)
         self.processes = list((self.pool._processes or {}).values())
         return future
 
-    def _record_of(self, future: Future[Record]) -> Record:
+    def record(self, future: Future[Record], running: Running) -> Record:
+        """What a job returned. ForgeError if it failed, or a worker died."""
         try:
             return future.result()
         except BrokenProcessPool as error:
             what = "a worker process was killed (by hand, or by the kernel for want of memory)"
             if -signal.SIGBUS in {process.exitcode for process in self.processes}:
                 what = "a worker process could not read a file that it had mapped (SIGBUS)"
-            parts = (part for each in self.running.values() for part in each.parts)
-            names = sorted({part.file.name for part in parts})
+            names = {part.file.name for each in running.values() for part in each.parts}
             fix = f"{KEPT}; try fewer --workers"
-            raise ForgeError(what, where=", ".join(names[:3]), fix=fix) from error
+            raise ForgeError(what, where=", ".join(sorted(names)[:3]), fix=fix) from error
 
-    def stop(self) -> None:
-        if self.running:
-            for process in self.processes:
-                process.kill()
+    def stop(self, running: Collection[Future[Record]]) -> None:
+        """End all that is running."""
+        for process in self.processes if running else ():
+            process.kill()
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -139,42 +105,44 @@ def _add(source_bytes: int, tokens: int) -> None:
         _done[1] += tokens
 
 
-class Ray(Engine):
-    """Tasks of one CPU on a Ray cluster, whose machines share the folders.
+class Ray:
+    """Tasks of one CPU each on a Ray cluster, whose machines share the folders.
 
-    Ray makes a slice again when a worker or its machine dies, and passes our errors on.
+    Ray makes a slice again when a worker or its machine dies, and passes on what our code raises.
     """
 
     def __init__(self, address: str, workers: int | None = None) -> None:
         """`workers` slices at a time, or as many as the cluster has CPUs."""
-        super().__init__()
-        self.address, self.most, self.done = address, workers, [0, 0]
+        self.address, self.num_workers = address, workers
+        self.done = [0, 0]
 
-    def __enter__(self) -> Self:
+    def connect(self) -> None:
         try:
             import ray
         except ImportError as error:
             fix = f"pip install 'llm-forge[ray]', {ON_ALL}"
             raise ForgeError("--ray needs Ray, which is not installed here", fix=fix) from error
-        here = {"py_modules": [str(Path(__file__).parent)]}  # all machines run this very code
+        ours = {"py_modules": [str(Path(__file__).parent)]}  # all machines run this very code
         quiet: Any = {"log_to_driver": False, "logging_level": "error"}
+        host, _, port = self.address.removeprefix("ray://").rpartition(":")
         try:
-            ray.init(self.address, runtime_env=here, **quiet)
+            if port.isdigit():  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=5).close()
+            ray.init(self.address, runtime_env=ours, **quiet)
         except Exception as error:  # a dozen unrelated types
             what = f"cannot join a Ray cluster: {type(error).__name__}: {error}"
-            fix = "ray start --head here, or ray start --address=HEAD:6379 where there is one"
+            fix = "ray start --head, or ray start --address=HEAD:6379 where there is a head"
             raise ForgeError(what, where=self.address, fix=fix) from error
         self.ray, self.task = ray, ray.remote(num_cpus=1)(_make_on_ray)
-        return self
 
-    def workers(self) -> int:  # machines come and go
-        return self.most or int(self.ray.cluster_resources().get("CPU", 1))
+    def workers(self) -> int:
+        return self.num_workers or int(self.ray.cluster_resources().get("CPU", 1))
 
-    def _submit(self, job: Job) -> Future[Record]:
+    def submit(self, job: Job) -> Future[Record]:
         future: Future[Record] = self.task.remote(job).future()
         return future
 
-    def _record_of(self, future: Future[Record]) -> Record:
+    def record(self, future: Future[Record], running: Running) -> Record:
         try:
             record = future.result()
         except self.ray.exceptions.RayError as error:
@@ -183,19 +151,16 @@ class Ray(Engine):
                 raise cause from None
             what = f"Ray could not make a slice: {type(error).__name__}: {error}"
             fix = f"install the same packages {ON_ALL}; {KEPT}"
-            raise ForgeError(
-                what, where=self.running[future].parts[0].file.name, fix=fix
-            ) from error
-        self.done[0] += self.running[future].bytes
+            raise ForgeError(what, where=self.address, fix=fix) from error
+        self.done[0] += running[future].bytes
         self.done[1] += record.num_train_tokens + record.num_val_tokens
         return record
 
-    def stop(self) -> None:
-        if self.ray.is_initialized():
-            for future in self.running:
-                self.ray.cancel(future.object_ref)  # type: ignore[attr-defined]
-            wait(self.running, timeout=CANCEL_SECONDS)
-            self.ray.shutdown()
+    def stop(self, running: Collection[Future[Record]]) -> None:
+        for future in running:
+            self.ray.cancel(future.object_ref)  # type: ignore[attr-defined]
+        wait(running, timeout=CANCEL_SECONDS)
+        self.ray.shutdown()
 
 
 def _make_on_ray(job: Job) -> Record:
@@ -205,3 +170,6 @@ def _make_on_ray(job: Job) -> Record:
             fix = "take folders that all machines of the cluster share"
             raise ForgeError(what, where=folder, fix=fix)
     return tokenize_slice(job)
+
+
+Engine = Processes | Ray

@@ -5,7 +5,10 @@ import glob
 import itertools
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +120,7 @@ def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
     engine: engines.Engine = engines.Processes(given["workers"] or cores())
     if given["ray"]:
         engine = engines.Ray(given["ray"], given["workers"])
-    with ProgressBar() as bar:
+    with ProgressBar() as bar, redirect_stdout(sys.stderr):  # Ray speaks there of lost machines
         how = {"keep_downloads": given["keep_downloads"], "on_progress": bar.update}
         how |= {"skip_errors": given["on_error"] == "skip"}
         if part:
@@ -126,13 +129,9 @@ def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
             overwrite = given["overwrite"]
             outcome = prepare.tokenize(found, folder, options, engine, overwrite=overwrite, **how)
     if part:
-        train, val = (sum(getattr(r, f"num_{s}_tokens") for r in records) for s in ("train", "val"))
         facts = {"folder": str(folder), "part": part, "num_slices": len(records)}
-        facts |= {"num_train_tokens": train, "num_val_tokens": val}
-        made = f"{counted(len(records), 'slice')}, {train:,} train + {val:,} val tokens"
-        text = (
-            f"Part {part[0]} of {part[1]} is made: {made}.\nOnce all are: forge-prep merge {folder}"
-        )
+        made = f"Part {part[0]} of {part[1]} is made: {counted(len(records), 'slice')}."
+        text = f"{made}\nOnce all parts are: forge-prep merge {shlex.quote(str(folder))}"
         click.echo(json.dumps(facts) if given["as_json"] else text)
     elif given["as_json"]:
         summary = {"folder": str(folder), "num_files_not_read": len(found.not_read)}

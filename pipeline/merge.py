@@ -84,17 +84,13 @@ def merge(folder: Path) -> Index:
         num_slices, num_parts = plans[0]["num_slices"], plans[0]["num_parts"]
         work = folder / WORK_FOLDER
         records = [slices.read_record(work, number) for number in range(num_slices)]
-        missing = []
-        for number in range(1, num_parts + 1):
-            of_part = [records[n] for n in numbers_of((number, num_parts), num_slices)]
-            if None in of_part:
-                left = f"{of_part.count(None)} of {len(of_part)} slices to make"
-                missing.append(f"{number}/{num_parts} ({left})")
+        parts = [(number, num_parts) for number in range(1, num_parts + 1)]
+        missing = [p for p in parts if None in [records[n] for n in numbers_of(p, num_slices)]]
         if missing:
-            more = f" and {len(missing) - MOST_NAMED} more" * (len(missing) > MOST_NAMED)
-            what = f"parts are missing: {', '.join(missing[:MOST_NAMED])}{more}"
+            names = ", ".join("{}/{}".format(*part) for part in missing[:MOST_NAMED])
+            names += f" and {len(missing) - MOST_NAMED} more" * (len(missing) > MOST_NAMED)
             fix = "run the commands of those parts, then forge-prep merge again"
-            raise ForgeError(what, where=folder, fix=fix)
+            raise ForgeError(f"parts are missing: {names}", where=folder, fix=fix)
         made = [record for record in records if record]
         return verify.publish(make_index(folder, plans[0], made))
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 from pipeline import chatml, files, merge, readers, shards, slices, tokenizer, verify
 from pipeline.downloads import DOWNLOADS_FOLDER, Downloads
-from pipeline.engines import Engine
+from pipeline.engines import Engine, Running
 from pipeline.errors import KEPT, ForgeError, refusals
 from pipeline.plan import Plan
 from pipeline.shards import WORK_FOLDER, Index
@@ -83,21 +84,19 @@ def tokenize(
             raise ForgeError("this folder is made in parts", where=folder, fix=fix)
         plan = _describe(source, options)
         index, known_files = verify.look_at(folder, plan, overwrite)
-        work = folder / WORK_FOLDER
         if index and verify.is_enough(index, plan):
             return Outcome(index, up_to_date=True)
-        if source.hub:
-            source = replace(source, root=(folder if keep_downloads else work) / DOWNLOADS_FOLDER)
         source = source.ordered(known_files)
+        place = folder if keep_downloads else folder / WORK_FOLDER
+        run = _Run(source, folder, options, engine, index, skip_errors, place)
+        run.cut()  # before anything is removed: damage and a wrong column show here
+        run.check_room([path for path in folder.glob("*.bin") if overwrite])
+        engine.connect()
+        if overwrite:
+            verify.clear(folder)
         plan["source"] = source.record()
-        with engine:
-            run = _Run(source, folder, options, engine, index, skip_errors, keep_downloads)
-            run.cut()  # before anything is removed: damage and a wrong column show here
-            run.check_room([path for path in folder.glob("*.bin") if overwrite])
-            if overwrite:
-                verify.clear(folder)
-            verify.begin(folder, plan)
-            run.run(on_progress)
+        verify.begin(folder, plan)
+        run.run(on_progress)
         made = merge.make_index(folder, plan, [*run.kept, *run.settled], run.kept_shards)
         index = verify.publish(made)
     new = [shard for record in run.made.values() for shard in record.shards]
@@ -121,17 +120,17 @@ def tokenize_part(
     Other processes may make the other parts at the same time. merge.merge() finishes the folder.
     """
     merge.check_folder(folder)
-    place = merge.part_folder(folder, part)
-    with files.hold(place, "forge-prep"), refusals("write", folder, KEPT), engine:
-        if source.hub:
-            source = replace(source, root=(folder if keep_downloads else place) / DOWNLOADS_FOLDER)
+    own = merge.part_folder(folder, part)
+    with files.hold(own, "forge-prep"), refusals("write", folder, KEPT):
         source = source.ordered(())
-        run = _Run(source, folder, options, engine, None, skip_errors, keep_downloads)
-        num_slices = run.cut_part(part)
+        place = folder if keep_downloads else own
+        run = _Run(source, folder, options, engine, None, skip_errors, place)
+        plan = _describe(source, options) | {"num_slices": run.cut_part(part)}
         run.check_room()
-        merge.begin_part(folder, part, _describe(source, options) | {"num_slices": num_slices})
+        engine.connect()
+        merge.begin_part(folder, part, plan)
         run.run(on_progress)
-        shutil.rmtree(place / DOWNLOADS_FOLDER, ignore_errors=True)
+        shutil.rmtree(own / DOWNLOADS_FOLDER, ignore_errors=True)
         return run.settled
 
 
@@ -158,8 +157,12 @@ class _Run:
         engine: Engine,
         index: Index | None,
         skip_errors: bool,
-        keep_downloads: bool,
+        downloads: Path,  # the folder above them: where it is this one, they stay
     ) -> None:
+        self.downloads = None
+        if source.hub:
+            source = replace(source, root=downloads / DOWNLOADS_FOLDER)
+            self.downloads = Downloads(source, keep_downloads=downloads == folder)
         self.source, self.folder, self.options, self.engine = source, folder, options, engine
         self.skip_errors, self.work = skip_errors, folder / WORK_FOLDER
         rows = [Record.from_json(row) for row in index.slices] if index else []
@@ -170,10 +173,10 @@ class _Run:
         on_damage = (lambda found: None) if skip_errors else readers.stop
         begins = rows[-1].first if rows else ("", 0)
         self.plan = Plan(source, options, on_damage, self.first, *begins)
-        self.downloads = Downloads(source, keep_downloads) if source.hub else None
         self.settled: list[Record] = []
         self.records: dict[int, Record] = {}
         self.made: dict[int, Record] = {}
+        self.running: Running = {}
 
     def tokens_left(self) -> float:
         """Train tokens up to max_tokens."""
@@ -238,22 +241,25 @@ class _Run:
         vocabulary = self.work / shards.VOCABULARY_FILE
         if not vocabulary.exists():
             files.write_whole(vocabulary, tokenizer.vocabulary())
+        running = self.running
         try:
             while not self._settle():
                 for job in self._next_jobs():
-                    self.engine.start(job)
-                if not self.engine.running:
+                    running[self.engine.submit(job)] = job.slice
+                if not running:
                     time.sleep(0.05)  # waiting for a download
-                for each, record in self.engine.ended():
-                    self.records[each.number] = self.made[each.number] = record
+                for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                    record = self.engine.record(future, running)
+                    number = running.pop(future).number
+                    self.records[number] = self.made[number] = record
                 on_progress(self._progress())
         except KeyboardInterrupt:
             raise ForgeError("stopped by Ctrl-C", where=self.folder, fix=KEPT) from None
         finally:
-            self.engine.stop()  # what is beyond max_tokens, or all after an error
-            for leftover in self.work.glob("*.partial"):  # of our slices alone: parts run together
-                number = re.search(r"\d{6,}", leftover.name)
-                if number and int(number[0]) in self.plan.slices:
+            self.engine.stop(running)  # some are beyond max_tokens, or all come too late
+            for leftover in self.work.glob("*.partial"):  # of our slices: parts run side by side
+                found = re.search(r"\d{6,}", leftover.name)
+                if found and int(found[0]) in self.plan.slices:
                     leftover.unlink(missing_ok=True)
 
     def _settle(self) -> bool:
@@ -286,8 +292,7 @@ class _Run:
 
     def _next_jobs(self) -> Iterator[Job]:
         """What to start now, so that each worker is busy and some slices wait for one."""
-        workers = self.engine.workers()
-        busy = {each.number for each in self.engine.running.values()}
+        workers, busy = self.engine.workers(), {each.number for each in self.running.values()}
         last = self.plan.slices.get(self.first + len(self.settled) - 1)
         if self.downloads and last:  # it may grow
             self.downloads.release_before(last.parts[-1].file)
