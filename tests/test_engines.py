@@ -5,12 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from benchmarks import kill_prep
@@ -142,37 +140,26 @@ def test_a_machine_that_is_lost_costs_only_what_it_was_making(
     source: sources.Source, straight: Path, tmp_path: Path, cluster: Any
 ) -> None:
     grow(cluster, 4)
-    out, begun, is_over = tmp_path / "out", set[str](), threading.Event()
-    finished: dict[str, int] = {}
-
-    def watch() -> None:
-        while not is_over.wait(0.002):
-            with suppress(FileNotFoundError):  # published
-                begun.update(p.name for p in out.glob(".work/train_*.partial"))
+    out, finished = tmp_path / "out", dict[str, int]()
+    lost: list[IO[bytes]] = []
 
     def lose_one(progress: prepare.Progress) -> None:
-        while not finished and len(made_at(out)) > 4:
-            lost, worker = stop_a_worker(cluster, out)
-            if worker:
+        while not lost and len(made_at(out)) > 4:
+            if found := stop_a_worker(cluster, out):
+                machine, worker, half_written = found
+                lost.append(half_written)
                 finished.update(made_at(out))
-                cluster.remove_node(lost, allow_graceful=False)
+                cluster.remove_node(machine, allow_graceful=False)
                 os.kill(worker, signal.SIGKILL)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        prepare.tokenize(source, out, OPTIONS, Ray(cluster.address), on_progress=lose_one)
-    finally:
-        is_over.set()
-        watcher.join()
-    made = made_at(out)
-    assert len(begun) > len(made), "a slice was begun again"
-    assert finished.items() <= made.items()
+    prepare.tokenize(source, out, OPTIONS, Ray(cluster.address), on_progress=lose_one)
+    assert os.fstat(lost[0].fileno()).st_nlink == 0, "that slice was made again"
+    assert finished.items() <= made_at(out).items()
     assert kill_prep.contents(out) == kill_prep.contents(straight / "whole")
 
 
-def stop_a_worker(cluster: Any, out: Path) -> tuple[Any, int]:
-    """A machine of the cluster, not the head, and its worker, stopped while it writes a shard."""
+def stop_a_worker(cluster: Any, out: Path) -> tuple[Any, int, IO[bytes]] | None:
+    """A machine, not the head; its worker, which is stopped; the file that it has half written."""
     raylets = {n.all_processes["raylet"][0].process.pid: n for n in cluster.list_all_nodes()}
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         process = int(link.parts[2])
@@ -183,11 +170,11 @@ def stop_a_worker(cluster: Any, out: Path) -> tuple[Any, int]:
             if link.readlink().match(f"{out}/.work/train_*.partial"):
                 os.kill(process, signal.SIGSTOP)
                 if link.readlink().exists():
-                    return raylets[parent], process
+                    return raylets[parent], process, link.open("rb")
                 os.kill(process, signal.SIGCONT)
         except OSError:
             continue
-    return None, 0
+    return None
 
 
 def test_where_ray_is_not_installed_the_error_names_the_extra(
