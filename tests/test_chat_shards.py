@@ -19,7 +19,7 @@ from click.testing import Result
 from conftest import HOSTILE, ROOT
 from hub import COMMIT, Hub
 
-from pipeline import chat, chatml, prepare, shards, sides, slices, sources, tokenizer, verify
+from pipeline import chat, chatml, merge, prepare, shards, sides, sources, tokenizer, verify
 from pipeline.chat import ChatOptions
 from pipeline.engines import Processes
 from pipeline.errors import ForgeError
@@ -269,7 +269,7 @@ def test_val_is_joined_into_shards_of_whole_windows(
     rows = some_rows(200)
     source = write_parquet(tmp_path / "a.parquet", rows)
     one = make(source, tmp_path / "one", val_fraction=0.5)
-    monkeypatch.setattr(slices, "VAL_SHARD_TOKENS", one.total("num_tokens", "val") // 3)
+    monkeypatch.setattr(merge, "VAL_SHARD_TOKENS", one.total("num_tokens", "val") // 3)
     some = make(source, tmp_path / "some", val_fraction=0.5)
     sizes = [shard.num_tokens for shard in some.of("val")]
     assert (len(one.of("val")), len(sizes)) == (1, 3)
