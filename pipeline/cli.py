@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.command import Count, ForgeCommand, cores, counted
+from pipeline.command import Count, ForgeCommand, Part, cores, counted
 from pipeline.errors import ForgeError
 from pipeline.making import A_PATH, AS_JSON, find, make, of_a_source, shown, val_fraction
 from pipeline.terminal import ProgressBar, next_commands, report
@@ -147,6 +147,31 @@ def merge(folder: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("out", type=A_PATH)
+@click.argument("parts", nargs=-1, required=True, metavar="DIR[:TOKENS]...", type=Part())
+@click.option("--overwrite", is_flag=True, help="Replace the mixture that OUT holds.")
+@AS_JSON
+def mix(out: Path, parts: tuple[Any, ...], overwrite: bool, as_json: bool) -> None:
+    """Mix folders of shards without copying them.
+
+    OUT lists the shards of each DIR, which stay where they are: their first TOKENS for training
+    (10B, 500M), or all. Where there are fewer, they come again, as epochs of that DIR. Validation
+    gets the whole val split of each, and reports the loss of each, too.
+
+    \b
+    Example:
+      forge-prep mix data_cache/mix data_cache/fineweb-edu-dedup:9B data_cache/notes:50M
+    """
+    from pipeline import mix
+
+    made = mix.mix(out, parts, overwrite)
+    if as_json:
+        click.echo(json.dumps({"folder": str(out), "parts": made.source["parts"]}))
+    else:
+        click.echo("\n".join([*mix.table(made), next_commands(out, made)]))
+
+
+@main.command()
 @DIR
 @AS_JSON
 def info(folder: Path, as_json: bool) -> None:
@@ -196,18 +221,19 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     from pipeline.verify import verify
 
     index = shards.load_index(folder)
-    total = shards.TOKEN_BYTES * index.total("num_tokens")
+    listed = set(index.shards)  # a mixture may repeat some
+    total = shards.TOKEN_BYTES * sum(shard.num_tokens for shard in listed)
     with ProgressBar(total) as bar:
         problems = verify(index, workers or cores(), bar.add)
     if as_json:
-        facts = {"folder": str(folder), "num_shards": len(index.shards), "num_bytes": total}
+        facts = {"folder": str(folder), "num_shards": len(listed), "num_bytes": total}
         click.echo(json.dumps(facts | {"problems": problems}))
     if problems:
-        fix = "restore those files, or make the folder again: forge-prep tokenize --overwrite"
+        fix = "restore those files, or make the folder again, with --overwrite"
         what = "\n  ".join([f"{counted(len(problems), 'problem')}:", *problems])
         raise ForgeError(what, where=folder, fix=fix)
     if not as_json:
-        click.echo(f"Sound: {counted(len(index.shards), 'shard')}, {total / 1e9:.3f} GB.")
+        click.echo(f"Sound: {counted(len(listed), 'shard')}, {total / 1e9:.3f} GB.")
         if (folder / shards.WORK_FOLDER).exists():
             click.echo(
                 "An unfinished run lies here, too: its forge-prep tokenize command finishes it."

@@ -13,8 +13,8 @@ import click
 
 from pipeline.errors import ForgeError, refusal
 
-COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 class Count(click.ParamType[int]):
@@ -31,6 +31,18 @@ class Count(click.ParamType[int]):
         if number < 1:
             self.fail(f"{value!r} is not a count; write 250000, 500k, 2.5M, 10B or 1e9", param, ctx)
         return number
+
+
+class Part(click.ParamType[tuple[Path, int | None]]):
+    """A folder, or a folder and a count: DIR:500M."""
+
+    name = "DIR[:TOKENS]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Path, int | None]:
+        folder, colon, tokens = str(value).rpartition(":")
+        if not colon or Path(value).is_dir():
+            return Path(value), None
+        return Path(folder), Count().convert(tokens, param, ctx)
 
 
 def counted(number: int, noun: str) -> str:

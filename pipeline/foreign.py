@@ -83,7 +83,7 @@ def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, D
             raise ForgeError(error.what, where=path, fix=fix) from error
         tokens = shards.map_shard(path, num_tokens)
         check_tokens(tokens, path, is_text)
-        if shards.next_document(tokens, 0) == len(tokens):
+        if verify.next_document(tokens, 0) == len(tokens):
             what = "no <|endoftext|> in the whole file: it has no documents"
             raise ForgeError(what, where=path, fix=THEIRS)
         split = "val" if re.search(VALIDATION, path.stem.lower()) else "train"
@@ -102,7 +102,7 @@ def convert(
         start = number = 0
         while start < len(tokens):
             # A separator is the last token of the documents; it becomes the first.
-            stop = shards.next_document(tokens, start + RAW_SHARD_TOKENS)
+            stop = verify.next_document(tokens, start + RAW_SHARD_TOKENS)
             is_last = stop >= len(tokens) - 1
             body = tokens[start : len(tokens) if is_last else stop]
             if is_last and body[-1] == shards.EOT_TOKEN:

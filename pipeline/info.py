@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import chat, chatml, shards, tokenizer
+from pipeline import chat, chatml, mix, shards, tokenizer
 from pipeline.command import counted
 from pipeline.errors import ForgeError
 from pipeline.shards import DocumentLengths, Index, Shard
@@ -45,10 +45,21 @@ def summarize_split(index: Index, split: str) -> dict[str, Any]:
         "shard_tokens_max": max(sizes, default=0),
         "document_tokens": {
             "min": lengths.min,
-            **{name: lengths.percentile(share) for name, share in percentiles.items()},
+            **{name: percentile(lengths, share) for name, share in percentiles.items()},
             "max": lengths.max,
         },
     }
+
+
+def percentile(lengths: DocumentLengths, fraction: float) -> int:
+    """Length that `fraction` of the documents do not exceed, good to a quarter octave."""
+    wanted, seen = fraction * sum(lengths.histogram), 0
+    for k, count in enumerate(lengths.histogram):
+        if count and seen + count >= wanted:
+            length = 2 ** ((k + (wanted - seen) / count) / 4)
+            return round(min(lengths.max, max(lengths.min, length)))
+        seen += count
+    return lengths.max
 
 
 def epochs(train_tokens: int) -> dict[str, dict[str, Any]]:
@@ -70,7 +81,9 @@ def render(index: Index) -> str:
     facts = summarize(index)
     source, tokens, skipped = facts["source"], facts["tokenizer"], facts["skipped"]
     hub, fraction = source.get("hub") or {}, facts["options"].get("val_fraction")
-    origin = f"{source['name']} ({source['kind']}, {counted(source['num_files'], 'file')})"
+    parts = source.get("parts", [])
+    made_of = counted(len(parts), "folder") if parts else counted(source["num_files"], "file")
+    origin = f"{source['name']} ({source['kind']}, {made_of})"
     if hub:
         config = f"config {hub['config']}, " if "config" in hub else ""
         origin += f"\n           {config}split {hub['split']}, revision {hub['revision']}"
@@ -79,14 +92,17 @@ def render(index: Index) -> str:
     num_low = skipped.get("low_score_documents", 0)
     blank = f"{skipped['null_documents']:,} null and {skipped['empty_documents']:,} empty documents"
     of_text = "" if index.chat else f"{blank}, {num_low:,} below min_score, "
+    of_one_source = [
+        f"split      {facts['options'].get('split_rule')}{rule}",
+        f"skipped    {of_text}{num_damaged:,} damaged places",
+        *chat_lines(index),
+    ]
     lines = [
         f"folder     {facts['folder']}",
         f"source     {origin}",
         f"tokenizer  {tokens['name']}, {tokens['vocab_size']:,} tokens, "
         f"sha256 {tokens['sha256'][:16]}",
-        f"split      {facts['options'].get('split_rule')}{rule}",
-        f"skipped    {of_text}{num_damaged:,} damaged places",
-        *chat_lines(index),
+        *([*chat_lines(index)[:1], "", *mix.table(index)] if parts else of_one_source),
         "",
         f"{'':8}{'tokens':>16}{'documents':>13}{'text bytes':>18}{'bytes/token':>13}{'shards':>8}"
         "   tokens a shard",
@@ -97,10 +113,10 @@ def render(index: Index) -> str:
             f"{str(row['bytes_per_token'] or '-')[:5]:>13}{row['num_shards']:>8,}"
             f"   {row['shard_tokens_min']:,} to {row['shard_tokens_max']:,}"
         )
-    figures = facts["splits"]["train"]["document_tokens"]
-    described = ", ".join(f"{name} {value:,}" for name, value in figures.items())
-    lines += ["", f"document length in tokens (train): {described}"]
-    lines += histogram(index.document_tokens.get("train", DocumentLengths()))
+    if (lengths := index.document_tokens["train"]).histogram:
+        figures = facts["splits"]["train"]["document_tokens"]
+        described = ", ".join(f"{name} {value:,}" for name, value in figures.items())
+        lines += ["", f"document length in tokens (train): {described}", *histogram(lengths)]
     if facts["epochs"] and facts["splits"]["train"]["num_tokens"]:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
@@ -171,7 +187,7 @@ def find_document(index: Index, split: str, number: int) -> tuple[Shard, int, np
     for shard in index.of(split):
         if number < before + shard.num_documents:
             path, position = index.folder / shard.file, number - before
-            tokens = shards.map_shard(path, shards.check_header(path))
+            tokens = shards.map_shard(path, min(shard.num_tokens, shards.check_header(path)))
             starts = np.flatnonzero(tokens == shards.EOT_TOKEN)
             what = "the shard is damaged" if len(starts) != shard.num_documents else ""
             bounds = [*starts[position : position + 2].tolist(), len(tokens), len(tokens)]

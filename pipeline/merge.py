@@ -180,7 +180,7 @@ def join_val(
                     rest = _checked_tokens(path_of_piece, shard)[:num_tokens]
                 stop = len(rest)
                 if number < count:
-                    stop = shards.next_document(rest, wanted - position)
+                    stop = verify.next_document(rest, wanted - position)
                 writer.write(rest[:stop])
                 position, rest = position + stop, rest[stop:]
                 if len(rest):

@@ -52,6 +52,7 @@ VOCABULARY_FILE = "r50k_base.tiktoken"
 WORK_FOLDER = ".work"  # of a run of forge-prep that is not finished
 # The very hash that tiktoken pins for OpenAI's published r50k_base.tiktoken.
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+MIXTURE = "mixture"  # kind of the source of a folder that lists shards of others (mix.py)
 SPLITS = ("train", "val")
 SECTIONS = ("tokenizer", "source", "options", "skipped", "chat")  # plain records of index.json
 RELIED_ON = {
@@ -73,6 +74,7 @@ class Shard:
     `slice` is the piece of the source it was made of; a val shard joins pieces, and has 0.
     `head_checksum` is that of the file's first 4 KiB, header and first tokens: quick to look at
     before each training run. Empty in folders that were made without it.
+    A mixture lists files of other folders, and may use only their first `num_tokens`.
     """
 
     file: str
@@ -83,6 +85,11 @@ class Shard:
     checksum: str
     slice: int
     head_checksum: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Where the file lies, seen from the index: "" outside a mixture."""
+        return self.file.rpartition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -117,16 +124,6 @@ class DocumentLengths:
         counts = tuple(map(sum, zip_longest(self.histogram, other.histogram, fillvalue=0)))
         return DocumentLengths(min(self.min, other.min), max(self.max, other.max), counts)
 
-    def percentile(self, fraction: float) -> int:
-        """Length that `fraction` of the documents do not exceed, good to a quarter octave."""
-        wanted, seen = fraction * sum(self.histogram), 0
-        for k, count in enumerate(self.histogram):
-            if count and seen + count >= wanted:
-                length = 2 ** ((k + (wanted - seen) / count) / 4)
-                return round(min(self.max, max(self.min, length)))
-            seen += count
-        return self.max
-
 
 @dataclass(frozen=True)
 class Index:
@@ -146,8 +143,12 @@ class Index:
     chat: dict[str, Any] | None = None
     sha256: str = field(default="", compare=False)  # of index.json itself, once it is on disk
 
-    def of(self, split: str) -> tuple[Shard, ...]:
-        return tuple(shard for shard in self.shards if shard.split == split)
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(shard.folder for shard in self.shards))
+
+    def of(self, split: str, part: str | None = None) -> tuple[Shard, ...]:
+        return tuple(s for s in self.shards if s.split == split and part in (None, s.folder))
 
     def total(self, name: str, split: str | None = None) -> int:
         """Sum of a count of the shards: num_tokens, num_documents or text_bytes."""
@@ -257,15 +258,6 @@ def map_shard(path: Path, num_tokens: int) -> Tokens:
         raise ForgeError(f"cannot map a shard: {error}", where=path, fix=fix) from error
 
 
-def next_document(tokens: Tokens, near: int) -> int:
-    """The first position from `near` on that starts a document; the end, if there is none."""
-    for start in range(max(0, near), len(tokens), FLUSH_TOKENS):
-        found = np.flatnonzero(tokens[start : start + FLUSH_TOKENS] == EOT_TOKEN)
-        if found.size:
-            return start + int(found[0])
-    return len(tokens)
-
-
 def parse_vocabulary(data: bytes) -> list[bytes]:
     """Bytes of each token, by rank, of lines `base64(bytes) rank`. ValueError or IndexError."""
     return [base64.b64decode(line.split()[0]) for line in data.splitlines()]
@@ -334,7 +326,7 @@ def load_index(folder: Path) -> Index:
                 raw[section][key]
         _check_counts(*(shard[key] for shard in raw["shards"] for key in COUNTS))
         figures = {split: each["document_tokens"] for split, each in raw["splits"].items()}
-        return Index(
+        index = Index(
             folder=folder,
             **{section: raw[section] for section in SECTIONS},
             document_tokens={k: DocumentLengths.from_json(v) for k, v in figures.items()},
@@ -342,6 +334,10 @@ def load_index(folder: Path) -> Index:
             slices=tuple(raw.get("slices", ())),
             sha256=hashlib.sha256(data).hexdigest(),
         )
+        if gone := [part for part in index.parts if not (folder / part).is_dir()]:
+            what, fix = "a folder of this mixture is gone", "move it back, or mix the folders again"
+            raise ForgeError(what, where=(folder / gone[0]).resolve(), fix=fix)
+        return index
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fix = "restore index.json, or make the shards again in another folder"
         raise ForgeError(f"the index is damaged: {error!r}", where=path, fix=fix) from error

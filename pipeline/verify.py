@@ -22,7 +22,7 @@ from pipeline.files import sync_folder, write_whole
 from pipeline.shards import DocumentLengths, Index, Shard
 from pipeline.sources import KINDS, Options
 
-CHUNK_BYTES = 2**22
+CHUNK_TOKENS = 2**21  # read at a time
 PLAN_FILE = "plan.json"  # in .work/: what an unfinished run makes
 ANEW = "choose another --out, or start again with --overwrite"
 
@@ -48,14 +48,16 @@ def measure(
     split: str,
     on_bytes: Callable[[int], None] = lambda count: None,
     counts_text: bool = True,
+    most: int | None = None,
 ) -> Measured:
-    """Read one shard whole. Without `counts_text`, which is slow, its text_bytes are 0."""
+    """Read a shard, or its first `most` tokens. Without `counts_text` (slow), text_bytes are 0."""
     num_tokens = shards.check_header(path)
+    num_tokens = num_tokens if most is None else min(most, num_tokens)
     digest, first, largest, position, text_bytes = xxhash.xxh3_64(), -1, -1, 0, 0
     starts = [np.empty(0, np.int64)]
     with refusals("read a shard", path), path.open("rb") as file:
         file.seek(shards.HEADER.size)
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(shards.TOKEN_BYTES * min(CHUNK_TOKENS, num_tokens - position)):
             tokens = np.frombuffer(chunk, "<u2")
             first = int(tokens[0]) if position == 0 else first
             largest = max(largest, int(tokens.max()))
@@ -70,13 +72,24 @@ def measure(
     return Measured(shard, DocumentLengths.of(np.diff(bounds) - 1), first, largest)
 
 
+def next_document(tokens: shards.Tokens, near: int) -> int:
+    """The first position from `near` on that starts a document; the end, if there is none."""
+    for start in range(max(0, near), len(tokens), CHUNK_TOKENS):
+        found = np.flatnonzero(tokens[start : start + CHUNK_TOKENS] == shards.EOT_TOKEN)
+        if found.size:
+            return start + int(found[0])
+    return len(tokens)
+
+
 def check_shard(index: Index, shard: Shard, on_bytes: Callable[[int], None]) -> list[str]:
     """Read one shard whole and list what is wrong with it (nothing, when all is well)."""
     path, vocab_size = index.folder / shard.file, index.tokenizer["vocab_size"]
-    whole_documents = index.source.get("kind") != "token files"  # other people's may cut documents
+    # Other people's files may cut documents.
+    whole_documents = index.source.get("kind") not in ("token files", shards.MIXTURE)
     context_length = index.chat["context_length"] if index.chat else 1
     try:
-        found = measure(path, shard.split, on_bytes, counts_text=False)
+        most = shard.num_tokens if shard.folder else None  # a mixture may use less than the file
+        found = measure(path, shard.split, on_bytes, counts_text=False, most=most)
     except ForgeError as error:
         return [f"{shard.file}: {error.what}"]
     problems = []
@@ -122,7 +135,8 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
         return check_shard(index, shard, on_bytes)
 
     with ThreadPoolExecutor(workers) as pool:
-        return problems + [problem for found in pool.map(check, index.shards) for problem in found]
+        found = pool.map(check, dict.fromkeys(index.shards))  # once: a mixture may repeat them
+        return problems + [problem for some in found for problem in some]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -180,6 +194,9 @@ def check_ours(folder: Path, begun: dict[str, Any]) -> None:
     others = path.exists() and not shards.is_ours(path)
     others |= not begun and work.exists() and any(p.suffix != ".partial" for p in work.iterdir())
     others |= bool(names) and not (begun or path.exists())
+    if source.get("kind") == shards.MIXTURE:
+        fix = "choose another --out, or remove the folder: it has no shards of its own"
+        raise ForgeError("the folder holds a mixture of others", where=folder, fix=fix)
     if others or source.get("kind", "txt") not in KINDS.values():
         raise ForgeError(
             "the folder holds other files: neither shards nor an unfinished run of forge-prep",

@@ -37,6 +37,8 @@ class Run:
     settings: Row
     index: Row  # index.json of the shards
     stop: float | None  # the last step, by the plan of the latest checkpoint
+    weights_from: str  # "" for random ones
+    checkpoint_bytes: int  # on the disk now
 
     def of(self, *kinds: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] in kinds]
@@ -104,7 +106,9 @@ def read_run(path: Path, name: str) -> Run:
         state = read_json(checkpoint.checkpoint_path(path, saved[-1]) / checkpoint.STATE_FILE)
     num_damaged = max(0, num_lines - len(found))  # a run may write between the two reads
     stop = number(within(state, "plan", "stop"))
-    return Run(name, rows, num_damaged, read_settings(path), read_json(path / DATA_FILE), stop)
+    source = str(state.get("weights_from", ""))
+    settings, index = read_settings(path), read_json(path / DATA_FILE)
+    return Run(name, rows, num_damaged, settings, index, stop, source, checkpoint.num_bytes(path))
 
 
 def read_settings(path: Path) -> Row:

@@ -52,8 +52,8 @@ def evaluate(
     models = [open_model(path, step, torch.device("cpu"), torch.float32) for path in paths]
     if data is not None:
         longest = min(loaded.model.config.context_length for loaded in models)
-        chat = load_index(data).chat
-        packed = chat["context_length"] if chat else None
+        index = load_index(data)
+        packed = index.chat["context_length"] if index.chat else None
         length = context_length or packed or longest
         if length > longest:
             fix = f"leave out the model that reads {longest}" if packed else None
@@ -68,7 +68,10 @@ def evaluate(
                 where=data,
                 fix="leave out --context-length",
             )
-        yield on_shards(_one_by_one(models, device), data, split, num_tokens, length)
+        for part in index.parts:
+            windows = Windows(index, split, length, part)
+            if windows.num_windows or not part:  # a part of a mixture may have no val
+                yield on_shards(_one_by_one(models, device), windows, num_tokens)
     if asked:
         yield on_questions(_one_by_one(models, device), asked)
 
@@ -123,12 +126,10 @@ def window_losses(
     return np.concatenate(nats), np.concatenate(num_targets), np.concatenate(num_bytes)
 
 
-def on_shards(
-    models: Iterator[Loaded], folder: Path, split: str, num_tokens: int, context_length: int
-) -> list[Row]:
+def on_shards(models: Iterator[Loaded], windows: Windows, num_tokens: int) -> list[Row]:
     """Loss and bits per byte of each model over the same windows, as rows for show() or JSON."""
-    index = load_index(folder)
-    windows = Windows(index, split, context_length)
+    index, context_length, split = windows.index, windows.context_length, windows.split
+    folder = index.folder / (windows.part or "")
     windows.check()
     count = min(num_tokens // context_length, windows.num_windows)
     if count < 2:
@@ -163,6 +164,8 @@ def on_shards(
             "context_length": context_length,
             "split": split,
         }
+        if windows.part:
+            row["part"] = windows.part
         if first is None:
             first = nats
         else:
@@ -331,9 +334,10 @@ def show(rows: list[Row]) -> str:
             line += f"  {cell:>18}"
         lines.append(line)
     if "split" in rows[0]:
+        split = f"the {rows[0]['split']} split" + f" of {rows[0].get('part')}" * ("part" in rows[0])
         lines.append(
-            f"Over {rows[0]['num_tokens']:,} tokens of the {rows[0]['split']} split; the loss in a "
-            "run's README.md is over evaluate.num_tokens of them."
+            f"Over {rows[0]['num_tokens']:,} tokens of {split}; the loss in a run's README.md is "
+            "over evaluate.num_tokens of them."
         )
     return "\n".join(lines)
 

@@ -80,6 +80,7 @@ def read_references(path: Path) -> list[Row]:
             if (loss := number(row["loss"])) is None:
                 raise ValueError(f"a loss of {row['loss']}")
             name = Path(row["model"]).name or row["model"]
+            name += f" on {row['part']}" if "part" in row else ""  # of a mixture
             windows = int(row["num_tokens"]), int(row["context_length"])
         except (ValueError, KeyError, TypeError) as error:
             what = f"not a row of forge-eval --json: {error!r}"
@@ -195,6 +196,7 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
     say("tokens", now["tokens"], ",")
     say("epochs", train and now["tokens"] / train, ".2f")
     say("time", duration(now["seconds"]))
+    say("checkpoints, GB", run.checkpoint_bytes / 1e9, ".2f")
     if losses:
         say("validation loss", losses[-1], ".4f")
         say("validation loss, at first", losses[0], ".4f")
@@ -217,6 +219,7 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
     cut = [start.get(key) for key in ("micro_batch_size", "accumulation_steps", "world_size")]
     say("micro-batch, accumulation, ranks", all(cut) and " x ".join(map(str, cut)))
     say("parameters", num_parameters(run), ",")
+    say("weights from", run.weights_from)
     say("data", within(run.index, "source", "name"))
     say("revision of the data", within(run.index, "source", "hub", "revision"))
     say("training tokens", train, ",.0f")

@@ -190,7 +190,7 @@ def tuned(base: Path, chat_shards: Path, folder: Path) -> Path:
         loss.backward()
         optimizer.step()
     assert loss < 0.05
-    checkpoint.save(folder, dict(model.state_dict()), {}, state)
+    checkpoint.save(folder, iter([dict(model.state_dict()), {}]), state)
     return folder
 
 
@@ -217,6 +217,7 @@ def forge() -> Callable[..., Result]:
             "sample": sampler.cli.sample,
             "export": sampler.cli.export,
             "eval": sampler.cli.evaluate,
+            "report": sampler.cli.report,
         }
         return CliRunner().invoke(commands[program], [str(a) for a in arguments])
 

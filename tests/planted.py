@@ -1,34 +1,50 @@
-"""forge-train with a fault planted in the 3rd step of rank 1 alone, for torchrun.
+"""forge-train with a fault planted on one rank alone, for torchrun.
 
-PLANTED says which: "nan", in its loss, or "flip", of a weight's last bit.
+PLANTED says which. On rank 1 "nan", in the loss of its 3rd step, or "flip", of a weight's last bit
+at each evaluation: after the last update before a checkpoint, as the next would bring the owner's
+weight. On rank 0 "full", a disk without room for the first checkpoint's second file.
 """
 
 import math
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trainer import cli
+from trainer import checkpoint, cli
 from trainer.model import GPT2
 
-plain_forward = GPT2.forward
+plain_forward, plain_loss, plain_save = GPT2.forward, GPT2.loss, checkpoint.save_tensors
 forwards = 0
 
 
 def forward(self: GPT2, tokens: Tensor, targets: Tensor) -> Tensor:
     global forwards
-    loss = plain_forward(self, tokens, targets)
-    if not loss.requires_grad:  # an evaluation
-        return loss
     forwards += 1
-    if forwards == 3 and os.environ["RANK"] == "1":
-        if os.environ["PLANTED"] == "nan":
-            return loss * math.nan
+    loss = plain_forward(self, tokens, targets)
+    return loss * math.nan if forwards == 3 else loss
+
+
+def loss(self: GPT2, x: Tensor, targets: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():  # an evaluation
         self.ln_f.weight.data.view(torch.int32)[0] ^= 1
-    return loss
+    return plain_loss(self, x, targets)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    if path.name == checkpoint.OPTIMIZER_FILE and not checkpoint.steps(path.parents[2]):
+        checkpoint.save_tensors = plain_save
+        raise OSError("No space left on device")
+    plain_save(tensors, path)
 
 
 if __name__ == "__main__":
-    GPT2.forward = forward  # type: ignore[method-assign]
+    planted = os.environ["RANK"], os.environ["PLANTED"]
+    if planted == ("1", "nan"):
+        GPT2.forward = forward  # type: ignore[method-assign]
+    elif planted == ("1", "flip"):
+        GPT2.loss = loss  # type: ignore[method-assign]
+    elif planted == ("0", "full"):
+        checkpoint.save_tensors = save_tensors
     cli.main()

@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,10 @@ MODEL = ModelConfig(num_layers=1, num_heads=1, embedding_size=8)
 FALLING = Plan(6, 9, 1.0)
 
 
+def files() -> Iterator[dict[str, torch.Tensor]]:
+    return iter([WEIGHTS, MOMENTS])
+
+
 def state(step: int, loss: float | None = None) -> State:
     return State(MODEL, "float32", "", {}, FALLING, step, step * 10, validation_loss=loss)
 
@@ -43,32 +47,32 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
         state(1),
         State(MODEL, "bfloat16", "abc", {"seed": 7}, Plan(), 2, 20, 0.5, "a/run"),
     ):
-        checkpoint.save(tmp_path, WEIGHTS, MOMENTS, saved)
+        checkpoint.save(tmp_path, files(), saved)
         assert checkpoint.load_state(tmp_path, saved.step) == saved
 
 
 def test_an_unproven_checkpoint_pushes_out_no_other(tmp_path: Path) -> None:
     written = Checkpoints(tmp_path, CheckpointConfig(keep_last=1))
     for step in (6, 7, 8):
-        assert written.save(WEIGHTS, MOMENTS, state(step)) is None
+        assert written.save(files(), state(step)) is None
         assert step in checkpoint.steps(tmp_path)
         assert written.last_good().endswith("its weights may be ruined")
         written.prove()
     assert checkpoint.steps(tmp_path) == [6, 8]  # the last before the decay, and the last
-    written.save(WEIGHTS, MOMENTS, state(9))
+    written.save(files(), state(9))
     assert checkpoint.steps(tmp_path) == [6, 8, 9]
     assert "step_00000008; if it fails again, move" in written.last_good()
-    written.save(WEIGHTS, MOMENTS, state(10, loss=3.0))  # its own evaluation proves it
+    written.save(files(), state(10, loss=3.0))  # its own evaluation proves it
     assert checkpoint.steps(tmp_path) == [6, 10]
 
 
 def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_half(tmp_path: Path) -> None:
     written = Checkpoints(tmp_path, OPTIONS)
-    assert written.save(WEIGHTS, MOMENTS, state(1)) is None
+    assert written.save(files(), state(1)) is None
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # the kernel refuses more
     try:
-        problem = written.save(WEIGHTS, MOMENTS, state(2))
+        problem = written.save(files(), state(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert problem
@@ -94,7 +98,7 @@ def test_damage_to_any_file_is_found_and_the_older_good_checkpoint_named(
     tmp_path: Path, file: str, damage: Callable[[Path], None]
 ) -> None:
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, WEIGHTS, MOMENTS, state(step))
+        checkpoint.save(tmp_path, files(), state(step))
     (checkpoint.checkpoint_path(tmp_path, 2) / checkpoint.MODEL_FILE).unlink()
     damage(checkpoint.checkpoint_path(tmp_path, 3) / file)
     with pytest.raises(ForgeError) as caught:
@@ -114,7 +118,7 @@ class Evil:
 
 @pytest.mark.parametrize("file", [checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE])
 def test_a_checkpoint_from_a_stranger_cannot_run_code(tmp_path: Path, file: str) -> None:
-    path = checkpoint.save(tmp_path, WEIGHTS, MOMENTS, state(1))
+    path = checkpoint.save(tmp_path, files(), state(1))
     data = pickle.dumps(Evil(tmp_path / "owned"))
     (path / file).write_bytes(data)
     raw = json.loads((path / checkpoint.STATE_FILE).read_text())

@@ -144,12 +144,37 @@ def test_divisors_are_all_and_in_order() -> None:
     assert divisors(49) == [1, 7, 49]
 
 
+GIB = 2**30
+
+
 @pytest.mark.parametrize(
-    ("name", "fits"),
-    [("gpt2", True), ("gpt2_large", True), ("gpt2_xl", False), ("forge_770m", True)],
+    ("name", "world_size", "fits"),
+    [
+        ("gpt2", 1, True),
+        ("gpt2_large", 1, True),
+        ("gpt2_xl", 1, False),
+        ("gpt2_xl", 2, True),  # each has half of the masters and moments
+        ("forge_770m", 1, True),
+    ],
 )
-def test_the_memory_estimate_knows_what_fits_24_gib(name: str, fits: bool) -> None:
-    assert (estimate_bytes(configs.load(name), 1) < 23 * 2**30) == fits
+def test_the_memory_estimate_knows_what_fits_24_gib(name: str, world_size: int, fits: bool) -> None:
+    config = configs.load(name)
+    assert (estimate_bytes(config, 1, world_size) < 23 * GIB) == fits
+    if not fits:
+        with pytest.raises(ForgeError, match=r"takes about 2\d\.\d GiB, of 23\.0 on each GPU"):
+            cut_step(config, world_size, 23 * GIB)
+
+
+def test_blocks_are_recomputed_only_where_nothing_else_fits() -> None:
+    config = configs.load("gpt2_xl")
+    assert not cut_step(config, 2, 23 * GIB).recomputes
+    cut = cut_step(config, 2, 20 * GIB)
+    assert cut.recomputes
+    assert cut.micro_batch_size > 1
+    assert cut.estimated_bytes <= 20 * GIB
+    asked_for = replace(config, batch=replace(config.batch, micro_batch_size=8))
+    assert cut_step(asked_for, 2, 23 * GIB).recomputes
+    assert not cut_step(asked_for, 2, 40 * GIB).recomputes
 
 
 def test_flops_follow_the_published_formula() -> None:

@@ -84,7 +84,7 @@ def test_the_standard_errors_are_those_of_resampled_windows(run: Path, small_sha
     loaded = open_model(run, None, CPU)
     windows = evaluate.Windows(load_index(small_shards), "val", 64)
     count = 150
-    (row,) = evaluate.on_shards(iter([loaded]), small_shards, "val", 64 * count, 64)
+    (row,) = evaluate.on_shards(iter([loaded]), windows, 64 * count)
     nats, _, num_bytes = evaluate.window_losses(loaded, windows, count)
     chosen = np.random.default_rng(0).integers(0, count, (2000, count))
     losses = nats[chosen].mean(1) / 64
@@ -116,7 +116,8 @@ def test_a_whole_split_counts_each_token_once(
     source = make_parquet(tmp_path / "source.parquet", [text[:3000] for text in documents[:8]])
     index = make_shards(source, tmp_path / "shards", val_fraction=0.0)
     loaded = open_model(run, None, CPU)
-    (row,) = evaluate.on_shards(iter([loaded]), index.folder, "train", 10**9, 32)
+    windows = evaluate.Windows(index, "train", 32)
+    (row,) = evaluate.on_shards(iter([loaded]), windows, 10**9)
     # Straight from the tokens, a window after the other.
     nats = num_bytes = count = 0
     sizes = torch.tensor([len(token) for token in loaded.vocabulary])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from trainer import fused
 from trainer.config import ModelConfig
@@ -163,6 +164,21 @@ def test_the_fused_trunk_has_the_plain_ones_loss_and_gradients() -> None:
     assert all(difference < tolerance for difference in found.values()), found  # not NaN either
 
 
+def test_a_recomputed_layer_gives_the_same_gradients_and_keeps_its_inputs() -> None:
+    tokens, found, kept = torch.arange(80, device=DEVICE).view(2, 40), [], []
+    again = partial(checkpoint, fused.layer, use_reentrant=False)
+    for layer in (fused.layer, again):
+        model = made(MODERN).bfloat16().requires_grad_()
+        trunk = partial(fused.hidden, model, layer=layer)
+        kept.append(kept_bytes(trunk, tokens))
+        trunk(tokens).square().sum().backward()
+        found.append(
+            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
 def kept_bytes(trunk: Callable[..., Any], tokens: Tensor) -> int:
     sizes: dict[int, int] = {}
 
@@ -209,7 +225,6 @@ optimizer = Optimizer(model.to(device), chosen)
 model.trunk = partial(fused.hidden, model)
 tokens = torch.arange(17, device=device)[None]
 model(tokens[:, :-1], tokens[:, 1:]).backward()
-optimizer.collect()
 assert optimizer.update(1e-3, 16, torch.ones((), dtype=torch.bool, device=device)) > 0
 assert "torch._dynamo" not in sys.modules
 """

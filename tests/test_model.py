@@ -186,7 +186,6 @@ def test_the_flat_optimizer_is_adamw_on_clipped_gradients(device: str) -> None:
             for half in (gradient * 0.25, gradient * 0.75):  # two accumulation steps
                 mine.grad += half.to(device)
             exact.grad = gradient.double() / 50  # tokens
-        optimizer.collect()
         exact_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), config.optimizer.max_norm)
         adamw.step()
         norm = optimizer.update(1e-2, 50, torch.tensor(True, device=device))
@@ -407,14 +406,14 @@ def test_training_learns_a_batch_by_heart_and_skips_what_is_not_finite(
     model = made(few).to(device)
     optimizer = Optimizer(model, config)
     assert model.wte.weight.dtype == getattr(torch, precision)
-    assert optimizer.masters.dtype == optimizer.gradients.dtype == torch.float32
+    for part in optimizer.parts.values():
+        assert part.masters.dtype == part.gradients.dtype == torch.float32
     inputs, targets = (t.to(device) for t in draw(few))
     losses = []
 
     def step(factor: float) -> None:
         loss = model(inputs, targets)
         (loss * factor).backward()
-        optimizer.collect()
         optimizer.update(1e-2, targets.numel(), torch.isfinite(loss.detach()))
         losses.append(loss.item() / targets.numel())
 
@@ -422,14 +421,42 @@ def test_training_learns_a_batch_by_heart_and_skips_what_is_not_finite(
         step(1.0)
     assert losses[-1] < losses[0] - 3
 
-    before = {key: tensor.clone() for key, tensor in optimizer.state().items()}
-    weights = optimizer.masters.clone()
+    def everything() -> dict[str, torch.Tensor]:
+        tensors = optimizer.masters() | optimizer.state()
+        return {key: shared.mine.clone() for key, shared in tensors.items()}
+
+    before = everything()
     step(math.nan)
-    assert torch.equal(optimizer.masters, weights)
-    for key, tensor in optimizer.state().items():
+    for key, tensor in everything().items():
         assert torch.equal(tensor, before[key]), key
     step(1.0)
-    assert not torch.equal(optimizer.masters, weights)
+    assert not torch.equal(everything()["wte.weight"], before["wte.weight"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_blocks_give_the_same_gradients_and_keep_only_their_inputs(
+    family: ModelConfig,
+) -> None:
+    inputs, targets = draw(family)
+    losses, gradients, kept = [], [], []
+    for recomputes in (False, True):
+        model, sizes = made(family), [0]
+        backends.compile_model(model, configs.load("tiny"), torch.device("cpu"), recomputes)
+
+        def note(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes[0] += x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            x = model.trunk(inputs)
+        loss = model.loss(x, targets)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        kept.append(sizes[0])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
 
 
 @pytest.mark.parametrize(("config", "compiles"), [(SMALL, True), (MODERN, False)])

@@ -195,9 +195,10 @@ def test_sigterm_to_torchrun_saves_on_the_way_out(small_shards: Path, tmp_path: 
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(small_shards: Path, tmp_path: Path) -> None:
-    """With Muon, beside which embeddings and gains are AdamW's."""
+    """With Muon, beside which embeddings and gains are AdamW's, and all that travels rounded."""
     run = tmp_path / "run"
     arguments = ["--data", small_shards, "--out", run, *TWO, "--set=optimizer.name=muon"]
+    arguments += ["--set=precision=bfloat16", "--set=reduce_precision=bfloat16"]
     process = start(*arguments, "--set=optimizer.muon_warmup_steps=5", planted="nan")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -217,6 +218,18 @@ def test_ranks_whose_weights_differ_by_a_bit_do_not_go_on(
     assert process.returncode == 1, output
     assert "the weights are no longer the same on all ranks" in output
     assert checkpoint.steps(tmp_path / "run") == []  # it was to be the first
+
+
+def test_a_full_disk_on_rank_0_is_a_warning_and_the_ranks_stay_together(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    """The others send their shares of a file that cannot be written."""
+    run = tmp_path / "run"
+    process = start("--data", small_shards, "--out", run, *TWO, planted="full")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "WARNING: step 4: checkpoint not saved: No space left on device" in output
+    assert checkpoint.steps(run) == [8]
 
 
 def test_a_shard_that_goes_away_ends_all_ranks_with_a_message(

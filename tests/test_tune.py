@@ -222,15 +222,16 @@ def test_a_run_of_another_vocabulary_is_not_tuned(
     step = checkpoint.steps(other)[-1]
     state = checkpoint.load_state(other, step)
     state.vocabulary = "0" * 64
-    masters, moments = (
+    files = [
         load_file(checkpoint.checkpoint_path(other, step) / name)
         for name in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE)
-    )
-    checkpoint.save(other, masters, moments, state)
+    ]
+    checkpoint.save(other, iter(files), state)
     out = tmp_path / "run"
-    result = forge("train", "chat", "--from", other, "--data", chat, "--out", out, *CHAT)
-    assert result.exit_code == 1
-    assert "the weights are of another vocabulary" in result.output
+    for end in (["--out", out], ["--check"]):
+        result = forge("train", "chat", "--from", other, "--data", chat, *end, *CHAT)
+        assert result.exit_code == 1
+        assert "the weights are of another vocabulary" in result.output
 
 
 def test_data_and_config_that_do_not_fit_are_one_error(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from trainer import cross_entropy, fused
 from trainer.config import Config, ModelConfig
@@ -33,11 +34,23 @@ def load_libraries(model: ModelConfig, device: torch.device, dtype: torch.dtype)
     F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
 
-def compile_model(model: GPT2 | Qwen3, config: Config, device: torch.device) -> None:
-    """Put fused.py's trunk in place where it serves; else torch.compile, as the config asks."""
-    if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
-        return
-    if isinstance(model, Qwen3) and fused.available(config, device):
-        model.trunk = functools.partial(fused.hidden, model)
-    else:
+def compile_model(
+    model: GPT2 | Qwen3, config: Config, device: torch.device, recomputes: bool = False
+) -> None:
+    """Put fused.py's trunk in place where it serves; else torch.compile, as the config asks.
+
+    With `recomputes` blocks keep their inputs alone, and are computed again in the backward pass
+    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). They are compiled one by
+    one then, so that backward gives their gradients one by one.
+    """
+    compiles = config.compile == "full" or (config.compile == "auto" and device.type == "cuda")
+    again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if compiles and isinstance(model, Qwen3) and fused.available(config, device):
+        layer = functools.partial(again, fused.layer) if recomputes else fused.layer
+        model.trunk = functools.partial(fused.hidden, model, layer=layer)
+    elif recomputes:
+        for block in model.h:
+            run = torch.compile(block.forward, dynamic=False) if compiles else block.forward
+            block.forward = functools.partial(again, run)
+    elif compiles:
         model.trunk = torch.compile(model.hidden, dynamic=False)

@@ -1,65 +1,92 @@
 """What a config does on this machine: for `forge-train --check`, and when a run starts."""
 
-from pathlib import Path
+import math
 
-from pipeline.errors import ForgeError
-from pipeline.shards import Index
+from pipeline.shards import SPLITS, Index
 from trainer.config import Config, counted
-from trainer.memory import Cut, checkpoint_bytes, cut_here
+from trainer.memory import Cut, checkpoint_bytes
 from trainer.ranks import Ranks
-from trainer.report import amount, hardware, say
-from trainer.windows import check_amount, open_data, with_epochs
+from trainer.report import duration, hardware
 
 MANY_EPOCHS = 5  # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models"
+# Of a bare product's FLOP/s, what a step reached: 0.57 on two RTX 4090s (llm.c's published 221 k
+# tokens/s of GPT-2 124M), 0.74 to 0.78 on one H200 (tests/benchmarks/README.md, Training speed).
+STEP_SHARE = 0.55, 0.78
 
 
-def check(config: Config, name: str, folder: Path) -> None:
-    """Print the plan on rank 0. ForgeError that names all that keeps it from being trained."""
-    ranks, problems = Ranks.from_environment(), []
-    data, device = open_data(config, folder), ranks.device()
-    config = with_epochs(config, data)
-    try:
-        text = describe(config, name, data.index, cut_here(config, ranks, device), ranks)
-        if ranks.is_first:
-            say(text)
-    except ForgeError as error:
-        problems.append(str(error))
-    try:
-        check_amount(config, data)
-    except ForgeError as error:
-        problems.append(str(error))
-    if problems:
-        raise ForgeError("\n".join(problems))
+def describe(
+    config: Config,
+    name: str,
+    index: Index,
+    cut: Cut,
+    ranks: Ranks,
+    weights_from: object = None,
+    product: float | None = None,
+) -> str:
+    """The model, the step, the end of the run, and likely mistakes.
+
+    In the words of forge-report, and in its order. `product` is the product_flops() of a GPU, from
+    which hours are estimated.
+    """
+    model, is_gpu = config.model, ranks.device().type == "cuda"
+    train_tokens, val_tokens = (index.total("num_tokens", split) for split in SPLITS)
+    flops = (product or math.nan) * ranks.world_size / model.flops_per_token()
+    speeds = [share * flops for share in STEP_SHARE if product]  # tokens/s
+    rows = extent(config, train_tokens, speeds)
+    if "time" not in rows and not is_gpu:
+        rows["time"] = "not estimated on a CPU"
+    most = (config.checkpoint.keep_last + 3) * checkpoint_bytes(config)  # best, flat, being written
+    rows["checkpoints, GB"] = f"up to {most / 1e9:.2f}"
+    if is_gpu:
+        again = ", with blocks recomputed in the backward pass" * cut.recomputes
+        rows["peak memory of a GPU, GB"] = f"about {cut.estimated_bytes / 1e9:.1f}{again}"
+    rows |= {
+        "hardware": hardware(ranks.device(), ranks.world_size),
+        "micro-batch, accumulation, ranks": (
+            f"{cut.micro_batch_size} x {cut.accumulation_steps} x {ranks.world_size} = "
+            f"{counted(config.windows_per_step(), 'window')} of {model.context_length:,}, "
+            f"{config.batch.tokens_per_step:,} tokens a step"
+        ),
+        "parameters": f"{model.num_parameters():,}",
+        **({"weights from": str(weights_from)} if weights_from else {}),
+        "data": f"{index.source['name']}, in {index.folder}",
+        "training tokens": f"{train_tokens:,}",
+        "validation tokens": f"{val_tokens:,}",
+    }
+    if parts := index.source.get("parts"):  # of a mixture
+        amounts = ("{train_tokens:,} of {folder} ({epochs:.2f} epochs)".format(**p) for p in parts)
+        rows["training tokens by part"] = ", ".join(amounts)
+    found = [f"note: {note}" for note in notes(config, train_tokens)]
+    if product:
+        shares = " to ".join(f"{share:.0%}" for share in STEP_SHARE)
+        speed = f"{product / 1e12:.0f} TFLOP/s a GPU, measured now"
+        found.append(f"note: the time is for {shares} of a bare product's speed, {speed}")
+    lines = (f"{label:34}{text}" for label, text in rows.items())
+    return "\n".join([f"{name}: {config.optimizer.describe()}", *lines, *found])
 
 
-def describe(config: Config, name: str, index: Index, cut: Cut, ranks: Ranks) -> str:
-    """The model, the step, the end of the run, and likely mistakes."""
-    model, train_tokens = config.model, index.total("num_tokens", "train")
-    lines = [
-        f"{name}: {model.num_parameters():,} parameters on "
-        f"{hardware(ranks.device(), ranks.world_size)}",
-        f"{config.batch.tokens_per_step:,} tokens a step = "
-        f"{counted(config.windows_per_step(), 'window')} of {model.context_length}: micro-batch "
-        f"{cut.micro_batch_size} x {counted(cut.accumulation_steps, 'accumulation step')} x "
-        f"{counted(ranks.world_size, 'rank')}",
-        f"steps: {until(config, train_tokens)}",
-        f"data: {index.folder}",
-        f"optimizer: {config.optimizer.describe()}",
-        f"memory: about {cut.estimated_bytes / 2**30:.1f} GiB on a GPU, in bfloat16; a checkpoint "
-        f"takes {checkpoint_bytes(config) / 1e9:.2f} GB of disk",
-        *(f"note: {note}" for note in notes(config, train_tokens)),
-    ]
-    return "\n".join(lines)
+def extent(config: Config, train_tokens: int, speeds: list[float]) -> dict[str, str]:
+    """How far a run goes: what is not sure from its least to its most, and not what is unknown.
 
-
-def until(config: Config, train_tokens: int) -> str:
-    """When the run ends, in steps, tokens, epochs and hours."""
-    num_tokens, budget = config.num_tokens(), config.schedule.budget_hours
-    ends = [] if budget is None else [f"as many as fit in {budget:g} hours"]
-    if num_tokens is None:
-        return f"{ends[0]}; an epoch is {amount(train_tokens)} tokens"
-    epochs = f"{num_tokens / max(1, train_tokens):.2f} epochs"
-    return ", or ".join([f"{config.num_steps():,} = {amount(num_tokens)} tokens = {epochs}", *ends])
+    `speeds` are the least and the most tokens/s, if they are known.
+    """
+    tokens = config.num_tokens() or math.inf
+    budget = (config.schedule.budget_hours or math.inf) * 3600
+    taken, seconds = [tokens], [budget]
+    if speeds:
+        taken = [min(tokens, speed * budget) for speed in speeds]
+        seconds = [min(budget, tokens / speed) for speed in reversed(speeds)]
+    per_step = config.batch.tokens_per_step
+    found = {
+        "steps": [f"{each / per_step:,.0f}" for each in taken],
+        "tokens": [f"{each:,.0f}" for each in taken],
+        "epochs": [f"{each / max(1, train_tokens):.2f}" for each in taken],
+    }
+    if taken[-1] == math.inf:
+        found = {"steps": ["as many as the time allows"]}
+    if seconds[-1] < math.inf:
+        found["time"] = [duration(each) for each in seconds]
+    return {label: " to ".join(dict.fromkeys(texts)) for label, texts in found.items()}
 
 
 def notes(config: Config, train_tokens: int) -> list[str]:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from pipeline.errors import ForgeError
 from pipeline.files import check_utf8, sync_folder
 from trainer.config import CheckpointConfig, ModelConfig
 from trainer.config_file import model_from_dict, read_toml
+from trainer.ranks import Shared
 from trainer.schedule import Plan
 
 FOLDER = "checkpoints"
@@ -74,6 +76,15 @@ def steps(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in found)
 
 
+def num_bytes(run: Path) -> int:
+    """What its checkpoints take of the disk; those that vanish meanwhile do not count."""
+    total = 0
+    for path in (run / FOLDER).rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
 def find(path: Path, step: int | None = None) -> tuple[Path, int] | None:
     """(run, step) of a run's folder, whose latest checkpoint it is, or of a checkpoint's.
 
@@ -105,9 +116,10 @@ def find(path: Path, step: int | None = None) -> tuple[Path, int] | None:
 # ---------------------------------------------------------------------------------------- save
 
 
-def save(run: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: State) -> Path:
+def save(run: Path, files: Iterator[dict[str, Tensor]], state: State) -> Path:
     """Write a checkpoint, whole or not at all.
 
+    `files` are the weights and the optimizer's state; the second is made when the first is written.
     Raises OSError when the disk does not take it; older checkpoints are untouched then.
     """
     path = checkpoint_path(run, state.step)
@@ -115,8 +127,8 @@ def save(run: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], st
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_tensors(weights, partial / MODEL_FILE)
-        save_tensors(optimizer, partial / OPTIMIZER_FILE)
+        for name in WHOLE:
+            save_tensors(next(files), partial / name)
         sums = {name: _checksum(partial / name) for name in WHOLE}
         raw = _plain(state) | {"checksums": sums}
         sums[STATE_FILE] = _own_checksum(raw)
@@ -165,12 +177,10 @@ class Checkpoints:
         self.run, self.options = run, options
         self.unproven = unproven  # step of the checkpoint that a resumed run continues from
 
-    def save(
-        self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: State
-    ) -> str | None:
+    def save(self, files: Iterator[dict[str, Tensor]], state: State) -> str | None:
         """Write a checkpoint; returns the error, if any."""
         try:
-            save(self.run, weights, optimizer, state)
+            save(self.run, files, state)
         except OSError as error:
             return str(error)
         self.unproven = state.step
@@ -283,10 +293,11 @@ def _state(run: Path, step: int, files: tuple[str, ...]) -> State:
     return state
 
 
-def load_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def load_tensors(path: Path, wanted: Mapping[str, Tensor | Shared]) -> dict[str, Tensor]:
     """The tensors of a safetensors file; ForgeError unless names and shapes are those wanted."""
     tensors = read_tensors(path)
-    found, known = ({(k, t.shape) for k, t in each.items()} for each in (tensors, wanted))
+    found = {(name, tensor.shape) for name, tensor in tensors.items()}
+    known = {(name, tensor.shape) for name, tensor in wanted.items()}
     if differing := sorted({name for name, _ in found ^ known}):
         what = f"the checkpoint is of another model or optimizer: {', '.join(differing[:5])}"
         raise ForgeError(what, where=path, fix="use the config that the run was made with")

@@ -13,10 +13,8 @@ from trainer.signals import end_with_launcher
 
 
 @click.command(cls=ForgeCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("config")
-@click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="Folder of shards (forge-prep)."
-)
+@click.argument("config", required=False)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of shards (forge-prep).")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder to make.")
 @click.option(
     "--set",
@@ -34,15 +32,19 @@ from trainer.signals import end_with_launcher
     help="Begin with the weights of a run, a checkpoint, or a folder in transformers' layout.",
 )
 @click.option("--check", is_flag=True, help="Check config and data, print the plan, train nothing.")
+@click.option(
+    "--doctor", is_flag=True, help="Look at this machine: needs no CONFIG, trains nothing."
+)
 @click.version_option(package_name="llm-forge")
 def main(
-    config: str,
-    data: Path,
+    config: str | None,
+    data: Path | None,
     out: Path | None,
     settings: tuple[str, ...],
     resume: bool,
     weights_from: Path | None,
     check: bool,
+    doctor: bool,
 ) -> None:
     """Train a model on a folder of shards: from scratch, or --from weights that exist.
 
@@ -60,6 +62,9 @@ def main(
     To train a finished run for longer, begin another with its weights: --from RUN --out RUN2.
     RUN/README.md names the best checkpoint for that. To talk to it, tune it on conversations
     (forge-prep chat makes DIR): forge-train chat --from RUN --data DIR --out RUN2.
+
+    Before all that, --doctor [--data DIR] [--out RUN] tells what would spoil it here, and --check
+    what a run will be.
     """
     end_with_launcher()  # before torch is imported, which takes seconds
     # torch reads these when it is imported; a user's own values win.
@@ -68,21 +73,27 @@ def main(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '/tmp')}/.cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "llm-forge" / "compiled"))
     started = time.perf_counter()  # importing torch is part of the time that a run takes
-    from trainer import check as checking
     from trainer import config_file
+    from trainer.doctor import examine
     from trainer.run import Command
+    from trainer.start import check as check_plan
     from trainer.start import model_to_tune
     from trainer.train import train
 
-    if out is None and not check:
-        raise click.UsageError("--out is missing: the folder for the run (or add --check)")
     try:
+        if doctor:
+            raise SystemExit(0 if examine(data, out) else 1)
+        if config is None or data is None:
+            raise click.UsageError("CONFIG and --data are needed, for all but --doctor")
+        if out is None and not check:
+            raise click.UsageError("--out is missing: the folder for the run (or add --check)")
         find_model = partial(model_to_tune, config, weights_from, data, out if resume else None)
         chosen, name = config_file.load(config, settings, find_model), Path(config).stem
-        if check or out is None:
-            checking.check(chosen, name, data)
+        command = Command(chosen, name, data, out or Path(), resume, weights_from)
+        if check:
+            check_plan(command)
         else:
-            train(Command(chosen, name, data, out, resume, weights_from), started)
+            train(command, started)
     except ForgeError as error:
         rank = os.environ.get("RANK", "0")
         raise click.ClickException(f"[rank {rank}] " * (rank != "0") + str(error)) from error

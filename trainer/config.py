@@ -190,6 +190,11 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    to: Literal["wandb", "trackio"] | None = None  # where figures are sent, besides the run folder
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Sections are the TOML file's tables."""
 
@@ -200,6 +205,7 @@ class Config:
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
     guard: GuardConfig
+    report: ReportConfig
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 1337
     # auto: full on a GPU, off on a CPU. Nothing is compiled where fused.py's kernels run (qwen3 in
     # bfloat16, Triton).

@@ -19,37 +19,44 @@ OPENINGS = 64  # conversations, of which the shortest question is asked
 @torch.no_grad()
 def validation_loss(
     model: LanguageModel, data: Data, config: Config, micro_batch_size: int, ranks: Ranks
-) -> tuple[float, float]:
+) -> tuple[float, float, dict[str, float]]:
     """Loss over the same validation windows for any batch and number of ranks.
 
-    In nats per token and in bits per byte of text.
+    In nats per token, in bits per byte of text, and in nats for each part of a mixture. Its parts
+    share the windows equally, as far as they have some, and are weighted by their train tokens.
     """
-    device = next(model.parameters()).device
-    length = config.model.context_length
-    count = config.evaluate.num_tokens // length
-    mine = np.arange(ranks.rank, count, ranks.world_size)
-    mine = windows_at(mine, data.val.num_windows, VALIDATION_SEED)
+    device, index = next(model.parameters()).device, data.index
+    length, size = config.model.context_length, micro_batch_size
+    share = max(1, config.evaluate.num_tokens // length // len(data.parts))
+    counts = [min(share, part.num_windows) for part in data.parts]
     token_bytes = torch.tensor([len(token) for token in data.vocabulary], device=device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    sums = torch.zeros(len(counts), 3, dtype=torch.float64, device=device)  # nats, tokens, bytes
 
     def add_mine() -> None:
-        for first in range(0, len(mine), micro_batch_size):
-            batch = data.val.read(mine[first : first + micro_batch_size])
-            # The last one is filled up: torch.compile would compile another shape anew.
-            full = np.resize(batch, (micro_batch_size, length + 1))
-            inputs, targets = to_device(full, device, data.val.is_chat)
-            is_real = torch.arange(micro_batch_size, device=device)[:, None] < len(batch)
-            targets = torch.where(is_real, targets, IGNORED)
-            scored = targets[targets != IGNORED]
-            sums[1] += len(scored)
-            sums[2] += token_bytes[scored].sum()
-            with torch.enable_grad():  # as in training, or it would be compiled again
-                x = model.trunk(inputs).detach()  # frees the graph at once
-            sums[0] += model.loss(x, targets)
+        for part, count, of_part in zip(data.parts, counts, sums, strict=True):
+            mine = np.arange(ranks.rank, count, ranks.world_size)
+            mine = windows_at(mine, part.num_windows, VALIDATION_SEED)
+            for first in range(0, len(mine), size):
+                batch = part.read(mine[first : first + size])
+                # The last one is filled up: torch.compile would compile another shape anew.
+                full = np.resize(batch, (size, length + 1))
+                inputs, targets = to_device(full, device, part.is_chat)
+                is_real = torch.arange(size, device=device)[:, None] < len(batch)
+                targets = torch.where(is_real, targets, IGNORED)
+                scored = targets[targets != IGNORED]
+                of_part[1] += len(scored)
+                of_part[2] += token_bytes[scored].sum()
+                with torch.enable_grad():  # as in training, or it would be compiled again
+                    x = model.trunk(inputs).detach()  # frees the graph at once
+                of_part[0] += model.loss(x, targets)
 
     on_all(ranks, add_mine)
-    nats, num_tokens, num_bytes = sum_over_ranks(sums, ranks).tolist()
-    return nats / num_tokens, nats / math.log(2) / num_bytes
+    sums = sum_over_ranks(sums, ranks).cpu()
+    trained = [sum(s.num_tokens for s in index.of("train", part.part)) for part in data.parts]
+    weights = torch.tensor(trained, dtype=torch.float64) / torch.tensor(counts)
+    nats, num_tokens, num_bytes = (weights / weights.sum() @ sums).tolist()
+    losses = {str(p.part): float(row[0] / row[1]) for p, row in zip(data.parts, sums, strict=True)}
+    return nats / num_tokens, nats / math.log(2) / num_bytes, losses
 
 
 def opening(data: Data) -> list[int]:

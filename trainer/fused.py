@@ -30,17 +30,6 @@ def available(config: Config, device: torch.device) -> bool:
     return config.model.family == "qwen3" and is_half and on_gpu
 
 
-def hidden(model: Qwen3, tokens: Tensor) -> Tensor:
-    """model.hidden(tokens): tokens (B, T) -> (B, T, C)."""
-    blocks: list[Any] = list(model.h)
-    x, turns = model.wte(tokens), model.turns[:, : tokens.shape[1]]
-    n: Tensor = blocks[0].ln_1(x)
-    norms = [*(block.ln_1 for block in blocks[1:]), model.ln_f]
-    for block, norm in zip(blocks, norms, strict=True):
-        x, n = layer(block, norm, x, n, turns)
-    return n
-
-
 def layer(block: Any, norm: Any, x: Tensor, n: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     """A block and the next `norm`: x and its norm n (B, T, C) -> those of the next block.
 
@@ -55,6 +44,17 @@ def layer(block: Any, norm: Any, x: Tensor, n: Tensor, turns: Tensor) -> tuple[T
     y = mlp.down_proj(Gate.apply(mlp.gate_up_proj(n)))
     out: tuple[Tensor, Tensor] = AddRMSNorm.apply(x, y, norm.weight)
     return out
+
+
+def hidden(model: Qwen3, tokens: Tensor, layer: Any = layer) -> Tensor:
+    """model.hidden(tokens): tokens (B, T) -> (B, T, C). `layer` may be recomputed."""
+    blocks: list[Any] = list(model.h)
+    x, turns = model.wte(tokens), model.turns[:, : tokens.shape[1]]
+    n: Tensor = blocks[0].ln_1(x)
+    norms = [*(block.ln_1 for block in blocks[1:]), model.ln_f]
+    for block, norm in zip(blocks, norms, strict=True):
+        x, n = layer(block, norm, x, n, turns)
+    return n
 
 
 class Gate(torch.autograd.Function):

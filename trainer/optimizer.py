@@ -1,20 +1,19 @@
-"""AdamW and Muon over flat float32 masters, and the model's own copy of the weights."""
+"""AdamW and Muon, each rank on its share of the parameters."""
 
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from trainer.config import Config
-from trainer.cross_entropy import gpu_kernels
-from trainer.ranks import Ranks
+from trainer.ranks import Ranks, Shared, sum_over_ranks
+from trainer.shares import Part
 
 MUON_MOMENTUM = (0.85, 0.95)  # at the start and the end of optimizer.muon_warmup_steps
 SQUARES_BETA = 0.95  # of the running mean squares of Muon's updates
-ADD_BLOCK = 4096  # numbers that a program of the kernel adds
+SUM_PIECE = 2**24  # numbers of a checksum at one time
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -28,86 +27,45 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weights in float32 ("masters"), gradients and moments are one array each, in one order: Muon's
-    matrices; other matrices; vectors (biases and gains, which are not decayed). The model computes
-    with a copy of the masters in its own precision (Micikevicius et al. 2018, "Mixed Precision
-    Training"), or with the masters themselves in float32.
+    The model computes with a copy of float32 weights ("masters") in its own precision (Micikevicius
+    et al. 2018, "Mixed Precision Training"), or with the masters themselves in float32. Backward
+    adds to float32 sums of gradients. Each rank has the masters and moments of its share and
+    updates it: shares.py.
     """
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         self.ranks, self.options = ranks, config.optimizer
         self.reduce_dtype = getattr(torch, config.reduce_precision)
-
-        def group(name: str, parameter: nn.Parameter) -> int:
+        self.device = next(model.parameters()).device
+        dtype = compute_dtype(config, self.device)
+        groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "matrices": {}, "vectors": {}}
+        for name, parameter in model.named_parameters():
             by_muon = self.options.name == "muon" and name.startswith("h.")
-            return 2 if parameter.ndim < 2 else int(not by_muon)
-
-        self.parameters = dict(sorted(model.named_parameters(), key=lambda item: group(*item)))
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self._starts = dict(zip(self.parameters, accumulate(sizes, initial=0), strict=False))
-        muon_end, matrices_end, end = (
-            sum(p.numel() for name, p in self.parameters.items() if group(name, p) <= last)
-            for last in range(3)
-        )
+            rule = "vectors" if parameter.ndim < 2 else "muon" if by_muon else "matrices"
+            groups[rule][name] = parameter
+        # Vectors are biases and gains, which are not decayed.
+        self.parts = {r: Part(r, named, ranks, dtype) for r, named in groups.items() if named}
+        # Numbers of sound steps, of AdamW's parts.
+        self.steps = {rule: torch.zeros((), device=self.device) for rule in ("matrices", "vectors")}
         # (rows, columns): where Muon's matrices of that shape start. A fused one is several.
         self.muon_starts: dict[tuple[int, int], list[int]] = {}
-        for name, parameter in self.parameters.items():
-            if (start := self._starts[name]) < muon_end:
-                layer = model.get_submodule(name.removesuffix(".weight"))
-                columns = parameter.shape[1]
-                for rows in getattr(layer, "sizes", parameter.shape[:1]):
-                    self.muon_starts.setdefault((rows, columns), []).append(start)
-                    start += rows * columns
-        self.masters = torch.cat([p.detach().flatten() for p in self.parameters.values()]).float()
-        self.device = self.masters.device
-        self.gradients = torch.zeros_like(self.masters)
-        # In float32 this is the same array.
-        self.weights = self.masters.to(compute_dtype(config, self.device))
-        for name, view in self.views(self.weights).items():
-            self.parameters[name].data = view
-        if self.weights is self.masters:  # backward adds to the gradients by itself
-            for name, view in self.views(self.gradients).items():
-                self.parameters[name].grad = view
-        self.momentum = torch.zeros(muon_end, device=self.device)
-        # (n, neurons) for the n matrices of a shape.
+        for name, parameter in groups["muon"].items():
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            start, columns = self.parts["muon"].starts[name], parameter.shape[1]
+            for rows in getattr(layer, "sizes", parameter.shape[:1]):
+                self.muon_starts.setdefault((rows, columns), []).append(start)
+                start += rows * columns
+        # (n, neurons) for this rank's n matrices of a shape.
         self.mean_squares = {
-            shape: torch.zeros(len(starts), max(shape), device=self.device)
-            for shape, starts in self.muon_starts.items()
+            shape: torch.zeros(len(self.own_starts(shape)), max(shape), device=self.device)
+            for shape in self.muon_starts
             if self.options.muon_normalize
         }
-        names = "exp_avg", "exp_avg_sq"
-        self.moments = {n: torch.zeros(end - muon_end, device=self.device) for n in names}
-        # AdamW's parts: (range, decay, number of sound steps).
-        self.parts = [
-            (slice(muon_end, matrices_end), self.options.weight_decay, self.masters.new_zeros(())),
-            (slice(matrices_end, end), 0.0, self.masters.new_zeros(())),
-        ]
 
-    def views(self, flat: Tensor, first: int = 0) -> dict[str, Tensor]:
-        """The parts of a flat array by the names and in the shapes of the model's parameters.
-
-        `flat` has the numbers of the masters' order from `first` on, of whole parameters.
-        """
-        return {
-            name: flat[self._starts[name] - first :][: parameter.numel()].view(parameter.shape)
-            for name, parameter in self.parameters.items()
-            if first <= self._starts[name] < first + len(flat)
-        }
-
-    def collect(self) -> None:
-        """Add the gradients that backward left in the parameters to those of the step."""
-        if self.weights is not self.masters:
-            fresh = [parameter.grad.view(-1) for parameter in self.parameters.values()]  # type: ignore[union-attr]
-            add(self.gradients, torch.cat(fresh))
-            for parameter in self.parameters.values():
-                parameter.grad = None
-
-    def reduce(self) -> None:
-        """Sum the gradients over all ranks, sent in reduce_precision."""
-        if self.ranks.world_size > 1:
-            sent = self.gradients.to(self.reduce_dtype)  # in float32 the same array
-            dist.all_reduce(sent)
-            self.gradients.copy_(sent)
+    def own_starts(self, shape: tuple[int, int]) -> list[int]:
+        """Where this rank's matrices of a shape start in its share."""
+        size, rank = self.parts["muon"].size, self.ranks.rank
+        return [start % size for start in self.muon_starts[shape] if start // size == rank]
 
     def update(self, lr: float, num_tokens: Tensor, is_sound: Tensor) -> Tensor:
         """One update of all masters and the model, by the gradient's mean over `num_tokens`.
@@ -116,117 +74,125 @@ class Optimizer:
         device) is false or the norm is not finite, everything stays as it was. Nothing waits for
         the GPU.
         """
-        norm: Tensor = torch.linalg.vector_norm(self.gradients) / num_tokens
+        gradients = {rule: part.reduce(self.reduce_dtype) for rule, part in self.parts.items()}
+        norms = torch.stack([torch.linalg.vector_norm(each) for each in gradients.values()])
+        squares = sum_over_ranks(norms.square().sum(), self.ranks)
+        norm: Tensor = squares.sqrt() / num_tokens
         is_sound = is_sound & torch.isfinite(norm)
         divisor = num_tokens * (norm / self.options.max_norm).clamp(min=1.0)
-        self.adamw(lr, divisor, is_sound)
-        self.muon(lr, divisor, is_sound)
+        for rule in self.steps:
+            self.adamw(rule, gradients[rule], lr, divisor, is_sound)
+        if "muon" in gradients:
+            self.muon(gradients["muon"], lr, divisor, is_sound)
         self.copy_to_model()
-        self.gradients.zero_()
+        for part in self.parts.values():
+            part.gradients.zero_()
         return norm
 
-    def adamw(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
-        """AdamW's update of the parameters that are not Muon's.
+    def adamw(
+        self, rule: str, gradients: Tensor, lr: float, divisor: Tensor, is_sound: Tensor
+    ) -> None:
+        """AdamW's update of this rank's share of a part.
 
         The fused kernel divides and skips by itself, as for GradScaler. It is called without
         torch.optim.AdamW around it, which imports the compiler: that takes seconds.
         """
-        first, (beta1, beta2) = len(self.momentum), self.options.betas
-        found_inf = (~is_sound).float()
-        for part, decay, step in self.parts:
-            own = slice(part.start - first, part.stop - first)
-            adamw(
-                [self.masters[part]],
-                [self.gradients[part]],
-                [self.moments["exp_avg"][own]],
-                [self.moments["exp_avg_sq"][own]],
-                [],
-                [step],
-                fused=True,
-                grad_scale=divisor,
-                found_inf=found_inf,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=lr,
-                weight_decay=decay,
-                eps=1e-8,
-                maximize=False,
-            )
+        part, (beta1, beta2) = self.parts[rule], self.options.betas
+        adamw(
+            [part.masters],
+            [gradients],
+            [part.moments["exp_avg"]],
+            [part.moments["exp_avg_sq"]],
+            [],
+            [self.steps[rule]],
+            fused=True,
+            grad_scale=divisor,
+            found_inf=(~is_sound).float(),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=self.options.weight_decay if rule == "matrices" else 0.0,
+            eps=1e-8,
+            maximize=False,
+        )
 
-    def muon(self, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
+    def muon(self, gradients: Tensor, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
         """Muon's update (Jordan et al. 2024): momentum, made orthogonal, and weight decay.
 
         With muon_normalize it is NorMuon's (Li et al. 2025, arXiv:2510.05491) in modded-nanogpt's
-        form: see neuron_scales(). Each rank computes its share of the matrices of a shape, and all
-        get all of them. Tall matrices have an update larger by sqrt(rows / columns), so that one
-        rate fits every shape and size.
+        form: see neuron_scales(). Each rank computes those of its share. Tall matrices have an
+        update larger by sqrt(rows / columns), so that one rate fits every shape and size.
         """
-        end, momentum = len(self.momentum), self.muon_momentum()
+        part, momentum = self.parts["muon"], self.muon_momentum()
+        average = part.moments["momentum"]
         lr *= self.options.muon_lr / self.options.peak_lr
-        fresh = torch.where(is_sound, self.gradients[:end] / divisor, self.momentum)
-        self.momentum.lerp_(fresh, 1 - momentum)
-        fresh.lerp_(self.momentum, momentum)  # Nesterov's look ahead
-        self.masters[:end] *= 1 - lr * self.options.muon_weight_decay * is_sound
-        for (rows, columns), starts in self.muon_starts.items():
+        fresh = torch.where(is_sound, gradients / divisor, average)
+        average.lerp_(fresh, 1 - momentum)
+        fresh.lerp_(average, momentum)  # Nesterov's look ahead
+        part.masters *= 1 - lr * self.options.muon_weight_decay * is_sound
+        for rows, columns in self.muon_starts:
+            starts = self.own_starts((rows, columns))
+            if not starts:
+                continue
             spans = [slice(start, start + rows * columns) for start in starts]
             parts = [fresh[span].view(rows, columns) for span in spans]
-            directions = self._orthogonal(torch.stack(parts))
+            directions = orthogonalize(torch.stack(parts))
             scales = lr * math.sqrt(max(1, rows / columns)) * is_sound
             mean_squares = self.mean_squares.get((rows, columns))
             if mean_squares is not None:
                 weight = (1 - SQUARES_BETA) * is_sound
                 scales = scales * neuron_scales(directions, mean_squares, weight)
             updates = (directions * scales).float().flatten(1).unbind()
-            torch._foreach_sub_([self.masters[span] for span in spans], updates)
+            torch._foreach_sub_([part.masters[span] for span in spans], updates)
 
     def muon_momentum(self) -> Tensor | float:
         """Rises over the first muon_warmup_steps."""
         low, high = MUON_MOMENTUM
         if not self.options.muon_warmup_steps:
             return high
-        step = self.parts[0][2] - 1  # sound ones before this
+        step = self.steps["matrices"] - 1  # sound ones before this
         return low + (high - low) * (step / self.options.muon_warmup_steps).clamp(max=1)
 
-    def _orthogonal(self, matrices: Tensor) -> Tensor:
-        """orthogonalize() with the matrices divided among the ranks."""
-        world_size, rank = self.ranks.world_size, self.ranks.rank
-        if world_size == 1:
-            return orthogonalize(matrices)
-        share = math.ceil(len(matrices) / world_size)
-        mine = torch.zeros(share, *matrices.shape[1:], device=self.device)
-        given = matrices[rank * share : (rank + 1) * share]
-        mine[: len(given)] = given
-        done = orthogonalize(mine)
-        everyone = done.new_empty(world_size * share, *done.shape[1:])
-        dist.all_gather(list(everyone.chunk(world_size)), done.contiguous())  # NCCL insists
-        return everyone[: len(matrices)]
+    def masters(self) -> dict[str, Shared]:
+        """The float32 weights."""
+        return {k: v for p in self.parts.values() for k, v in p.shared(p.masters).items()}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Shared]:
         """The tensors that a checkpoint has besides the masters, not copied: fill them to restore.
 
         Moments are `exp_avg.NAME` and `exp_avg_sq.NAME`, for Muon's matrices `momentum.NAME`, and
         `mean_squares.ROWSxCOLUMNS` for all of a shape; `step.0` and `step.1` are single numbers.
         """
-        first = len(self.momentum)
-        flats = {kind: self.views(flat, first) for kind, flat in self.moments.items()}
-        flats["momentum"] = self.views(self.momentum)
-        flats["mean_squares"] = {f"{r}x{c}": each for (r, c), each in self.mean_squares.items()}
-        flats["step"] = {str(number): step for number, (_, _, step) in enumerate(self.parts)}
-        return {f"{kind}.{name}": t for kind, named in flats.items() for name, t in named.items()}
+        found: dict[str, Shared] = {}
+        for part in self.parts.values():
+            for kind, own in part.moments.items():
+                found |= {f"{kind}.{name}": each for name, each in part.shared(own).items()}
+        for (rows, columns), own in self.mean_squares.items():
+            size, starts = self.parts["muon"].size, self.muon_starts[rows, columns]
+            neurons, world_size = own.shape[1], self.ranks.world_size
+            counts = [[s // size for s in starts].count(rank) for rank in range(world_size)]
+            ends = list(accumulate([neurons * count for count in counts], initial=0))
+            spans = [slice(*pair) for pair in pairwise(ends)]
+            shape = torch.Size([len(starts), neurons])
+            found[f"mean_squares.{rows}x{columns}"] = Shared(shape, spans, own.view(-1))
+        everywhere = [slice(0, 1)] * self.ranks.world_size
+        for number, step in enumerate(self.steps.values()):
+            found[f"step.{number}"] = Shared(step.shape, everywhere, step.view(1))
+        return found
 
     def copy_to_model(self) -> None:
-        """Round the masters to the model's weights; does nothing in float32."""
-        self.weights.copy_(self.masters)
+        """Round the masters of all ranks to the model's weights."""
+        for part in self.parts.values():
+            part.copy_to_model()
 
-
-def add(sums: Tensor, fresh: Tensor) -> None:
-    """sums (n), float32, += fresh (n): by a kernel at the speed of memory on a GPU."""
-    if sums.is_cuda and (kernels := gpu_kernels()):
-        grid = (-(-len(sums) // ADD_BLOCK),)
-        kernels.accumulate[grid](sums, fresh, len(sums), ADD_BLOCK, num_warps=4)
-    else:
-        sums.add_(fresh)
+    def checksum(self) -> int:
+        """Of the model's weights, in pieces: a sum in int64 takes four times their memory."""
+        total = 0
+        for part in self.parts.values():
+            for piece in torch.split(part.weights.view(torch.int16), SUM_PIECE):
+                total += int(piece.sum(dtype=torch.int64))
+        return total
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from pipeline.errors import ForgeError
 
 T = TypeVar("T")
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+# (output, input) of equal shares; either may lie in the other. torch 2.13 has renamed them.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,43 @@ def from_first(ranks: Ranks, action: Callable[[], T]) -> T:
     return on_all(ranks, lambda: action() if ranks.is_first else cast(T, None))[0]
 
 
+class Shared(NamedTuple):
+    """A tensor whose numbers are shared out among the ranks, or all on each."""
+
+    shape: torch.Size
+    spans: list[slice]  # of the flat tensor: each rank's numbers
+    mine: torch.Tensor  # this rank's, (numbers,)
+
+
+def gathered(ranks: Ranks, *groups: dict[str, Shared]) -> Iterator[dict[str, torch.Tensor]]:
+    """Each group's whole tensors on rank 0, on the CPU; {} on the others. All ranks take all."""
+    for group in groups:
+        wholes = {}
+        for name, shared in group.items():
+            if not ranks.is_first:
+                send(shared.mine.cpu(), 0)
+                continue
+            wholes[name] = torch.empty(shared.shape)
+            parts = [wholes[name].view(-1)[span] for span in shared.spans]
+            parts[0].copy_(shared.mine)
+            for rank, part in enumerate(parts[1:], start=1):
+                receive(part, rank)
+        yield wholes
+
+
+def send(numbers: torch.Tensor, rank: int) -> None:
+    """What receive() takes there; nothing travels where there are no numbers."""
+    if len(numbers):
+        dist.send(numbers, rank)
+
+
+def receive(numbers: torch.Tensor, rank: int) -> None:
+    if len(numbers):
+        dist.recv(numbers, rank)
+
+
 def fill_from_first(
-    ranks: Ranks, read: Callable[[], dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor]
+    ranks: Ranks, read: Callable[[], dict[str, torch.Tensor]], tensors: dict[str, Shared]
 ) -> None:
     """Fill `tensors` on every rank, in place, with what `read` gives by their names on rank 0.
 
@@ -164,8 +202,13 @@ def fill_from_first(
     """
     found: dict[str, torch.Tensor] = {}
     from_first(ranks, lambda: found.update(read()))
-    for name, tensor in tensors.items():
+    for name, shared in tensors.items():
+        mine = torch.empty(shared.mine.shape)
         if ranks.is_first:
-            tensor.copy_(found.pop(name))
-        if ranks.world_size > 1:
-            dist.broadcast(tensor, src=0)
+            flat = found.pop(name).to("cpu", torch.float32).flatten()
+            mine, *others = [flat[span] for span in shared.spans]
+            for rank, part in enumerate(others, start=1):
+                send(part, rank)
+        else:
+            receive(mine, 0)
+        shared.mine.copy_(mine)

@@ -1,4 +1,4 @@
-"""Watchers: metrics.jsonl, the terminal, RUN/README.md. They look at a run and never steer it.
+"""Watchers: metrics.jsonl, the terminal, RUN/README.md, trackers. They look and never steer.
 
 Whatever happens is a row, which every watcher is called with:
 
@@ -17,7 +17,10 @@ import math
 import os
 import platform
 import re
+import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +39,9 @@ from trainer.schedule import Clock
 
 METRICS_FILE = "metrics.jsonl"
 ALWAYS = {"kind": str, "step": int, "tokens": int, "seconds": int | float}
+PICTURE_FILE = "curves.svg"
 PRINT_SECONDS = 1.0  # at most one step line in this time
+CLOSE_SECONDS = 20.0  # longest wait for a tracker's last rows
 Row = dict[str, Any]
 
 # Dense bfloat16 tensor-core peak with float32 accumulation, in FLOP/s, by a part of the card's
@@ -68,6 +73,21 @@ def peak_flops(device: torch.device) -> float | None:
     return None
 
 
+def product_flops(device: torch.device, seconds: float = 1.0) -> float:
+    """FLOP/s of 8192^3 bfloat16 products on one GPU: what it sustains once it is warm."""
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = a @ b
+    torch.cuda.synchronize(device)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        for _ in range(20):
+            torch.mm(a, b, out=out)
+        torch.cuda.synchronize(device)
+        count += 20
+    return 2 * size**3 * count / (time.perf_counter() - started)
+
+
 def hardware(device: torch.device, world_size: int) -> str:
     if device.type == "cuda":
         return f"{world_size}x {torch.cuda.get_device_name(device)}"
@@ -75,13 +95,14 @@ def hardware(device: torch.device, world_size: int) -> str:
     return f"CPU ({os.cpu_count()} cores, {platform.machine()}), {processes}"
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Print a line. A terminal that is gone or a log on a full disk ends no training."""
     try:
-        print(text, flush=True)
+        erase = "\r\x1b[K" if sys.stdout.isatty() else ""  # the line that renews itself
+        print(f"{erase}{text}", end=end, flush=True)
     except BrokenPipeError:  # nor does the rest of the buffer, at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError:
+    except (OSError, UnicodeError):  # the latter: text that the terminal has no letters for
         pass
 
 
@@ -113,10 +134,9 @@ class Metrics:
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def __call__(self, row: Row) -> None:
-        brief = {k: _brief(v) if isinstance(v, float) else v for k, v in row.items()}
         try:
             with self.path.open("a") as file:
-                file.write("\n" * self.cut + json.dumps(brief) + "\n")
+                file.write("\n" * self.cut + json.dumps(_brief(row)) + "\n")
             self.cut = False
         except OSError as error:  # a full disk must not end a day's training
             self.cut = True
@@ -134,7 +154,11 @@ def read_metrics(run: Path) -> list[Row]:
     return rows
 
 
-def _brief(value: float) -> float | None:
+def _brief(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _brief(each) for key, each in value.items()}
+    if not isinstance(value, float):
+        return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
@@ -153,47 +177,92 @@ class Terminal:
             say(f"{at}  loss {row['loss']}, norm {row['norm']}: not finite, update skipped")
         elif kind == "evaluate":
             bits = f"bits per byte {row['bits_per_byte']:.4f}"
-            say(f"{at}  validation loss {row['loss']:.4f}  {bits}")
+            say(f"{at}  validation loss {row['loss']:.4f}  {bits}  {of_parts(row)}".rstrip())
         elif kind == "sample":
             say("  | " + re.sub(r"\s*\n\s*", "\n  | ", row["text"].strip()))
         elif kind == "checkpoint":
             say(f"{at}  checkpoint saved in {row['save_seconds']:.1f} s")
 
     def step(self, row: Row) -> None:
-        now = time.perf_counter()
-        is_end = row["step"] == self.state.plan.stop
-        if now - self.printed_at < PRINT_SECONDS and not is_end:
-            return
+        now, stop = time.perf_counter(), self.state.plan.stop
+        if now - self.printed_at < PRINT_SECONDS and row["step"] != stop:
+            return None
         self.printed_at = now
+        used, left = self.clock.used, self.seconds_left(row["step"])
+        at = f"{row['step']:>{len(self.num_steps)}}/{self.num_steps}"
+        eta = f"eta {'?' if left == math.inf else duration(left)}"
         mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:5.1%}"
-        say(
-            f"step {row['step']:>{len(self.num_steps)}}/{self.num_steps}  loss {row['loss']:7.4f}  "
-            f"lr {row['lr']:.2e}  norm {row['norm']:7.3f}  "
-            f"{row['tokens_per_second']:>9,.0f} tok/s{mfu}  eta {self.eta(row['step'])}"
-        )
+        speed = f"{row['tokens_per_second']:>9,.0f} tok/s{mfu}"
+        loss, rate = f"loss {row['loss']:7.4f}", f"lr {row['lr']:.2e}  norm {row['norm']:7.3f}"
+        if not sys.stdout.isatty():
+            return say(f"step {at}  {loss}  {rate}  {speed}  {eta}")
+        bar = "=" * round(12 * used / (used + left))  # by time
+        line = f"[{bar:12}]  {at}  {eta}  {loss}  {speed}"
+        if torch.cuda.is_available():
+            line += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        columns = shutil.get_terminal_size().columns  # now; a line that fills them would wrap
+        return say(line[: columns - 1], end="")
 
     @property
     def num_steps(self) -> str:
         stop = self.state.plan.stop
         return "?" if stop == math.inf else f"{stop:.0f}"
 
-    def eta(self, step: int) -> str:
+    def seconds_left(self, step: int) -> float:
         left = math.inf
         if self.clock.steps:
             left = (self.state.plan.stop - step) * statistics.median(self.clock.steps)
         if (hours := self.config.schedule.budget_hours) is not None:
             left = min(left, hours * 3600 - self.clock.used)
-        return "?" if left == math.inf else duration(max(0.0, left))
+        return max(0.0, left)
+
+
+class Tracker:
+    """Passes rows to a library in a process of its own (trackers.py), a step a second at most.
+
+    Training neither waits for it nor ends with it: a row that finds the pipe full is left out.
+    """
+
+    def __init__(self, library: str, given: Row) -> None:
+        self.library, self.sent_at, self.is_said = library, -math.inf, False
+        file = Path(__file__).with_name("trackers.py")
+        command = [sys.executable, "-P", str(file), library, json.dumps(given)]
+        stdin, self.pipe = os.pipe()
+        os.set_blocking(self.pipe, False)
+        self.child = subprocess.Popen(command, stdin=stdin, start_new_session=True)
+        os.close(stdin)
+
+    def __call__(self, row: Row) -> None:
+        if row["kind"] == "step" and row["seconds"] - self.sent_at < PRINT_SECONDS:
+            return
+        self.sent_at = row["seconds"]
+        try:
+            os.write(self.pipe, f"\n{json.dumps(row)}\n".encode())  # \n: the last may be cut
+        except OSError as error:
+            reason = "does not keep up" if isinstance(error, BlockingIOError) else "has ended"
+            if not self.is_said:
+                say(f"WARNING: {self.library} {reason}: rows are left out; training continues")
+            self.is_said = True
+
+    def close(self) -> None:
+        os.close(self.pipe)
+        try:
+            self.child.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            say(f"WARNING: {self.library} was ended: it took longer than {CLOSE_SECONDS:.0f} s")
+            os.killpg(self.child.pid, signal.SIGKILL)
 
 
 class Readme:
     """Keeps RUN/README.md, which a person reads first: what the run is and how far it is."""
 
-    def __init__(self, run: Path, name: str, config: Config, index: Index, state: State) -> None:
+    def __init__(
+        self, run: Path, name: str, config: Config, index: Index, state: State, past: list[Row]
+    ) -> None:
         self.run, self.name, self.config, self.index, self.state = run, name, config, index, state
         self.first: Row | None = None  # the first evaluation
         self.last: dict[str, Row] = {}  # the last row of each kind
-        for row in read_metrics(run):
+        for row in past:
             self.note(row)
 
     def note(self, row: Row) -> None:
@@ -221,8 +290,12 @@ class Readme:
         revision = (index.source.get("hub") or {}).get("revision")
         sample = last.get("sample", {}).get("text", "").replace("\n", "\n> ")
         more = ""
+        if parts := of_parts(evaluated or {}):
+            more = (
+                f"- Validation loss of each part: {parts}; the whole weighs them by train tokens\n"
+            )
         if now["step"] < stop:
-            more = "- Not complete: the same command with `--resume` continues it\n"
+            more += "- Not complete: the same command with `--resume` continues it\n"
         if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:
             path = quote(str(checkpoint.checkpoint_path(run, flat)))
             more += f"""\
@@ -239,6 +312,8 @@ class Readme:
 
 Loss is the mean over the same {config.evaluate.num_tokens:,} validation tokens, in nats a token.
 
+![Training loss, validation loss and learning rate over tokens]({PICTURE_FILE})
+
 - Validation loss {_number(self.first, "loss")} -> {loss} at step {at}, \
 {_number(evaluated, "bits_per_byte")} bits a byte; training loss {_number(taken, "loss")}
 - Data: {index.source["name"]}{f" at {revision}" if revision else ""}, \
@@ -254,6 +329,11 @@ Files: `config.toml` (resolved), `metrics.jsonl`, `data_index.json` (of the shar
 
 > {sample}
 """
+
+
+def of_parts(row: Row) -> str:
+    """The loss of each part, if the data are a mixture."""
+    return ", ".join(f"{name} {_number(row['parts'], name)}" for name in row.get("parts", ()))
 
 
 def _number(row: Row | None, key: str) -> str:

@@ -1,10 +1,12 @@
 """The run folder: whether a run may be made there or continued, and the files beside checkpoints.
 
 RUN/README.md             what a person reads first
+RUN/curves.svg            its picture (picture.py)
 RUN/config.toml           the resolved config
 RUN/metrics.jsonl         one object a line (report.py)
 RUN/data_index.json       index.json of the shards, as they were
 RUN/r50k_base.tiktoken    the vocabulary
+RUN/tensorboard/          event files, where tensorboardX is installed (trackers.py)
 RUN/checkpoints/          weights and optimizer state (checkpoint.py)
 """
 
@@ -116,8 +118,7 @@ def check_room(run: Path, num_bytes: int, keep_last: int) -> None:
 
     The checkpoints that RUN/ has already make room for the next ones.
     """
-    folder = run / checkpoint.FOLDER
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    there = checkpoint.num_bytes(run)
     needed, free = (keep_last + 1) * num_bytes - there, shutil.disk_usage(run).free
     if free < needed:
         what = f"{free / 1e9:.2f} GB of disk are left, and checkpoints take {needed / 1e9:.2f} more"

@@ -1,11 +1,14 @@
 """All that happens before the first step: the state, the model, its weights, the run folder."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,19 +22,62 @@ from trainer import checkpoint, layouts
 from trainer.backends import compile_model, load_libraries
 from trainer.check import describe
 from trainer.checkpoint import MODEL_FILE, OPTIMIZER_FILE, State, checkpoint_path
-from trainer.config import ModelConfig
+from trainer.config import Config, ModelConfig
 from trainer.config_file import flat
 from trainer.memory import checkpoint_bytes, cut_here
 from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
-from trainer.ranks import Ranks, fill_from_first, from_first
-from trainer.report import Metrics, Readme, Report, Row, Terminal, duration, hardware, say
+from trainer.picture import Picture
+from trainer.ranks import Ranks, Shared, fill_from_first, from_first
+from trainer.report import (
+    Metrics,
+    Readme,
+    Report,
+    Row,
+    Terminal,
+    Tracker,
+    duration,
+    hardware,
+    product_flops,
+    read_metrics,
+    say,
+)
 from trainer.run import Command, check_room, knows_chat, write_files
 from trainer.schedule import Clock, first_plan
 from trainer.step import Setup
-from trainer.windows import Data, MicroBatches
+from trainer.windows import Data, MicroBatches, check_amount, open_data, with_epochs
 
 EMBEDDING = "wte.weight"
+
+
+def check(command: Command) -> None:
+    """Print the plan on rank 0. ForgeError that names all that keeps it from being trained."""
+    config, ranks, problems = command.config, Ranks.from_environment(), list[str]()
+    data, device = open_data(config, command.data), ranks.device()
+    config = with_epochs(config, data)
+
+    def show() -> None:
+        cut = cut_here(config, ranks, device)
+        is_measured = device.type == "cuda" and compute_dtype(config, device) == torch.bfloat16
+        product = product_flops(device) if is_measured else None
+        weights = command.weights_from
+        text = describe(config, command.name, data.index, cut, ranks, weights, product)
+        if ranks.is_first:
+            say(text)
+
+    def check_weights() -> None:
+        state = new_state(command, data, device)
+        if command.weights_from is not None:
+            check_source(command.weights_from, state, data.train.is_chat)
+
+    parts = show, partial(check_amount, config, data), check_weights, partial(trackers, config)
+    for part in parts:
+        try:
+            part()
+        except ForgeError as error:
+            problems.append(str(error))
+    if problems:
+        raise ForgeError("\n".join(problems))
 
 
 def new_state(command: Command, data: Data, device: torch.device) -> State:
@@ -63,7 +109,7 @@ def prepare(
             model.init_weights(config.seed)
         loaded.result()
     optimizer = Optimizer(model.to(device), config, ranks)
-    compile_model(model, config, device)
+    compile_model(model, config, device, cut.recomputes)
     size = cut.micro_batch_size
     batches = MicroBatches(data.train, config, state.step, size, ranks, device)
     return Setup(config, data, ranks, device, cut, model, optimizer, batches)
@@ -72,7 +118,7 @@ def prepare(
 def load_weights(setup: Setup, command: Command, state: State, is_new: bool) -> None:
     """Fill model and optimizer with the run's checkpoint, or with the weights of --from."""
     optimizer = setup.optimizer
-    masters, moments = optimizer.views(optimizer.masters), optimizer.state()
+    masters, moments = optimizer.masters(), optimizer.state()
     if not is_new:
         path = checkpoint_path(command.run, state.step)
         for file, tensors in ((MODEL_FILE, masters), (OPTIMIZER_FILE, moments)):
@@ -100,29 +146,27 @@ def model_to_tune(name: str, source: Path | None, data: Path, run: Path | None) 
     if index.chat is None:
         fix = "make a folder of conversations: forge-prep chat SOURCE --out DIR"
         raise ForgeError("a folder of text, not of conversations", where=data, fix=fix)
-    if found := checkpoint.find(source):
-        model = checkpoint.load_state(*found, ()).model
-    else:
-        model = layouts.read_model(source)
+    model = source_model(source)[0]
     return replace(model, vocab_size=max(model.vocab_size, index.tokenizer["vocab_size"]))
 
 
-def read_source(
-    source: Path, new: State, is_chat: bool, masters: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The weights that --from names, for the `masters` of a new run.
-
-    ForgeError unless they are of its model and vocabulary. For chat, the embedding of a text model
-    gets rows for the markers.
-    """
+def source_model(source: Path) -> tuple[ModelConfig, str, Path]:
+    """The model that --from names, its vocabulary ("" if unknown), and its folder. ForgeError."""
     if found := checkpoint.find(source):
-        state = checkpoint.load_state(*found, (MODEL_FILE,))
-        model, folder = state.model, found[0]
-        if state.vocabulary not in ("", new.vocabulary):
-            fix = "train from scratch on these shards"
-            raise ForgeError("the weights are of another vocabulary", where=source, fix=fix)
-    else:
-        (model, tensors), folder = layouts.read_folder(source), source
+        state = checkpoint.load_state(*found, ())
+        return state.model, state.vocabulary, found[0]
+    return layouts.read_model(source), "", source
+
+
+def check_source(source: Path, new: State, is_chat: bool) -> bool:
+    """ForgeError unless the weights that --from names are of `new`'s model and vocabulary.
+
+    Returns whether chat's markers are new to them.
+    """
+    model, vocabulary, folder = source_model(source)
+    if vocabulary not in ("", new.vocabulary):
+        fix = "train from scratch on these shards"
+        raise ForgeError("the weights are of another vocabulary", where=source, fix=fix)
     is_new_to_chat = is_chat and not knows_chat(folder)
     theirs, ours = model.sizes(), new.model.sizes()
     if is_new_to_chat:
@@ -130,20 +174,45 @@ def read_source(
     if differing := [f"{k}: {theirs[k]} -> {v}" for k, v in ours.items() if theirs[k] != v]:
         what = f"the weights are of another model: {', '.join(differing)}"
         raise ForgeError(what, where=source, fix="use a config with the same [model]")
-    if found:
+    return is_new_to_chat
+
+
+def read_source(
+    source: Path, new: State, is_chat: bool, masters: dict[str, Shared]
+) -> dict[str, Tensor]:
+    """The weights that --from names, for the `masters` of a new run. ForgeError as check_source().
+
+    For chat, the embedding of a text model gets rows for the markers.
+    """
+    is_new_to_chat = check_source(source, new, is_chat)
+    if found := checkpoint.find(source):
+        model = checkpoint.load_state(*found, (MODEL_FILE,)).model
         rows = torch.empty(model.vocab_size, model.embedding_size, device="meta")
         path = checkpoint_path(*found) / MODEL_FILE
         tensors = checkpoint.load_tensors(path, masters | {EMBEDDING: rows})
+    else:
+        tensors = layouts.read_folder(source)[1]
     if is_new_to_chat:
         tensors[EMBEDDING] = layouts.with_markers(tensors[EMBEDDING])
     return tensors
 
 
-def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_new: bool) -> Report:
-    """Create the run folder, or continue it. Only rank 0 has watchers."""
+def trackers(config: Config) -> list[str]:
+    """Libraries to pass rows to. ForgeError if the one that was asked for is not installed."""
+    asked, found = config.report.to, ["tensorboardX"] if find_spec("tensorboardX") else []
+    if asked and not find_spec(asked):
+        fix = f"pip install {asked}, or leave report.to out"
+        raise ForgeError(f"the package {asked} is not installed", where="report.to", fix=fix)
+    return [*found, asked] if asked else found
+
+
+def open_report(
+    setup: Setup, command: Command, state: State, clock: Clock, is_new: bool, opened: ExitStack
+) -> Report:
+    """Create the run folder, or continue it. Only rank 0 has watchers; `opened` closes them."""
     config, run, ranks, cut = setup.config, command.run, setup.ranks, setup.cut
     index, watchers = setup.data.index, list[Callable[[Row], None]]()
-    where = hardware(setup.device, ranks.world_size)
+    where, started_at = hardware(setup.device, ranks.world_size), int(time.time())
 
     def make() -> None:
         check_room(run, checkpoint_bytes(config), config.checkpoint.keep_last)
@@ -155,18 +224,27 @@ def open_report(setup: Setup, command: Command, state: State, clock: Clock, is_n
         with refusals("write the run folder", run, "or choose another --out"):
             metrics = Metrics(run, None if is_new else state.step)
             write_files(run, command.config, index, found)
-        readme = Readme(run, command.name, config, index, state)
-        watchers.extend((metrics, Terminal(config, state, clock), readme))
+        past = read_metrics(run)
+        readme = Readme(run, command.name, config, index, state, past)
+        picture = Picture(run, past, opened.enter_context(ThreadPoolExecutor(1)))
+        watchers.extend((metrics, Terminal(config, state, clock), readme, picture))
+        begun_at = past[0].get("started_at") if past else started_at
+        name = re.sub(r"[^\w.-]", "-", f"{run.resolve().name}-{begun_at}")
+        step = -1 if is_new else state.step
+        given = {"run": str(run), "name": name, "config": flat(config), "step": step}
+        for library in trackers(config):
+            tracker = Tracker(library, given)
+            opened.callback(tracker.close)
+            watchers.append(tracker)
+        opened.callback(say, "", end="")  # erases the line that renews itself
         if not is_new:
             say(f"Resuming from step {state.step}, after {duration(state.seconds)} of training.")
-        elif state.weights_from:
-            say(f"Beginning with the weights of {state.weights_from}.")
-        say(describe(config, command.name, index, cut, ranks))
+        say(describe(config, command.name, index, cut, ranks, state.weights_from))
         say(f"Save now: kill -USR1 {os.getpid()}")
 
     from_first(ranks, make)
     report = Report(watchers, config, clock)
-    process = {"process": os.getpid(), "started_at": int(time.time())}
+    process = {"process": os.getpid(), "started_at": started_at}
     here = {"world_size": ranks.world_size, "hardware": where, **asdict(cut), **process}
     report("start", state.step, **here)
     return report

@@ -66,10 +66,8 @@ def train_step(setup: Setup, lr: float, votes: Votes) -> Tensor:
     for inputs, targets in setup.batches.of_step():
         loss = model(inputs, targets)  # a sum over tokens: the optimizer divides, in float32
         loss.backward()
-        optimizer.collect()
         total += loss.detach()
         count += (targets != IGNORED).sum()
-    optimizer.reduce()
     mine = [total, count, *(torch.full_like(total, float(vote)) for vote in votes)]
     total, count, *heard = sum_over_ranks(torch.stack(mine), setup.ranks)
     loss = total / count

@@ -17,12 +17,12 @@ from trainer.backends import attention_backends
 from trainer.checkpoint import Checkpoints, State
 from trainer.config import counted
 from trainer.evaluate import sample_text, validation_loss
-from trainer.ranks import Ranks, from_first, on_all, process_group
+from trainer.ranks import Ranks, from_first, gathered, on_all, process_group
 from trainer.report import Report, duration, peak_flops, say
 from trainer.run import Command, check_machines, open_run
 from trainer.schedule import Clock, learning_rate
 from trainer.signals import Signals
-from trainer.start import load_weights, new_state, open_report, prepare
+from trainer.start import load_weights, new_state, open_report, prepare, trackers
 from trainer.step import Inbox, Setup, StepResult, Votes, train_step
 from trainer.windows import check_amount, open_data, with_epochs
 
@@ -51,6 +51,7 @@ def train(command: Command, started: float | None = None) -> None:
 
         def open_folder() -> State | None:
             check_utf8(run)
+            trackers(config)
             opened.enter_context(hold(run, "forge-train", ENDING_SECONDS))
             return open_run(command, data.index)
 
@@ -68,7 +69,7 @@ def train(command: Command, started: float | None = None) -> None:
         signals = opened.enter_context(Signals())
         if is_new and command.weights_from:
             save_source(setup, state, checkpoints)
-        report = open_report(setup, command, state, clock, is_new)
+        report = open_report(setup, command, state, clock, is_new, opened)
         with setup.batches:
             if is_new:
                 evaluate(setup, state, clock, report)
@@ -83,9 +84,7 @@ def train(command: Command, started: float | None = None) -> None:
 
 def save_source(setup: Setup, state: State, checkpoints: Checkpoints) -> None:
     """Save the weights of --from before the folder counts as a run: --resume never lacks them."""
-    optimizer = setup.optimizer
-    masters, moments = optimizer.views(optimizer.masters), optimizer.state()
-    if problem := from_first(setup.ranks, lambda: checkpoints.save(masters, moments, state)):
+    if problem := write(setup, state, checkpoints):
         what = f"the weights of --from are not saved: {problem}"
         raise ForgeError(what, where=checkpoints.run, fix="make room, or name another --out")
 
@@ -207,7 +206,7 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
     began = time.perf_counter()
     config, model, device = setup.config, setup.model, setup.device
     size = setup.cut.micro_batch_size
-    loss, bits = validation_loss(model, setup.data, config, size, setup.ranks)
+    loss, bits, parts = validation_loss(model, setup.data, config, size, setup.ranks)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     text, num_tokens = "", config.evaluate.sample_tokens
     if setup.ranks.is_first and num_tokens and state.step and math.isfinite(loss):
@@ -216,7 +215,8 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
     if state.step:  # the one before the first step compiles
         clock.evaluation = took
     figures = {"loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak}
-    report("evaluate", state.step, **figures, evaluate_seconds=took)
+    of_parts = {"parts": parts} if len(setup.data.index.parts) > 1 else {}  # of a mixture
+    report("evaluate", state.step, **figures, **of_parts, evaluate_seconds=took)
     if text:
         report("sample", state.step, text=text)
     state.validation_loss = loss if math.isfinite(loss) else None
@@ -227,20 +227,31 @@ def save(
     setup: Setup, state: State, clock: Clock, report: Report, checkpoints: Checkpoints
 ) -> str | None:
     """Save on rank 0, after comparing the weights of all ranks; returns the error, if any."""
-    began = time.perf_counter()
-    optimizer, ranks = setup.optimizer, setup.ranks
-    total = int(optimizer.masters.view(torch.int32).sum(dtype=torch.int64))
-    sums = on_all(ranks, lambda: total)
+    began, ranks = time.perf_counter(), setup.ranks
+    sums = on_all(ranks, setup.optimizer.checksum)
     if len(set(sums)) > 1:
         listed = ", ".join(f"rank {rank}: {found:x}" for rank, found in enumerate(sums))
         what = f"the weights are no longer the same on all ranks ({listed})"
         raise failure(what, state.step, "suspect a GPU or its memory", setup, checkpoints)
     state.seconds = clock.used
-    masters = optimizer.views(optimizer.masters)
-    problem = from_first(ranks, lambda: checkpoints.save(masters, optimizer.state(), state))
+    problem = write(setup, state, checkpoints)
     clock.save = time.perf_counter() - began
     if problem is None:
         report("checkpoint", state.step, save_seconds=clock.save)
     elif ranks.is_first:
         say(f"WARNING: step {state.step}: checkpoint not saved: {problem}")
     return problem
+
+
+def write(setup: Setup, state: State, checkpoints: Checkpoints) -> str | None:
+    """Write a checkpoint on rank 0, of what all ranks have; returns the error, if any."""
+    optimizer, ranks = setup.optimizer, setup.ranks
+    files = gathered(ranks, optimizer.masters(), optimizer.state())
+
+    def take() -> str | None:
+        problem = checkpoints.save(files, state) if ranks.is_first else None
+        for _ in files:  # after an error the others send the rest all the same
+            pass
+        return problem
+
+    return on_all(ranks, take)[0]

@@ -30,15 +30,17 @@ Ids = npt.NDArray[np.int64]
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (B, T) int64
 
 FEISTEL_ROUNDS = 6
-VERIFY = "run forge-prep verify on its folder"
+VERIFY = "run forge-prep verify on its folder; if it was extended, mix it again"
 
 
 class Windows:
-    """All windows of one split, by number: 0 to num_windows - 1, in the order of the shards."""
+    """All windows of one split, or of a part of it, by number, in the order of the shards."""
 
-    def __init__(self, index: Index, split: str, context_length: int) -> None:
-        self.index, self.split, self.context_length = index, split, context_length
-        self.shards, self.num_ids = index.of(split), index.tokenizer["vocab_size"]
+    def __init__(
+        self, index: Index, split: str, context_length: int, part: str | None = None
+    ) -> None:
+        self.index, self.split, self.context_length, self.part = index, split, context_length, part
+        self.shards, self.num_ids = index.of(split, part), index.tokenizer["vocab_size"]
         self.is_chat = index.chat is not None
         per_shard = [max(0, shard.num_tokens - 1) // context_length for shard in self.shards]
         self.ends = np.cumsum(per_shard, dtype=np.int64)  # windows up to and with each shard
@@ -77,7 +79,9 @@ class Windows:
         """The tokens of a shard, once its size and header are what the index says."""
         shard = self.shards[number]
         path = self.index.folder / shard.file
-        if shards.check_header(path) != shard.num_tokens:
+        if shards.check_header(path) != shard.num_tokens and (  # a mixture may use less of it
+            not shard.folder or shards.head_checksum(path) != shard.head_checksum
+        ):
             what = f"the shard does not have the {shard.num_tokens:,} tokens of the index"
             raise ForgeError(what, where=path, fix=VERIFY)
         return shards.map_shard(path, shard.num_tokens)
@@ -90,6 +94,7 @@ class Data:
     index: Index
     train: Windows
     val: Windows
+    parts: list[Windows]  # val by the folders of a mixture, as far as they have a window of it
     vocabulary: list[bytes]
 
 
@@ -108,10 +113,11 @@ def open_data(config: Config, folder: Path) -> Data:
         raise ForgeError(f"{what}and the model has {context_length:,}", where=folder, fix=fix)
     vocabulary = shards.read_vocabulary(folder / shards.VOCABULARY_FILE)
     vocabulary += [b""] * (num_ids - len(vocabulary))  # chat's markers
-    train, val = (Windows(index, split, config.model.context_length) for split in shards.SPLITS)
+    train, val = (Windows(index, split, context_length) for split in shards.SPLITS)
     train.check()
     val.check()
-    return Data(index, train, val, vocabulary)
+    parts = [Windows(index, "val", context_length, part) for part in index.parts]
+    return Data(index, train, val, [part for part in parts if part.num_windows], vocabulary)
 
 
 def with_epochs(config: Config, data: Data) -> Config:

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=2 -m tests.benchmarks.profile_step gpt2 --data DIR
 
 It runs forge-train's own step under torch.profiler and prints milliseconds a step (rank 0). With
-Muon it also times the update alone, with the matrices shared out among the ranks and without.
+Muon it also times the update of the rank's share alone.
 """
 
 import statistics
@@ -49,14 +49,15 @@ def length(intervals: Intervals) -> float:
     return sum(end - start for start, end in union(intervals))
 
 
-def muon_milliseconds(optimizer: Optimizer, ranks: Ranks) -> float:
-    """Of Muon's part of an update, as `ranks` share it."""
-    optimizer.ranks = ranks
+def muon_milliseconds(optimizer: Optimizer) -> float:
+    """Of Muon's part of an update."""
+    part = optimizer.parts["muon"]
     divisor, times = torch.ones((), device=optimizer.device), []
     for _ in range(8):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
-        optimizer.muon(0.0, divisor, divisor > 0)  # at a rate of 0: the weights stay
+        # At a rate of 0 the weights stay.
+        optimizer.muon(part.own(part.gradients), 0.0, divisor, divisor > 0)
         ended.record()
         ended.synchronize()
         times.append(began.elapsed_time(ended))
@@ -91,9 +92,8 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
                 for _ in range(steps):
                     train_step(setup, 1e-4, Votes())
                 torch.cuda.synchronize()
-        muon = []
-        if chosen.optimizer.name == "muon":
-            muon = [muon_milliseconds(setup.optimizer, by) for by in (ranks, Ranks())]
+        by_muon = chosen.optimizer.name == "muon"
+        muon = muon_milliseconds(setup.optimizer) if by_muon else 0.0
     if not ranks.is_first:
         return
     by_kind: dict[str, Intervals] = {}
@@ -121,8 +121,8 @@ def main(config: str, data: Path, settings: tuple[str, ...], steps: int, kernels
     click.echo(f"  {'exposed communication':24}{exposed / steps / 1e3:>10.2f} ms a step")
     click.echo(f"  {'idle':24}{(total - length(everything)) / steps / 1e3:>10.2f} ms a step")
     click.echo(f"  {'a step':24}{total / steps / 1e3:>10.2f} ms")
-    for what, took in zip(("shared out", "not shared"), muon, strict=False):
-        click.echo(f"  {'Muon, ' + what:24}{took:>10.2f} ms")
+    if muon:
+        click.echo(f"  {'Muon':24}{muon:>10.2f} ms")
     peak = torch.cuda.max_memory_allocated() / 2**30
     click.echo(f"  peak {peak:.2f} GiB, estimated {cut.estimated_bytes / 2**30:.2f} GiB")
 

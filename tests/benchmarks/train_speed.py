@@ -35,7 +35,7 @@ from pipeline import foreign
 from trainer import config_file
 from trainer.model import build_model
 from trainer.ranks import Ranks
-from trainer.report import read_metrics
+from trainer.report import product_flops, read_metrics
 from trainer.windows import MicroBatches, open_data
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,21 +59,6 @@ def random_shards(folder: Path) -> Path:
         generator.integers(0, 50257, count, dtype=np.uint16).tofile(folder / f"{name}.bin")
     foreign.index_folder(folder, raw=True, is_text=False)
     return folder
-
-
-def sustained_matmul(seconds: float = 1.0) -> float:
-    """FLOP/s of 8192^3 bfloat16 products, over a second: the card's limit once it is warm."""
-    size = 8192
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    out = a @ b
-    torch.cuda.synchronize()
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        for _ in range(20):
-            torch.mm(a, b, out=out)
-        torch.cuda.synchronize()
-        count += 20
-    return 2 * size**3 * count / (time.perf_counter() - started)
 
 
 class Measured(NamedTuple):
@@ -196,7 +181,7 @@ def beside_plain(
         else:
             found = forge(name, data, micro_batch, steps, arm, settings)
         first = first or found.speed
-        share = found.speed * flops / sustained_matmul()
+        share = found.speed * flops / product_flops(torch.device("cuda"))
         show(name, arm, micro_batch, found, first, f"{share:>11.1%}")
 
 
@@ -275,7 +260,7 @@ def main(
         raise click.BadParameter(f"--micro-batches has {len(sizes)}, --configs {len(configs)}")
     click.echo(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: sustained 8192^3 bfloat16 "
-        f"product {sustained_matmul() / 1e12:.0f} TFLOP/s"
+        f"product {product_flops(torch.device('cuda')) / 1e12:.0f} TFLOP/s"
     )
     click.echo(
         f"{'config':14}{'arm':24}{'windows':>8}{'tokens/s':>11}{'ratio':>7}{'peak GiB':>10}"
