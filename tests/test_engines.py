@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,11 +14,13 @@ from typing import IO, Any
 import pytest
 from benchmarks import kill_prep
 from conftest import ROOT
+from hub import Hub
 
-from pipeline import prepare, shards, sources
+from pipeline import engines, merge, prepare, shards, sources
 from pipeline.engines import Processes, Ray
 from pipeline.errors import ForgeError
-from pipeline.sources import Options
+from pipeline.slices import Job
+from pipeline.sources import Options, Slice
 
 OPTIONS = Options(val_fraction=0.1, shard_tokens=500_000)
 LIMITED = Options(val_fraction=0.1, shard_tokens=500_000, max_tokens=5_000_000)
@@ -134,6 +137,41 @@ def test_ctrl_c_leaves_a_run_on_ray_to_be_resumed(
     prepare.tokenize(source, out, OPTIONS, Processes(2))
     assert finished.items() <= made_at(out).items()
     assert kill_prep.contents(out) == kill_prep.contents(straight / "whole")
+
+
+def test_a_hub_dataset_is_made_in_parts_on_ray_and_beside_it(
+    tmp_path: Path, make_parquet, make_shards, cluster: Any
+) -> None:
+    for n in range(4):
+        texts = [f"document {n}.{row} of the dataset" for row in range(20)]
+        make_parquet(tmp_path / "hub" / "data" / f"train-{n}.parquet", texts)
+    out, name = tmp_path / "out", "somebody/corpus"
+    command = [sys.executable, "-m", "pipeline.cli", "tokenize", name, "--out", out]
+    command += ["--val-fraction", "0.2", "--shard-tokens", "1", "--workers", "1"]
+    with Hub(name, tmp_path / "hub") as hub:
+        settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        settings |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        parts = [
+            subprocess.Popen([*map(str, command), *more], cwd=ROOT, env=os.environ | settings)
+            for more in (["--part", "1/2", "--ray", cluster.address], ["--part", "2/2"])
+        ]
+        assert [process.wait() for process in parts] == [0, 0]
+    assert not list(out.rglob("*.parquet")), "downloads are removed behind a part"
+    merge.merge(out)
+    make_shards(tmp_path / "hub" / "da*" / "*.parquet", tmp_path / "local", shard_tokens=1)
+    local, made = (kill_prep.contents(folder) for folder in (tmp_path / "local", out))
+    assert len(made) > 8
+    assert {n: made[n] for n in made if n != "index.json"} == {
+        n: local[n] for n in local if n != "index.json"
+    }
+
+
+def test_a_folder_that_a_machine_does_not_have_is_named(tmp_path: Path) -> None:
+    job = Job(Slice(0, (), OPTIONS), "jsonl", tmp_path, tmp_path / "out" / ".work")
+    with pytest.raises(ForgeError, match=f"{socket.gethostname()} does not have") as caught:
+        engines._make_on_ray(job)
+    assert caught.value.where == job.work
+    assert "share" in str(caught.value.fix)
 
 
 def test_a_machine_that_is_lost_costs_only_what_it_was_making(
