@@ -7,6 +7,9 @@
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3.14 python3 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 BIN = .venv/bin
+# What is installed beside the programs: pip's extras, such as EXTRAS=dev,ray
+EXTRAS ?= dev
+READY = .venv/ready-$(EXTRAS)
 DATA = data_cache/python_docs
 RUN = runs/demo
 # Two ranks, as in the real job; one on a machine with a single GPU.
@@ -16,13 +19,13 @@ TESTS = $$($(BIN)/python -c 'import torch; print(0 if torch.cuda.is_available() 
 .PHONY: demo test check bench clean
 .DELETE_ON_ERROR:
 
-.venv/ready: pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or: make demo PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-demo: .venv/ready
+demo: $(READY)
 	@echo; echo "== 1 of 5: text that Python carries, as documents"
 	$(BIN)/python -m tests.python_docs $(DATA).jsonl
 	@echo; echo "== 2 of 5: tokenize it into shards"
@@ -40,7 +43,7 @@ demo: .venv/ready
 	@echo "      forge-export $(RUN) $(RUN)-hf"
 	@echo "      and the real job: README.md, 'A model in a day'"
 
-check: .venv/ready
+check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -51,7 +54,7 @@ test: check
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) tests/test_kernels.py tests/test_fused.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) --dist loadfile --no-loadscope-reorder
 
-bench: .venv/ready
+bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.tokenize $(if $(SOURCE),--source $(SOURCE))
 
 clean:

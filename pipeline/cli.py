@@ -1,13 +1,8 @@
 """forge-prep: the offline stage's command line. Decorators, one call each, one error handler."""
 
-import functools
-import glob
-import itertools
 import json
 import os
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ import click
 
 from pipeline.command import Count, ForgeCommand, Part, cores, counted
 from pipeline.errors import ForgeError
+from pipeline.making import A_PATH, AS_JSON, find, make, of_a_source, shown, val_fraction
 from pipeline.terminal import ProgressBar, next_commands, report
 
 # Before numpy: its BLAS, which nothing here calls, would spin with a thread a core in each process.
@@ -37,53 +33,7 @@ def main() -> None:
     """
 
 
-Command = Callable[..., Any]
-A_PATH = click.Path(path_type=Path)
 DIR = click.argument("folder", metavar="DIR", type=A_PATH)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-shown = functools.partial(click.option, show_default=True)
-
-
-OF_A_SOURCE = (
-    click.argument("source"),
-    click.option(
-        "--out",
-        type=A_PATH,
-        help="Folder for the shards.  [default: data_cache/NAME, after the config or the source]",
-    ),
-    click.option("--config", help="Config of a hub dataset, such as fineweb-edu-dedup."),
-    shown("--split", default="train", help="Split of a hub dataset."),
-    click.option("--revision", help="Branch, tag or commit of a hub dataset; it is recorded."),
-    click.option(
-        "--max-tokens",
-        type=Count(),
-        help="Stop after this many training tokens (10B, 500M). A larger number adds to a folder.",
-    ),
-    shown(
-        "--on-error",
-        default="stop",
-        type=click.Choice(["stop", "skip"]),
-        help="Stop at a damaged file, row group, line or text, or leave it out and count it.",
-    ),
-    click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]"),
-    click.option("--overwrite", is_flag=True, help="Remove forge-prep's shards there first."),
-    click.option("--keep-downloads", is_flag=True, help="Keep a hub dataset's files, downloads/."),
-    AS_JSON,
-)
-
-
-def of_a_source(command: Command) -> Command:
-    """Give a command SOURCE, and the options of all that make shards of one."""
-    for each in reversed(OF_A_SOURCE):
-        command = each(command)
-    return command
-
-
-def val_fraction(default: float, what: str) -> Callable[[Command], Command]:
-    says = f"Share of the {what} held out, by the hash of their text."
-    return shown(
-        "--val-fraction", default=default, type=click.FloatRange(0, 1, max_open=True), help=says
-    )
 
 
 @main.command()
@@ -107,6 +57,8 @@ def tokenize(source: str, split_on: str | None, **given: Any) -> None:
 
     After a stop or a kill, the same command resumes, and ends with the same bytes. When the source
     has more files, or --max-tokens is larger, it extends a finished folder.
+
+    The bytes are the same on one machine, on a Ray cluster (--ray) and in parts (--part).
 
     \b
     Examples:
@@ -176,43 +128,22 @@ def chat(source: str, context_length: int, long: str, columns: str, **given: Any
     make(source, found, options, given)
 
 
-def find(source: str, given: dict[str, Any]) -> Any:
-    """The resolved SOURCE; says which files there are not read."""
-    from pipeline.sources import resolve
+@main.command()
+@DIR
+@AS_JSON
+def merge(folder: Path, as_json: bool) -> None:
+    """Finish a folder that was made in parts.
 
-    names = ("config", "split", "revision")
-    found = resolve(source, **{name: given[name] for name in names})
-    origin = click.get_current_context().get_parameter_source
-    for name in names:
-        if not found.hub and origin(name) is not click.core.ParameterSource.DEFAULT:
-            raise click.UsageError(f"--{name} is for a hub dataset, and {source} is not one")
-    if others := found.not_read:
-        more = f" and {len(others) - 3} more" * (len(others) > 3)
-        click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
-    return found
+    When a part of tokenize --part is missing, it says which. The bytes are those of one run.
+    """
+    from pipeline.merge import merge
+    from pipeline.prepare import Outcome
 
-
-def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
-    """Make shards of a resolved SOURCE, and say what was made."""
-    from pipeline.prepare import tokenize
-
-    folder = given["out"] or Path("data_cache") / default_name(source, given["config"])
-    with ProgressBar() as bar:
-        outcome = tokenize(
-            found,
-            folder,
-            options,
-            workers=given["workers"] or cores(),
-            overwrite=given["overwrite"],
-            keep_downloads=given["keep_downloads"],
-            skip_errors=given["on_error"] == "skip",
-            on_progress=bar.update,
-        )
-    if given["as_json"]:
-        summary = {"folder": str(folder), "num_files_not_read": len(found.not_read)}
-        click.echo(json.dumps(summary | outcome.summary()))
+    outcome = Outcome(merge(folder), up_to_date=False)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder)} | outcome.summary()))
     else:
-        report(folder, outcome, options.max_tokens)
+        report(folder, outcome, None)
 
 
 @main.command()
@@ -327,19 +258,6 @@ def index(folder: Path, raw: bool) -> None:
     shard_count = counted(len(made.shards), "shard")
     click.echo(f"{train:,} train + {val:,} val tokens in {shard_count}.")
     click.echo(next_commands(folder, made))
-
-
-def default_name(source: str, config: str | None) -> str:
-    """Name of the folder in data_cache/ when --out is not given."""
-    if not config and glob.has_magic(source) and not Path(source).exists():
-        parts = Path(source).parts  # of a glob: the folder above its first wildcard
-        source = str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts)))
-    name = config or Path(source.rstrip("/")).name
-    if name in ("", ".", ".."):
-        name = Path(source).resolve().name
-    for suffix in (".gz", ".zst", ".parquet", ".jsonl", ".json", ".txt"):
-        name = name.removesuffix(suffix)
-    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "shards"
 
 
 if __name__ == "__main__":

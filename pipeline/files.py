@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,9 +11,14 @@ from pathlib import Path
 from pipeline.errors import ForgeError, refusal, refusals
 
 
+def partial_name(path: Path) -> Path:
+    """Where to write what will be `path`: no other process, on any machine, writes there."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
 def write_whole(path: Path, data: bytes, wait_for_disk: bool = True) -> None:
     """Write a file, whole or not at all; also after a power cut, if the disk is waited for."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = partial_name(path)
     try:
         with partial.open("wb") as file:
             file.write(data)

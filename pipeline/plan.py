@@ -69,6 +69,11 @@ class Plan:
                     self.num_files += 1
             self._close()
 
+    def keep(self, numbers: range) -> None:
+        """Forget all slices but those."""
+        self.slices = {number: self.slices[number] for number in numbers}
+        self.bytes = sum(each.bytes for each in self.slices.values())
+
     def _add(self, parts: list[Part]) -> None:
         full = self.options.shard_tokens * sources.BYTES_PER_TOKEN
         for part in parts:

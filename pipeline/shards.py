@@ -34,6 +34,7 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline.errors import ForgeError, refusal, refusals
+from pipeline.files import partial_name
 
 MAGIC = 20240520
 VERSION = 1
@@ -184,13 +185,13 @@ def encode_header(num_tokens: int) -> bytes:
 class ShardWriter:
     """Writes one shard: whole under its name, or not at all.
 
-    Tokens go to NAME.<pid>.partial, which commit() renames. The process id keeps a writer that
-    outlived its parent from touching the file of the one that replaced it.
+    Tokens go to NAME.<random>.partial, which commit() renames. So a writer that outlived its parent
+    never touches the file of the one that replaced it, not even from another machine.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self.partial = partial_name(path)
         self.num_tokens = 0
         self._hash = xxhash.xxh3_64()
         self._file = self.partial.open("wb")

@@ -1,4 +1,4 @@
-"""In a worker process: one slice of the source -> one train shard and one piece of val.
+"""In a worker: one slice of the source -> one train shard and one piece of val.
 
 A slice is an independent task: read, encode, write into `.work/`, then a small record there, last.
 A slice is finished when its record says that it was made of the same pieces of the same files, so
@@ -6,14 +6,11 @@ any number of kills gives the same bytes.
 """
 
 import json
-import math
-import multiprocessing
-import os
-import threading
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +22,13 @@ from pipeline import chat, chatml, files, readers, shards, tokenizer, verify
 from pipeline.chat import ChatOptions, LeftOutError
 from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
 from pipeline.readers import Batch, Reading
-from pipeline.shards import DocumentLengths, Shard, ShardWriter
+from pipeline.shards import DocumentLengths, Shard
 from pipeline.sides import Side
 from pipeline.sources import Slice
 
 Encoded = tuple[bytes, npt.NDArray[Any], int]  # text, tokens behind <|endoftext|>, text bytes
 
 MOST_LISTED = 20  # damaged places of a slice: the others are only counted
-VAL_SHARD_TOKENS = 100_000_000  # at most, about
 
 
 @dataclass(frozen=True)
@@ -75,24 +71,17 @@ class Record:
         return {key: own[key] for key in own if key not in ("made_of", "limit", "shards")}
 
 
-_encoder: tokenizer.BulkEncoder
-_done: Any  # of all workers: bytes of the source, tokens
+@cache
+def _encoder(vocabulary_file: Path) -> tokenizer.BulkEncoder:
+    """One for all slices of a process: it is quicker with words that it has met."""
+    return tokenizer.BulkEncoder(vocabulary_file)
 
 
-def start_worker(vocabulary_file: Path, done: Any) -> None:
-    global _encoder, _done
-    _encoder, _done = tokenizer.BulkEncoder(vocabulary_file), done
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+def tokenize_slice(job: Job, on_batch: Callable[[int, int], None] | None = None) -> Record:
+    """Make one slice: write its files, then its record.
 
-
-def _die_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-    os._exit(1)
-
-
-def tokenize_slice(job: Job) -> Record:
-    """Make one slice: write its files, then its record. Runs in a worker process."""
+    `on_batch` is told of the bytes of the source and the tokens of each batch of documents.
+    """
     damaged: list[str] = []
 
     def leave_out(found: DamageError) -> None:
@@ -116,9 +105,8 @@ def tokenize_slice(job: Job) -> Record:
                 is_full = write_documents(batch, sides, job, at.skipped)
             except MemoryError as error:
                 raise refusal(error, "tokenize a document", at, KEPT) from error
-            with _done.get_lock():
-                _done[0] += batch.source_bytes
-                _done[1] += train.num_tokens + val.num_tokens - before
+            if on_batch:
+                on_batch(batch.source_bytes, train.num_tokens + val.num_tokens - before)
             if is_full:
                 break
         made = (*train.commit(), *val.commit())
@@ -159,10 +147,11 @@ def write_documents(batch: Batch, sides: dict[str, Side], job: Job, skipped: Cou
     """Encode what a batch holds and write each to its side; True at job.limit train tokens."""
     threshold = int(job.slice.options.val_fraction * 2**64)
     train, val = sides["train"], sides["val"]
+    encoder = _encoder(job.work / shards.VOCABULARY_FILE)
     if options := job.slice.options.chat:
-        encoded = _encoded_conversations(batch, options, skipped)
+        encoded = _encoded_conversations(batch, options, skipped, encoder)
     else:
-        encoded = _encoded_documents(batch, skipped)
+        encoded = _encoded_documents(batch, skipped, encoder)
     # One at a time: what was just made is still in the cache when the next step takes it up.
     for text, tokens, text_bytes in encoded:
         side = val if xxhash.xxh3_64_intdigest(text) < threshold else train
@@ -172,18 +161,20 @@ def write_documents(batch: Batch, sides: dict[str, Side], job: Job, skipped: Cou
     return False
 
 
-def _encoded_documents(batch: Batch, skipped: Counter[str]) -> Iterator[Encoded]:
+def _encoded_documents(
+    batch: Batch, skipped: Counter[str], encoder: tokenizer.BulkEncoder
+) -> Iterator[Encoded]:
     documents = [text for text in batch.documents if text]
     nulls = batch.documents.count(None)
     skipped.update(null=nulls, empty=len(batch.documents) - nulls - len(documents))
-    for text, tokens in zip(documents, _encoder.encode(documents), strict=True):
+    for text, tokens in zip(documents, encoder.encode(documents), strict=True):
         yield text, tokens, len(text)
 
 
 def _encoded_conversations(
-    batch: Batch, options: ChatOptions, skipped: Counter[str]
+    batch: Batch, options: ChatOptions, skipped: Counter[str], encoder: tokenizer.BulkEncoder
 ) -> Iterator[Encoded]:
-    encode = _encoder.encode_one()
+    encode = encoder.encode_one()
     for messages in batch.documents:
         rendered = chatml.render(messages, lambda text: encode(text.encode()).tolist())
         whole = np.array(rendered, np.uint16)
@@ -201,73 +192,22 @@ def record_path(work: Path, number: int) -> Path:
     return work / f"{number:06d}.json"
 
 
+def read_record(work: Path, number: int) -> Record | None:
+    """The record of a slice that is made, with whole shards; None if there is none."""
+    try:
+        record = Record.from_json(json.loads(record_path(work, number).read_bytes()))
+        tokens = [shards.check_header(work / shard.file) for shard in record.shards]
+    except (OSError, ValueError, KeyError, TypeError, ForgeError):
+        return None
+    return record if tokens == [shard.num_tokens for shard in record.shards] else None
+
+
 def finished(work: Path, each: Slice) -> Record | None:
     """The record of a slice that an earlier run finished; None if it has to be made.
 
     It has to be when a file of it has changed since, when a shard of it is not whole, and when
     damaged places were left out of it: they may be sound by now.
     """
-    try:
-        record = Record.from_json(json.loads(record_path(work, each.number).read_bytes()))
-        tokens = [shards.check_header(work / shard.file) for shard in record.shards]
-    except (OSError, ValueError, KeyError, TypeError, ForgeError):
-        return None
-    is_same = record.made_of == each.made_of and not record.damaged
-    return record if is_same and tokens == [s.num_tokens for s in record.shards] else None
-
-
-# ---------------------------------------------------------------------------------------------
-# Once all are finished
-
-
-def join_val(
-    folder: Path,
-    kept: list[Shard],
-    kept_tokens: int,
-    made: list[Shard],
-    context_length: int | None,
-) -> tuple[Shard, ...]:
-    """Join val into few large shards in `.work/`: `kept_tokens` of the old ones, then the pieces.
-
-    Others' trainers want procs * B * T + 1 tokens in each shard, so all are about as large. Shards
-    of chat, which has a context_length, are whole windows and one more <|im_end|>.
-    """
-    last = np.array([chatml.IM_END] if context_length else [], np.uint16)
-    work = folder / shards.WORK_FOLDER
-    pieces, left = deque[tuple[Path, Shard, int]](), kept_tokens
-    for shard in kept:
-        pieces.append((folder / shard.file, shard, min(left, shard.num_tokens - len(last))))
-        left -= pieces[-1][2]
-    pieces.extend((work / shard.file, shard, shard.num_tokens - len(last)) for shard in made)
-    total = sum(num_tokens for _, _, num_tokens in pieces)
-    count = math.ceil(total / VAL_SHARD_TOKENS)
-    paths = [work / shards.shard_name("val", number) for number in range(count)]
-    position, rest = 0, np.empty(0, np.uint16)
-    for number, path in enumerate(paths, 1):
-        wanted = total * number // count  # the next document from there on ends the shard
-        wanted -= wanted % (context_length or 1)  # where a window begins, so does a conversation
-        with ShardWriter(path) as writer:
-            while len(rest) or pieces:
-                if not len(rest):
-                    path_of_piece, shard, num_tokens = pieces.popleft()
-                    rest = _checked_tokens(path_of_piece, shard)[:num_tokens]
-                stop = len(rest)
-                if number < count:
-                    stop = verify.next_document(rest, wanted - position)
-                writer.write(rest[:stop])
-                position, rest = position + stop, rest[stop:]
-                if len(rest):
-                    break
-            writer.write(last)
-            writer.commit()
-    return tuple(verify.measure(path, "val").shard for path in paths)
-
-
-def _checked_tokens(path: Path, shard: Shard) -> shards.Tokens:
-    """All tokens of a shard, read into memory; ForgeError if a byte has changed."""
-    with refusals("read a shard", path):
-        tokens = np.fromfile(path, "<u2", offset=shards.HEADER.size)
-    if xxhash.xxh3_64_hexdigest(tokens.data) != shard.checksum:
-        what = "the shard is damaged: its bytes are not those that were written"
-        raise ForgeError(what, where=path, fix="run forge-prep verify on its folder")
-    return tokens
+    record = read_record(work, each.number)
+    is_same = record and record.made_of == each.made_of and not record.damaged
+    return record if is_same else None

@@ -47,7 +47,7 @@ def report(folder: Path, outcome: Any, max_tokens: int | None) -> None:
     facts, index, skipped = outcome.summary(), outcome.index, outcome.index.skipped
     if outcome.up_to_date:
         click.echo(f"{folder} is up to date.")
-    else:
+    elif outcome.new_bytes:
         speeds = (n / 1e6 / outcome.seconds for n in (outcome.new_bytes, outcome.new_tokens))
         text = "{:.0f} MB/s of text, {:.1f} M tokens/s".format(*speeds)
         click.echo(f"Done in {outcome.seconds:.1f} s: {text}.")

@@ -16,6 +16,7 @@ import python_docs
 from click.testing import CliRunner, Result
 
 from pipeline import chatml, prepare, shards, sources, tokenizer
+from pipeline.engines import Processes
 from pipeline.sources import Options
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +77,8 @@ def make_shards() -> Callable[..., shards.Index]:
     def make(source: Path, folder: Path, workers: int = 1, **options: object) -> shards.Index:
         options = {"val_fraction": 0.2} | options
         found = sources.resolve(str(source))
-        outcome = prepare.tokenize(found, folder, Options(**options), workers=workers)  # type: ignore[arg-type]
+        engine = Processes(workers)
+        outcome = prepare.tokenize(found, folder, Options(**options), engine)  # type: ignore[arg-type]
         return outcome.index
 
     return make

@@ -17,8 +17,9 @@ from click.testing import Result
 from conftest import HOSTILE, ROOT
 from hub import COMMIT, Hub
 
-from pipeline import chat, chatml, prepare, shards, sides, slices, sources, tokenizer, verify
+from pipeline import chat, chatml, merge, prepare, shards, sides, sources, tokenizer, verify
 from pipeline.chat import ChatOptions
+from pipeline.engines import Processes
 from pipeline.errors import ForgeError
 from pipeline.sources import Options
 from trainer.windows import Windows
@@ -60,8 +61,8 @@ def make(source: Path, out: Path, workers: int = 1, **given: Any) -> shards.Inde
     skip, overwrite = given.pop("skip_errors", False), given.pop("overwrite", False)
     options = Options(**{"val_fraction": 0.2} | given, chat=how)
     found = sources.resolve(str(source), None, "train", None)
-    flags = {"workers": workers, "skip_errors": skip, "overwrite": overwrite}
-    return prepare.tokenize(found, out, options, **flags).index
+    flags = {"skip_errors": skip, "overwrite": overwrite}
+    return prepare.tokenize(found, out, options, Processes(workers), **flags).index
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -243,7 +244,7 @@ def test_val_is_joined_into_shards_of_whole_windows(
     rows = some_rows(200)
     source = write_parquet(tmp_path / "a.parquet", rows)
     one = make(source, tmp_path / "one", val_fraction=0.5)
-    monkeypatch.setattr(slices, "VAL_SHARD_TOKENS", one.total("num_tokens", "val") // 3)
+    monkeypatch.setattr(merge, "VAL_SHARD_TOKENS", one.total("num_tokens", "val") // 3)
     some = make(source, tmp_path / "some", val_fraction=0.5)
     sizes = [shard.num_tokens for shard in some.of("val")]
     assert (len(one.of("val")), len(sizes)) == (1, 3)

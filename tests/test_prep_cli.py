@@ -17,7 +17,8 @@ from click.testing import Result
 from conftest import ROOT
 
 from pipeline import command, foreign, shards, tokenizer, verify
-from pipeline.cli import default_name, next_commands
+from pipeline.cli import next_commands
+from pipeline.making import default_name
 
 
 @pytest.fixture

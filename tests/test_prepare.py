@@ -29,7 +29,8 @@ import xxhash
 from benchmarks import kill_prep
 from conftest import HOSTILE, ROOT
 
-from pipeline import foreign, prepare, readers, shards, slices, sources, tokenizer, verify
+from pipeline import foreign, merge, prepare, readers, shards, sources, tokenizer, verify
+from pipeline.engines import Processes
 from pipeline.errors import ForgeError
 from pipeline.plan import Plan
 from pipeline.sources import Options
@@ -53,7 +54,7 @@ def folder_of_text(tmp_path_factory: pytest.TempPathFactory, documents, make_par
 def tokenize(
     source: Path, out: Path, options: Options, workers: int = 1, **more: Any
 ) -> prepare.Outcome:
-    return prepare.tokenize(sources.resolve(str(source)), out, options, workers=workers, **more)
+    return prepare.tokenize(sources.resolve(str(source)), out, options, Processes(workers), **more)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -162,7 +163,7 @@ def all_but_the_index(source: Path, out: Path, **options: object) -> dict[str, i
     """Make `out` as if the last moment had been missing; when each train shard was made."""
     chosen = Options(**{"val_fraction": 0.2} | options)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare._Run, "index", None)
+        patch.setattr(merge, "make_index", None)
         with pytest.raises(TypeError, match="not callable"):
             tokenize(source, out, chosen)
     return {p.name: p.stat().st_mtime_ns for p in out.glob(".work/train_*.bin")}
@@ -233,7 +234,7 @@ def test_max_tokens_counts_no_finished_slice_behind_a_missing_one(
         assert next(reports) < 200
 
     options = Options(val_fraction=0.2, max_tokens=10_000)
-    prepare.tokenize(source, out, options, workers=1, on_progress=be_quick)
+    prepare.tokenize(source, out, options, Processes(1), on_progress=be_quick)
     make_shards(tmp_path / "in", tmp_path / "straight", max_tokens=10_000)
     assert contents(out) == contents(tmp_path / "straight")
 
@@ -717,7 +718,7 @@ def test_val_is_few_shards_of_one_size_cut_between_documents(
     one = make_shards(tmp_path / "a.parquet", tmp_path / "one", val_fraction=0.5)
     assert len(one.of("train")) > 3
     assert len(one.of("val")) == 1
-    monkeypatch.setattr(slices, "VAL_SHARD_TOKENS", one.total("num_tokens", "val") // 3)
+    monkeypatch.setattr(merge, "VAL_SHARD_TOKENS", one.total("num_tokens", "val") // 3)
     some = make_shards(tmp_path / "a.parquet", tmp_path / "some", val_fraction=0.5)
     sizes = [shard.num_tokens for shard in some.of("val")]
     assert len(sizes) == 4
@@ -845,7 +846,7 @@ def test_overwrite_resumes_after_a_kill(tmp_path: Path, folder_of_text: Path, ma
     for run in range(3):
         with pytest.MonkeyPatch.context() as patch:
             if run < 2:
-                patch.setattr(prepare._Run, "index", None)
+                patch.setattr(merge, "make_index", None)
             with pytest.raises(TypeError) if run < 2 else contextlib.nullcontext():
                 options = Options(val_fraction=0.2)
                 tokenize(folder_of_text, out, options, overwrite=True)
@@ -860,12 +861,12 @@ def test_a_finished_folder_whose_shard_is_damaged_is_not_up_to_date(finished: Pa
     shard.write_bytes(shard.read_bytes()[:-2])
     source = sources.resolve(str(finished.parent / "a.parquet"))
     with pytest.raises(ForgeError, match="shorter than its header says") as caught:
-        prepare.tokenize(source, finished, Options(val_fraction=0.2), workers=1)
+        prepare.tokenize(source, finished, Options(val_fraction=0.2), Processes(1))
     assert "--overwrite" in str(caught.value.fix)
     shutil.copy(finished.parent / "a.parquet", finished.parent / "b.parquet")
     source = sources.resolve(str(finished.parent))
     with pytest.raises(ForgeError, match="shorter than its header says"):  # nor is it extended
-        prepare.tokenize(source, finished, Options(val_fraction=0.2), workers=1)
+        prepare.tokenize(source, finished, Options(val_fraction=0.2), Processes(1))
 
 
 def test_an_edit_between_two_runs_is_noticed_whatever_its_size(
@@ -889,13 +890,13 @@ def test_a_file_that_is_replaced_during_the_run_is_an_error(tmp_path: Path, make
     make_parquet(path, ["another", "text"], column="body")
     os.utime(path, ns=(1, 1))
     with pytest.raises(ForgeError, match=r"has changed since this run began|no column"):
-        prepare.tokenize(found, tmp_path / "out", Options(), workers=1)
+        prepare.tokenize(found, tmp_path / "out", Options(), Processes(1))
     make_parquet(path, ["a", "c"])
     os.utime(path, ns=(1, 1))
     out = tmp_path / "out"
     for skips in (False, True):
         with pytest.raises(ForgeError, match="has changed since this run began"):
-            prepare.tokenize(found, out, Options(), workers=1, skip_errors=skips)
+            prepare.tokenize(found, out, Options(), Processes(1), skip_errors=skips)
 
 
 def test_an_out_that_cannot_be_written_is_an_error(

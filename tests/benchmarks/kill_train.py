@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import prepare, sources
+from pipeline.engines import Processes
 from pipeline.sources import Options
 from tests import python_docs
 from trainer import checkpoint
@@ -149,7 +150,7 @@ def make_data(folder: Path) -> Path:
     text = folder / "docs.jsonl"
     python_docs.write(text)
     source = sources.resolve(str(text))
-    prepare.tokenize(source, folder / "shards", Options(val_fraction=0.2), workers=1)
+    prepare.tokenize(source, folder / "shards", Options(val_fraction=0.2), Processes(1))
     return folder / "shards"
 
 

@@ -37,13 +37,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import readers, shards, slices, sources, tokenizer
+from pipeline import engines, readers, shards, slices, sources, tokenizer
 from tests.benchmarks import tokenize
 
 PROGRAM = """
-from pipeline import cli, slices
+from pipeline import cli, engines
 from tests.benchmarks import scale_tokenize
-slices.start_worker = scale_tokenize.start_watched_worker
+engines._start_worker = scale_tokenize.start_watched_worker
 cli.main()
 """
 NOTES = "FORGE_BENCHMARK_NOTES"  # the folder that workers leave their notes in
@@ -59,7 +59,7 @@ DISK_BYTES = 128 * 2**20  # a process
 
 def start_watched_worker(*arguments: Any) -> None:
     """prepare.py's own start of a worker; then a clock around each part of its work."""
-    slices.start_worker(*arguments)
+    engines._start_worker(*arguments)
     spent: Counter[str] = Counter()
 
     def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,7 +101,7 @@ def start_watched_worker(*arguments: Any) -> None:
         return make
 
     slices.write_documents = clocked("documents", slices.write_documents)
-    slices.tokenize_slice = noted(slices.tokenize_slice)
+    engines.tokenize_slice = noted(engines.tokenize_slice)
     readers.read_documents = clocked_batches(readers.read_documents)
     encode = tokenizer.BulkEncoder.encode  # lazy; the clock needs it done
     tokenizer.BulkEncoder.encode = lambda *arguments: list(encode(*arguments))  # type: ignore[assignment]

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import itertools
 import math
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -84,9 +83,7 @@ class TiktokenEncoder:
 
 def run_with_tiktoken(source: sources.Source, folder: Path) -> int:
     """One slice through prepare's own worker code, in this process."""
-    context = multiprocessing.get_context("spawn")
-    slices._encoder = TiktokenEncoder()  # type: ignore[assignment]
-    slices._done = context.Array("q", 2)
+    slices._encoder = lambda path: TiktokenEncoder()  # type: ignore[assignment,return-value]
     first = planned(source, round(TIKTOKEN_BYTES / sources.BYTES_PER_TOKEN)).slices[0]
     folder.mkdir(parents=True, exist_ok=True)
     made = slices.tokenize_slice(Job(first, source.kind, source.root, folder))
