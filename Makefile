@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@echo; echo "== 1 of 5: text that Python carries, as documents"
-	$(BIN)/forge-prep python-docs $(DATA).jsonl
+	$(BIN)/python -m tests.python_docs $(DATA).jsonl
 	@echo; echo "== 2 of 5: tokenize it into shards"
 	$(BIN)/forge-prep tokenize $(DATA).jsonl --out $(DATA) --val-fraction 0.1 --overwrite
 	@echo; echo "== 3 of 5: look at them"

@@ -5,9 +5,7 @@ A window has exactly context_length tokens. It holds whole conversations, each o
 one of REASONS.
 """
 
-import re
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +39,7 @@ REASONS = {
 }
 COUNTS = ("num_turns", "num_trained_tokens", "num_padding_tokens")
 MIN_CONTEXT_LENGTH = 16
+EOT = np.array([chatml.EOT_TOKEN], np.uint16)
 NAME_COLUMNS = (
     "name the column of the messages, or those of prompt and answer: "
     "--columns dialog, --columns question,response"
@@ -92,19 +91,6 @@ def find_columns(names: Iterable[str], wanted: tuple[str, ...], where: object) -
     raise ForgeError(what, where=where, fix=NAME_COLUMNS)
 
 
-def columns_of(schema: Any, options: ChatOptions, where: object) -> tuple[str, ...]:
-    """The layout of a parquet file, by its Arrow schema. ForgeError if none fits."""
-    columns = find_columns(schema.names, options.columns, where)
-    wanted, says = r"(large_)?list<.*|null", "lists of messages"
-    if len(columns) > 1:
-        wanted, says = r"(large_)?string(_view)?|null", "strings"
-    for name in columns:
-        if not re.fullmatch(wanted, kind := str(schema.field(name).type)):
-            what = f"column {name!r} holds {kind}, not {says}"
-            raise ForgeError(what, where=where, fix=NAME_COLUMNS)
-    return columns
-
-
 def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
     """The messages of a row, trimmed, with roles of chatml.ROLES.
 
@@ -135,57 +121,35 @@ def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
 def _read_message(raw: Any) -> dict[str, str]:
     if not isinstance(raw, dict):
         raise LeftOutError("malformed")
-    for role_key, content_key in (("role", "content"), ("from", "value")):
-        if role_key in raw and content_key in raw:
-            break
-    else:
-        raise LeftOutError("malformed")
-    role, content = raw[role_key], raw[content_key]
+    role: Any = None
+    content: Any = None
+    if "role" in raw and "content" in raw:
+        role, content = raw["role"], raw["content"]
+    elif "from" in raw and "value" in raw:
+        role, content = raw["from"], raw["value"]
     if not isinstance(role, str):
         raise LeftOutError("malformed")
     if role not in NAMES_OF_ROLES:
         raise LeftOutError("unknown_role")
-    if not isinstance(content, str) or not is_unicode(content):
-        raise LeftOutError("not_text")
-    return {"role": NAMES_OF_ROLES[role], "content": content.strip()}
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written in UTF-8: JSON can escape half a character."""
     try:
-        text.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
-
-
-def encode(messages: Messages, encode_text: Callable[[str], Iterable[int]]) -> Tokens:
-    """The tokens of a conversation: <|endoftext|>, then its turns."""
-    return np.array(chatml.render(messages, encode_text), np.uint16)
+        content.encode()
+    except (AttributeError, UnicodeEncodeError):  # JSON can escape half a character
+        raise LeftOutError("not_text") from None
+    return {"role": NAMES_OF_ROLES[role], "content": content.strip()}
 
 
 def fit(tokens: Tokens, options: ChatOptions) -> Tokens:
     """A conversation that fits into a window: all of it, or with `long` "cut" its beginning.
 
-    Raises LeftOutError if it is left out.
+    It is cut behind the last end of an assistant's turn that fits. Raises LeftOutError if it is
+    left out.
     """
     if len(tokens) <= options.context_length:
         return tokens
-    if options.long == "leave":
-        raise LeftOutError("too_long")
-    return cut(tokens, options.context_length)
-
-
-def cut(tokens: Tokens, context_length: int) -> Tokens:
-    """The beginning of a conversation, up to the last end of an assistant's turn that fits.
-
-    Raises LeftOutError if there is none.
-    """
-    size_of_end = 1 + len(chatml.NEWLINE)
     is_end = chatml.trained(tokens) & (tokens == chatml.IM_END)
-    stops = np.flatnonzero(is_end) + size_of_end
-    stops = stops[stops <= context_length]
-    if not len(stops):
+    stops = np.flatnonzero(is_end) + 1 + len(chatml.NEWLINE)
+    stops = stops[stops <= options.context_length]
+    if options.long == "leave" or not len(stops):
         raise LeftOutError("too_long")
     return tokens[: stops[-1]]
 
@@ -194,38 +158,44 @@ def pack(lengths: Sequence[int], context_length: int) -> list[list[int]]:
     """Which conversations share a window: best fit, longest first.
 
     Each goes into the window that has the least room left, but enough. Both windows and what they
-    hold come in the order of the source. No length may be over context_length. O(n log n).
+    hold come in the order of the source. No length may be over context_length.
 
     Source: Johnson 1973, "Near-optimal bin packing algorithms"; for language models Ding et al.
     2024, arXiv:2404.10830.
     """
     windows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(context_length + 1)]  # windows, by tokens left
-    rooms: list[int] = []  # in order: those that a window has
+    has_room = bytearray(context_length + 1)  # whether there is such a window
     for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        place = bisect_left(rooms, lengths[number])
-        if place < len(rooms):
-            room = rooms[place]
-            window = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[place]
-        else:
-            room, window = context_length, len(windows)
+        room = has_room.find(True, lengths[number])
+        if room < 0:
+            room = context_length
+            by_room[room].append(len(windows))
             windows.append([])
+        window = by_room[room].pop()
+        has_room[room] = bool(by_room[room])
         windows[window].append(number)
         left = room - lengths[number]
-        if not by_room[left]:
-            insort(rooms, left)
         by_room[left].append(window)
+        has_room[left] = True
     return sorted(sorted(window) for window in windows)
 
 
+def join(documents: Iterable[npt.NDArray[Any]]) -> Tokens:
+    """Some documents as one array, each behind <|endoftext|>."""
+    pieces = [piece for tokens in documents for piece in (EOT, tokens)]
+    return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
+
+
 def lay_out(conversations: Sequence[Tokens], context_length: int) -> Tokens:
-    """Windows of packed conversations: (num_windows, context_length)."""
-    packed = pack([len(tokens) for tokens in conversations], context_length)
+    """Windows of packed conversations, which come without <|endoftext|>, and padding.
+
+    (num_windows, context_length).
+    """
+    packed = pack([1 + len(tokens) for tokens in conversations], context_length)
     windows = np.full((len(packed), context_length), chatml.IM_END, np.uint16)
     for window, numbers in zip(windows, packed, strict=True):
-        together = np.concatenate([conversations[number] for number in numbers])
+        together = join([conversations[number] for number in numbers])
         window[: len(together)] = together
     return windows
 
@@ -239,7 +209,5 @@ def count(windows: Tokens) -> dict[str, int]:
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """The sums over some of count()'s results."""
-    sums = dict.fromkeys(COUNTS, 0)
-    for row in counts:
-        sums = {name: sums[name] + row[name] for name in COUNTS}
-    return sums
+    rows = list(counts)
+    return {name: sum(row[name] for row in rows) for name in COUNTS}

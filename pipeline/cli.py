@@ -260,19 +260,5 @@ def index(folder: Path, raw: bool) -> None:
     click.echo(next_commands(folder, made))
 
 
-@main.command("python-docs")
-@click.argument("file", type=A_PATH)
-def python_docs(file: Path) -> None:
-    """Write Python's own documentation to FILE, to try things.
-
-    1.4 MB and more of JSON Lines, without a download.
-    """
-    from pipeline import pydocs
-
-    click.echo(
-        f"{counted(pydocs.write(file), 'document')}, {file.stat().st_size / 1e6:.1f} MB: {file}"
-    )
-
-
 if __name__ == "__main__":
     main()

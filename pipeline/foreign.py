@@ -26,11 +26,8 @@ NOT_TRAINING = "(?<![a-z])(test|eval|dev|heldout|holdout)[a-z]*(?![a-z])"
 VALIDATION = "(?<![a-z])val(id(ation)?)?(?![a-z])"
 
 
-def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
-    """Make the index of a folder of other people's token files; ForgeError if they are not.
-
-    Random tokens, as a benchmark has them, are no text, and are not checked to be.
-    """
+def index_folder(folder: Path, raw: bool) -> Index:
+    """Make the index of a folder of other people's token files; ForgeError if they are not."""
     if not folder.is_dir():
         raise ForgeError("no such folder", where=folder, fix="check the path")
     with files.hold(folder, "forge-prep"), refusals("write", folder):
@@ -48,7 +45,7 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
         source["kind"] = RAW_KIND if raw else THEIR_KIND
         work = verify.begin(folder, {"source": source, "tokenizer": tokenizer.describe()})
         try:
-            made = list(convert(folder, work, is_text) if raw else describe(found, is_text))
+            made = list(convert(folder, work) if raw else describe(found))
             files.write_whole(work / shards.VOCABULARY_FILE, tokenizer.vocabulary())
             lengths = {split: DocumentLengths() for split in shards.SPLITS}
             for shard, documents in made:
@@ -67,7 +64,7 @@ def index_folder(folder: Path, raw: bool, is_text: bool = True) -> Index:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, DocumentLengths]]:
+def describe(paths: list[Path]) -> Iterator[tuple[shards.Shard, DocumentLengths]]:
     """Shards with a header, as the index lists them."""
     used = [path for path in paths if not re.search(NOT_TRAINING, path.stem.lower())]
     if not used:
@@ -82,7 +79,7 @@ def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, D
             fix = "restore the file; nanoGPT's train.bin and val.bin, without header, need --raw"
             raise ForgeError(error.what, where=path, fix=fix) from error
         tokens = shards.map_shard(path, num_tokens)
-        check_tokens(tokens, path, is_text)
+        check_tokens(tokens, path)
         if verify.next_document(tokens, 0) == len(tokens):
             what = "no <|endoftext|> in the whole file: it has no documents"
             raise ForgeError(what, where=path, fix=THEIRS)
@@ -90,11 +87,9 @@ def describe(paths: list[Path], is_text: bool) -> Iterator[tuple[shards.Shard, D
         yield verify.measure(path, split)[:2]
 
 
-def convert(
-    folder: Path, work: Path, is_text: bool
-) -> Iterator[tuple[shards.Shard, DocumentLengths]]:
+def convert(folder: Path, work: Path) -> Iterator[tuple[shards.Shard, DocumentLengths]]:
     """Copy nanoGPT's train.bin and val.bin into shards of whole documents."""
-    raw = {split: read_raw(folder / f"{split}.bin", is_text) for split in shards.SPLITS}
+    raw = {split: read_raw(folder / f"{split}.bin") for split in shards.SPLITS}
     if there := next((p for p in folder.iterdir() if shards.SHARD_NAME.fullmatch(p.name)), None):
         what = "a shard is there already, and is not replaced"
         raise ForgeError(what, where=there, fix="move it elsewhere")
@@ -117,7 +112,7 @@ def convert(
             start, number = len(tokens) if is_last else stop + 1, number + 1
 
 
-def read_raw(path: Path, is_text: bool) -> Tokens:
+def read_raw(path: Path) -> Tokens:
     """The tokens of a headerless file, mapped and checked."""
     if not path.exists() or path.stat().st_size == 0:
         fix = "--raw needs train.bin and val.bin; shards with a header need no --raw"
@@ -129,14 +124,14 @@ def read_raw(path: Path, is_text: bool) -> Tokens:
     if tokens[:2].tobytes() == shards.encode_header(0)[:4]:
         what = "the file has a header: it is a shard already"
         raise ForgeError(what, where=path, fix="leave --raw out")
-    check_tokens(tokens, path, is_text)
+    check_tokens(tokens, path)
     return tokens
 
 
-def check_tokens(tokens: Tokens, path: Path, is_text: bool) -> None:
+def check_tokens(tokens: Tokens, path: Path) -> None:
     """ForgeError unless all tokens are in GPT-2's vocabulary, and some samples are its text."""
     ends = (0, len(tokens) // 2, max(0, len(tokens) - SAMPLE_TOKENS))
-    samples = [np.array(tokens[n : n + SAMPLE_TOKENS]) for n in ends if is_text]
+    samples = [np.array(tokens[n : n + SAMPLE_TOKENS]) for n in ends]
     for sample in samples:
         if len(sample) > 8 and max((sample[n::2] == 0).mean() for n in (0, 1)) > 0.9:
             what = "every second token is 0: tokens of four or eight bytes, not of two"

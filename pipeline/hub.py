@@ -18,10 +18,11 @@ def resolve_hub(
     """
     import datasets
     from datasets.utils.logging import disable_progress_bar
-    from huggingface_hub import HfFileSystem
+    from huggingface_hub import HfApi, HfFileSystem
 
     disable_progress_bar()
     try:
+        HfApi().dataset_info(name, revision=revision)  # fails at once, the next line after 23 s
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         by_split = {str(key): files for key, files in (builder.config.data_files or {}).items()}
     except Exception as error:  # the library raises a dozen unrelated types, network's included
@@ -34,9 +35,6 @@ def resolve_hub(
         raise ForgeError(what, where=name, fix="name one of them with --split")
     hub = HfFileSystem()
     paths = [str(path) for path in by_split[split]]
-    if any(not path.startswith("hf://") for path in paths):
-        what, fix = "the dataset's files do not lie on the hub", "download them; give their folder"
-        raise ForgeError(what, where=name, fix=fix)
     with on_the_hub(name):
         infos = {path: hub.info(path) for path in paths}
         parsed: list[Any] = [hub.resolve_path(path) for path in paths]

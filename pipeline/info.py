@@ -1,6 +1,5 @@
 """What a person wants to know about a folder of shards before spending a day on it."""
 
-import math
 import tomllib
 from importlib.resources import files
 from typing import Any
@@ -11,8 +10,6 @@ from pipeline import chat, chatml, mix, shards, tokenizer
 from pipeline.command import counted
 from pipeline.errors import ForgeError
 from pipeline.shards import DocumentLengths, Index, Shard
-
-BAR_WIDTH = 40
 
 
 def summarize(index: Index) -> dict[str, Any]:
@@ -113,10 +110,10 @@ def render(index: Index) -> str:
             f"{str(row['bytes_per_token'] or '-')[:5]:>13}{row['num_shards']:>8,}"
             f"   {row['shard_tokens_min']:,} to {row['shard_tokens_max']:,}"
         )
-    if (lengths := index.document_tokens["train"]).histogram:
+    if index.document_tokens["train"].histogram:
         figures = facts["splits"]["train"]["document_tokens"]
         described = ", ".join(f"{name} {value:,}" for name, value in figures.items())
-        lines += ["", f"document length in tokens (train): {described}", *histogram(lengths)]
+        lines += ["", f"document length in tokens (train): {described}"]
     if facts["epochs"] and facts["splits"]["train"]["num_tokens"]:
         lines += ["", "epochs that each config's budget makes of the train split:"]
         for name, row in facts["epochs"].items():
@@ -163,19 +160,6 @@ def marked(conversation: np.ndarray) -> bytes:
         mark = b"> " if mask[start] else b"  "
         lines += [mark + line for line in b"".join(pieces).strip(b"\n").split(b"\n")]
     return b"\n".join(lines).rstrip()
-
-
-def histogram(lengths: DocumentLengths) -> list[str]:
-    """One line an octave of document length: range, count, bar."""
-    octaves: dict[int, int] = {}
-    for k, count in enumerate(lengths.histogram):
-        octaves[k // 4] = octaves.get(k // 4, 0) + count
-    used = [k for k, count in octaves.items() if count]
-    lines = []
-    for k in range(min(used, default=0), max(used, default=-1) + 1):
-        bar = "#" * math.ceil(BAR_WIDTH * octaves[k] / max(octaves.values()))
-        lines.append(f"  {2**k:>9,} to {2 ** (k + 1) - 1:>9,} {octaves[k]:>11,}  {bar}".rstrip())
-    return lines
 
 
 def find_document(index: Index, split: str, number: int) -> tuple[Shard, int, np.ndarray]:

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 
-from pipeline import chat, sources
+from pipeline import sources
 from pipeline.errors import DamageError, refusals
 from pipeline.hub import open_on_hub
 from pipeline.readers import (
     OnDamage,
-    check_column,
     check_score,
     columns_bytes,
     damage,
+    find_columns,
     score_column,
 )
 from pipeline.sources import Options, Part, Slice, Source, SourceFile
@@ -112,11 +112,7 @@ def row_groups(source: Source, file: SourceFile, options: Options) -> list[Part]
     with refusals("read a source file", where), in_whole, opened as readable:
         metadata = pq.read_metadata(readable)
     schema = metadata.schema.to_arrow_schema()
-    if options.chat:
-        wanted = chat.columns_of(schema, options.chat, where)
-    else:
-        check_column(schema, options.text_column, where)
-        wanted = (options.text_column,)
+    wanted = find_columns(schema, options, where)
     columns = {metadata.schema.column(c).path: c for c in range(metadata.num_columns)}
     if options.min_score is not None:
         score = score_column(list(columns), where)

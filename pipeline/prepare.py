@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -90,7 +90,6 @@ def tokenize(
         place = folder if keep_downloads else folder / WORK_FOLDER
         run = _Run(source, folder, options, engine, index, skip_errors, place)
         run.cut()  # before anything is removed: damage and a wrong column show here
-        run.check_room([path for path in folder.glob("*.bin") if overwrite])
         engine.connect()
         if overwrite:
             verify.clear(folder)
@@ -126,7 +125,6 @@ def tokenize_part(
         place = folder if keep_downloads else own
         run = _Run(source, folder, options, engine, None, skip_errors, place)
         plan = _describe(source, options) | {"num_slices": run.cut_part(part)}
-        run.check_room()
         engine.connect()
         merge.begin_part(folder, part, plan)
         run.run(on_progress)
@@ -218,23 +216,6 @@ class _Run:
                 self.records[number] = record
                 self.engine.done[0] += each.bytes
                 self.engine.done[1] += record.num_train_tokens + record.num_val_tokens
-
-    def check_room(self, freed: Sequence[Path] = ()) -> None:
-        """Refuse a run that cannot end well: too little room for its shards, once `freed` are gone.
-
-        Only parquet's metadata say how much text there is.
-        """
-        if self.source.kind != "parquet" or self.options.min_score is not None:
-            return
-        new = (each for number, each in self.plan.slices.items() if number not in self.records)
-        found = sum(record.num_train_tokens for record in self.records.values())
-        left = min(sum(each.bytes for each in new) / BYTES_PER_TOKEN, self.tokens_left() - found)
-        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in freed)
-        needed = left * shards.TOKEN_BYTES
-        if free < 0.8 * needed:  # the estimate is rough
-            what = f"too little room: about {needed / 1e9:.1f} GB of shards, "
-            fix = "make room, choose another --out, or take less with --max-tokens"
-            raise ForgeError(what + f"{free / 1e9:.1f} GB free", where=self.folder, fix=fix)
 
     def run(self, on_progress: Callable[[Progress], None]) -> None:
         """Make slices until all that are needed are settled."""

@@ -1,9 +1,8 @@
-"""Reads the text of a parquet, JSON Lines (.gz, .zst) or .txt file, as batches of documents.
+"""Reads the documents of a parquet, JSON Lines (.gz, .zst) or .txt file: texts or conversations.
 
-Damage (a bad line, text, row group or file) goes to `on_damage`, which raises it or leaves it out.
+Damage (a bad line, row, row group or file) goes to `on_damage`, which raises it or leaves it out.
 """
 
-import gzip
 import io
 import json
 import math
@@ -14,27 +13,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import zstandard
+from zstandard import ZstdError
 
+from pipeline import chat
 from pipeline.errors import KEPT, DamageError, ForgeError, refusals
+from pipeline.lines import cut_lines, lines_of
 from pipeline.sources import Options, Part
-from pipeline.tokenizer import EOT_TEXT
 
 BATCH_BYTES = 8 * 2**20
 BATCH_ROWS = 1024
-ARCHIVE_BYTES = 2**14  # read at a time
 BOM = "\ufeff".encode()
 # Where a document's educational score may stand, in order of preference.
 SCORE_COLUMNS = ("metadata.int_score", "metadata.score", "int_score", "score")
 NO_SCORES = "leave out --min-score, or take a source with scores"
+NAME_COLUMN = "name the column of the text with --text-column"
 REPAIR = "restore the file and run the same command again, or leave it out with --on-error skip"
-SKIP = "or leave it out with --on-error skip"
 
+Document = Any  # a text in UTF-8, which may be None, or a conversation: chat.Messages
 OnDamage = Callable[[DamageError], None]
 
 
@@ -50,7 +50,7 @@ class Reading:
     path: Path
     options: Options
     on_damage: OnDamage = stop
-    skipped: Counter[str] = field(default_factory=Counter)  # low_score
+    skipped: Counter[str] = field(default_factory=Counter)  # low_score, or one of chat.REASONS
     unit: str = ""  # line, row group or document
     number: int = 0
 
@@ -66,22 +66,21 @@ class Reading:
 
 
 class Batch(NamedTuple):
-    """Some texts in UTF-8, null (None) and empty ones too, and the source bytes read for them."""
+    """Some documents, null and empty ones too, and the source bytes read for them."""
 
-    texts: list[bytes | None]
+    documents: list[Document]
     source_bytes: int
 
 
-def read_texts(kind: str, at: Reading, part: Part) -> Iterator[Batch]:
-    """Stream the text of one part. Raises ForgeError, naming the place, for all that fails."""
+def read_documents(kind: str, at: Reading, part: Part) -> Iterator[Batch]:
+    """Stream the documents of one part. Raises ForgeError, naming the place, for all that fails."""
     with at.leaves_out(), refusals("read a source file", at, KEPT):
         if kind == "parquet":
             yield from read_parquet(at, part)
-        else:
-            with at.path.open("rb") as raw:
-                yield from batches(
-                    read_jsonl(raw, at) if kind == "jsonl" else read_txt(raw, at), raw
-                )
+            return
+        read = read_jsonl if kind == "jsonl" else read_txt
+        with at.path.open("rb") as raw:
+            yield from batches(read(raw, at), raw)
 
 
 @contextmanager
@@ -89,7 +88,7 @@ def damage(what: str, where: object) -> Iterator[None]:
     """Make a DamageError of what a parser says of its input; the machine's errors pass."""
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+    except (pa.ArrowException, OSError, EOFError, zlib.error, ZstdError) as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
             raise  # the machine said it, not a parser
         if re.search(r"not enough memory|allocat|\bError -4\b", str(error), re.IGNORECASE):
@@ -98,64 +97,77 @@ def damage(what: str, where: object) -> Iterator[None]:
         raise DamageError(f"{what}: {reason}", where=str(where), fix=REPAIR) from error
 
 
+def conversations(
+    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], at: Reading
+) -> Iterator[chat.Messages]:
+    """The rows that are conversations to train on; the others are counted by their reason."""
+    for row in rows:
+        try:
+            yield chat.read_messages(row, columns)
+        except chat.LeftOutError as left_out:
+            at.skipped[left_out.reason] += 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Parquet
+
+
 def read_parquet(at: Reading, part: Part) -> Iterator[Batch]:
     with damage("not a whole parquet file", at):
         file = pq.ParquetFile(at.path, memory_map=True, page_checksum_verification=True)
-    columns, kept = [at.options.text_column], None
+    columns = find_columns(file.schema_arrow, at.options, at)
+    score, kept = [], None
     if at.options.min_score is not None:
         names = [file.metadata.schema.column(c).path for c in range(file.metadata.num_columns)]
-        columns.append(column := score_column(names, at))
-        is_flat = column in file.schema_arrow.names
-        kept = pc.field(column if is_flat else tuple(column.split("."))) >= at.options.min_score
+        score = [score_column(names, at)]
+        is_flat = score[0] in file.schema_arrow.names
+        path = score[0] if is_flat else tuple(score[0].split("."))
+        kept = pc.field(path) >= at.options.min_score
     at.unit = "row group"
     with file:
         for at.number in range(part.start, part.stop):
             with at.leaves_out(), damage("damaged row group", at):
-                yield from read_row_group(file, at, columns, kept)
+                yield from read_row_group(file, at, columns, score, kept)
 
 
 def read_row_group(
-    file: pq.ParquetFile, at: Reading, columns: list[str], kept: Any
+    file: pq.ParquetFile, at: Reading, columns: tuple[str, ...], score: list[str], kept: Any
 ) -> Iterator[Batch]:
-    num_rows = batch_rows(file.metadata.row_group(at.number), columns[:1])
-    groups, first = [at.number], 0
-    for batch in file.iter_batches(num_rows, row_groups=groups, columns=columns, use_threads=False):
-        texts = batch.column(columns[0]).cast(pa.large_string())
-        bad = invalid_texts(texts, at, first)
-        size, num_read, first = texts.nbytes, len(texts) - len(bad), first + len(texts)
-        if bad:
-            batch = batch.filter(pa.array([n not in bad for n in range(len(texts))]))
-        if kept is not None:
-            batch = batch.filter(kept)
-        if len(batch) < len(texts):
-            texts = batch.column(columns[0]).cast(pa.large_string())
-        at.skipped["low_score"] += num_read - len(batch)
-        yield Batch(texts.cast(pa.large_binary()).to_pylist(), size)
+    group, first = file.metadata.row_group(at.number), 0
+    size = columns_bytes(group, columns)
+    # Rows that hold some BATCH_BYTES: books are long.
+    num_rows = max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / max(1, size))))
+    wanted: Any = {"row_groups": [at.number], "columns": [*columns, *score], "use_threads": False}
+    for batch in file.iter_batches(num_rows, **wanted):
+        sound = sound_rows(batch, at, first)
+        if at.options.chat:
+            documents = list(conversations(sound.to_pylist(), columns, at))
+        else:
+            rows = sound if kept is None else sound.filter(kept)
+            at.skipped["low_score"] += len(sound) - len(rows)
+            texts = rows.column(columns[0]).cast(pa.large_string())
+            documents = texts.cast(pa.large_binary()).to_pylist()
+        yield Batch(documents, size * len(batch) // group.num_rows)
+        first += len(batch)
 
 
-def invalid_texts(texts: pa.LargeStringArray, at: Reading, first: int) -> set[int]:
-    """Which texts are not UTF-8, as parquet's are only by promise; the first is number `first`."""
+def sound_rows(batch: pa.RecordBatch, at: Reading, first: int) -> pa.RecordBatch:
+    """The rows that are UTF-8, as parquet's are only by promise; the first is number `first`."""
     try:
-        texts.validate(full=True)
-        return set()
+        batch.validate(full=True)
+        return batch
     except pa.ArrowInvalid:
-        binary = texts.cast(pa.large_binary())
-        binary.validate(full=True)  # or it is not the encoding that is wrong
-    bad = set()
-    for number, text in enumerate(binary.to_pylist()):
+        is_sound = []
+    for number in range(len(batch)):
         try:
-            (text or b"").decode()
+            batch.slice(number, 1).to_pylist()
+            is_sound.append(True)
         except UnicodeDecodeError as error:
-            bad.add(number)
-            what, fix = f"invalid UTF-8: {error.reason}", f"write it again in UTF-8, {SKIP}"
-            at.on_damage(DamageError(what, where=f"{at}, text {first + number + 1}", fix=fix))
-    return bad
-
-
-def batch_rows(group: Any, columns: Sequence[str]) -> int:
-    """Rows of a row group that hold some BATCH_BYTES of text: books are long."""
-    size = max(1, columns_bytes(group, columns))
-    return max(1, min(BATCH_ROWS, int(BATCH_BYTES * group.num_rows / size)))
+            is_sound.append(False)
+            what, where = f"invalid UTF-8: {error.reason}", f"{at}, row {first + number + 1}"
+            fix = "write it again in UTF-8, or leave it out with --on-error skip"
+            at.on_damage(DamageError(what, where=where, fix=fix))
+    return batch.filter(pa.array(is_sound))
 
 
 def columns_bytes(group: Any, columns: Sequence[str]) -> int:
@@ -166,19 +178,28 @@ def columns_bytes(group: Any, columns: Sequence[str]) -> int:
     return sum(leaf.total_uncompressed_size for leaf in wanted)
 
 
-def check_column(schema: pa.Schema, text_column: str, where: str) -> None:
-    """ForgeError unless the schema has one column of that name, and it holds strings."""
-    kinds = [field.type for field in schema if field.name == text_column]
-    plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
-    if not kinds:
-        what = f"no column {text_column!r}; there are: {', '.join(schema.names)}"
-    elif len(kinds) > 1:
-        what = f"{len(kinds)} columns are called {text_column!r}"
-    elif plain[0] in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):  # null: all are
-        return
-    else:
-        what = f"column {text_column!r} holds {kinds[0]}, not strings"
-    raise ForgeError(what, where=where, fix="name the column of the text with --text-column")
+def find_columns(schema: pa.Schema, options: Options, where: object) -> tuple[str, ...]:
+    """The columns of the text, or of conversations. ForgeError unless each is there, once."""
+    columns: tuple[str, ...] = (options.text_column,)
+    if options.chat:
+        columns = chat.find_columns(schema.names, options.chat.columns, where)
+    wanted, says = r"(large_)?string(_view)?|null", "strings"  # null: as all rows are
+    if options.chat and len(columns) == 1:
+        wanted, says = r"(large_)?list<.*|null", "lists of messages"
+    for name in columns:
+        kinds = [field.type for field in schema if field.name == name]
+        plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+        if not kinds:
+            what = f"no column {name!r}; there are: {', '.join(schema.names)}"
+        elif len(kinds) > 1:
+            what = f"{len(kinds)} columns are called {name!r}"
+        elif not re.fullmatch(wanted, str(plain[0])):
+            what = f"column {name!r} holds {kinds[0]}, not {says}"
+        else:
+            continue
+        fix = chat.NAME_COLUMNS if options.chat else NAME_COLUMN
+        raise ForgeError(what, where=where, fix=fix)
+    return columns
 
 
 def check_score(is_number: bool, column: str, kind: str, where: object) -> None:
@@ -196,126 +217,103 @@ def score_column(columns: Sequence[str], where: object) -> str:
     raise ForgeError(what, where=where, fix=NO_SCORES)
 
 
-def batches(texts: Iterable[bytes | None], raw: io.BufferedReader) -> Iterator[Batch]:
-    """The texts of an open file, in batches of limited size."""
-    batch: list[bytes | None] = []
+# ---------------------------------------------------------------------------------------------
+# Lines
+
+
+def batches(documents: Iterable[tuple[Document, int]], raw: io.BufferedReader) -> Iterator[Batch]:
+    """The documents of an open file, each with its size in bytes, in batches of limited size."""
+    batch: list[Document] = []
     size = read_before = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text or b"")
+    for document, num_bytes in documents:
+        batch.append(document)
+        size += num_bytes
         if size >= BATCH_BYTES or len(batch) == BATCH_ROWS:
             yield Batch(batch, raw.tell() - read_before)
             batch, size, read_before = [], 0, raw.tell()
     yield Batch(batch, raw.tell() - read_before)
 
 
-def read_jsonl(raw: io.BufferedReader, at: Reading) -> Iterator[bytes | None]:
-    """The text of each line whose score is high enough."""
+def read_jsonl(raw: io.BufferedReader, at: Reading) -> Iterator[tuple[Document, int]]:
+    """The document of each line whose score is high enough, and the line's size."""
     at.unit, least = "line", at.options.min_score
     for line in decompressed_lines(raw, at):
         at.number += 1
         if line.isspace():
             continue
         try:
-            document, text = parse_line(line, at)
-            is_low = least is not None and score_of(document, at) < least
-        except DamageError as found:
-            at.on_damage(found)
+            row = parse_line(line)
+            documents = documents_of(row, at)
+            is_low = least is not None and score_of(row, at) < least
+        except ForgeError as error:
+            fix = f"{error.fix}; --on-error skip leaves such lines out"
+            at.on_damage(DamageError(error.what, where=str(at), fix=fix))
             continue
         if is_low:
             at.skipped["low_score"] += 1
-        else:
-            yield text
+            continue
+        for document in documents:
+            yield document, len(line)
 
 
 def decompressed_lines(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
     """Lines of a plain, .gz or .zst file. Damage ends them: what came before is sound."""
-    name, stream = at.path.name.lower(), cast("Iterable[bytes]", raw)
     try:
         with damage("cannot decompress a source file", at.path):
-            if name.endswith((".gz", ".zst")) and not raw.peek(1):
-                raise EOFError("the archive is empty: it was cut off")  # even of nothing: a header
-            if name.endswith(".gz"):
-                stream = gzip.GzipFile(fileobj=raw)
-            elif name.endswith(".zst"):
-                stream = io.BufferedReader(ZstdFrames(raw))
-            yield from stream
+            yield from lines_of(raw, at.path.name)
     except DamageError as found:
         what = f"{found.what}; line {at.number:,} is the last that could be read"
         at.on_damage(DamageError(what, where=found.where, fix=found.fix))
 
 
-class ZstdFrames(io.RawIOBase):
-    """The frames of a .zst file, one after the other, with windows of any length.
-
-    EOFError for a frame that is cut off, which zstandard's own reader takes for an end.
-    """
-
-    def __init__(self, raw: io.BufferedReader) -> None:
-        self.raw, self.left = raw, memoryview(b"")
-        self.frame: Any = None
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**zstandard.WINDOWLOG_MAX)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.left:
-            ended = self.frame is None or self.frame.eof
-            unused = self.frame.unused_data if self.frame and ended else b""
-            data = unused or self.raw.read(ARCHIVE_BYTES)
-            if not data and ended:
-                return 0
-            if not data:
-                raise EOFError("the archive was cut off")
-            if ended:
-                self.frame = self.decompressor.decompressobj()
-            try:
-                self.left = memoryview(self.frame.decompress(data))
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-        count = min(len(buffer), len(self.left))
-        buffer[:count], self.left = self.left[:count], self.left[count:]
-        return count
-
-
-def parse_line(line: bytes, at: Reading) -> tuple[dict[str, Any], bytes | None]:
-    """A line's document and its text."""
-    column = at.options.text_column
-    fix = f'each line must be a JSON object in UTF-8 with a string under "{column}"'
-    document: Any = None
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line."""
     try:
-        document = json.loads(line)
-        text = document[column]
-        return document, None if text is None else text.encode()
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        row = json.loads(line)
+        if isinstance(row, dict):
+            return row
+        what = f"invalid JSON: {type(row).__name__}, not an object"
+    except UnicodeDecodeError as error:
         what = f"invalid UTF-8: {error.reason}"
     except (ValueError, RecursionError) as error:
         what = f"invalid JSON: {error}"
-        fix += " (of a list, jq -c '.[]' makes such lines)"
-    except (KeyError, TypeError, IndexError):
-        keys = ", ".join(document) if isinstance(document, dict) else type(document).__name__
-        what = f"no column {column!r}; there are: {keys}"
-        fix = "name the column of the text with --text-column"
-    except AttributeError:
-        what = f"column {column!r} holds {type(document[column]).__name__}, not a string"
-    raise DamageError(what, where=str(at), fix=f"{fix}; --on-error skip leaves such lines out")
+    fix = "each line must be a JSON object in UTF-8 (of a list, jq -c '.[]' makes such lines)"
+    raise ForgeError(what, fix=fix)
 
 
-def score_of(document: dict[str, Any], at: Reading) -> float:
+def documents_of(row: dict[str, Any], at: Reading) -> list[Document]:
+    """The text of a line's object, or its conversation, if it is one to train on."""
+    if how := at.options.chat:
+        return [*conversations([row], chat.find_columns(row, how.columns, at), at)]
+    column = at.options.text_column
+    if column not in row:
+        what = f"no column {column!r}; there are: {', '.join(row)}"
+        raise ForgeError(what, fix=NAME_COLUMN)
+    text = row[column]
+    if not isinstance(text, str | None):
+        what = f"column {column!r} holds {type(text).__name__}, not a string"
+        raise ForgeError(what, fix=NAME_COLUMN)
+    try:
+        return [None if text is None else text.encode()]
+    except UnicodeEncodeError as error:  # half a character, escaped
+        what = f"invalid UTF-8: {error.reason}"
+        raise ForgeError(what, fix="write it again in UTF-8") from error
+
+
+def score_of(row: dict[str, Any], at: Reading) -> float:
     """A document's score, below all others where it has none."""
-    inner = document.get("metadata")
+    inner = row.get("metadata")
     inner = inner if isinstance(inner, dict) else {}
-    flat = document | {f"metadata.{key}": value for key, value in inner.items()}
+    flat = row | {f"metadata.{key}": value for key, value in inner.items()}
     column = next((column for column in SCORE_COLUMNS if column in flat), "")
     score = flat.get(column)
     if score is None:
         return -math.inf
-    check_score(isinstance(score, int | float), column, type(score).__name__, str(at))
+    check_score(isinstance(score, int | float), column, type(score).__name__, at)
     return float(score)
 
 
-def read_txt(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
+def read_txt(raw: io.BufferedReader, at: Reading) -> Iterator[tuple[Document, int]]:
     """The whole file, which is one document, or with split_on as many as cut_lines() makes."""
     if at.options.min_score is not None:
         score_column([], at)
@@ -330,29 +328,8 @@ def read_txt(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
             piece.decode()
         except UnicodeDecodeError as error:
             what = f"invalid UTF-8: {error.reason} at byte {error.start:,}"
-            fix = f"convert the file to UTF-8, for example with iconv, {SKIP}"
+            fix = "convert the file to UTF-8, for example with iconv, "
+            fix += "or leave it out with --on-error skip"
             at.on_damage(DamageError(what, where=str(at), fix=fix))
         else:
-            yield piece
-
-
-def cut_lines(lines: Iterable[bytes], mark: bytes) -> Iterator[bytes]:
-    """Documents of a text: each line that begins with `mark` begins one; "" means a blank line.
-
-    A line that says nothing but the mark is left out, one that says more is the document's heading.
-    <|endoftext|> ends a document wherever it stands. Line ends around a document are left out.
-    """
-    document: list[bytes] = []
-    for line in lines:
-        ends: list[bytes] = []
-        if mark == EOT_TEXT.encode():
-            *ends, line = line.split(mark)
-        elif line.startswith(mark) if mark else line.isspace():
-            ends, line = [b""], line if line[len(mark) :].strip() else b""
-        for end in ends:
-            if text := b"".join([*document, end]).strip(b"\r\n"):
-                yield text
-            document = []
-        document.append(line)
-    if text := b"".join(document).strip(b"\r\n"):
-        yield text
+            yield piece, len(piece)

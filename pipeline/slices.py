@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline import chat, chatml, files, readers, rows, shards, tokenizer, verify
+from pipeline import chat, chatml, files, readers, shards, tokenizer, verify
 from pipeline.chat import ChatOptions, LeftOutError
 from pipeline.errors import KEPT, DamageError, ForgeError, refusal, refusals
 from pipeline.readers import Batch, Reading
-from pipeline.rows import Conversations
 from pipeline.shards import DocumentLengths, Shard
-from pipeline.sides import ChatSide, Side
+from pipeline.sides import Side
 from pipeline.sources import Slice
 
 Encoded = tuple[bytes, npt.NDArray[Any], int]  # text, tokens behind <|endoftext|>, text bytes
@@ -94,7 +93,9 @@ def tokenize_slice(job: Job, on_batch: Callable[[int, int], None] | None = None)
     record = record_path(job.work, job.slice.number)
     with ExitStack() as stack, refusals("write", job.work.parent, KEPT):
         record.unlink(missing_ok=True)  # of other files or another limit: its shards will change
-        sides = {split: _side(job, split) for split in shards.SPLITS}
+        how = job.slice.options.chat
+        where = (job.work, job.slice.number, how.context_length if how else None)
+        sides = {split: Side(split, *where) for split in shards.SPLITS}
         for side in sides.values():
             stack.enter_context(side.writer)
         train, val = sides.values()
@@ -120,7 +121,7 @@ def tokenize_slice(job: Job, on_batch: Callable[[int, int], None] | None = None)
             document_tokens={
                 split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()
             },
-            chat={k: side.counts for k, side in sides.items() if isinstance(side, ChatSide)},
+            chat={split: side.counts for split, side in sides.items()} if how else {},
             made_of=job.slice.made_of,
             limit=job.limit,
             shards=made,
@@ -130,35 +131,25 @@ def tokenize_slice(job: Job, on_batch: Callable[[int, int], None] | None = None)
         return finished
 
 
-def _side(job: Job, split: str) -> Side:
-    if options := job.slice.options.chat:
-        return ChatSide(job.work, split, job.slice.number, options.context_length)
-    return Side(job.work, split, job.slice.number)
-
-
-def _batches(job: Job, at: Reading) -> Iterator[Batch | Conversations]:
-    """The text, or the conversations, of a slice; `at` says where it is read."""
-    read = rows.read_conversations if job.slice.options.chat else readers.read_texts
+def _batches(job: Job, at: Reading) -> Iterator[Batch]:
+    """The documents of a slice; `at` says where they are read."""
     for part in job.slice.parts:
         at.path, at.unit, at.number = job.root / part.file.name, "", 0
         if part.damage:
             at.on_damage(DamageError(part.damage, where=at.path, fix=""))
             continue
         part.file.check_unchanged(at.path)
-        yield from read(job.kind, at, part)
+        yield from readers.read_documents(job.kind, at, part)
         part.file.check_unchanged(at.path)
 
 
-def write_documents(
-    batch: Batch | Conversations, sides: dict[str, Side], job: Job, skipped: Counter[str]
-) -> bool:
+def write_documents(batch: Batch, sides: dict[str, Side], job: Job, skipped: Counter[str]) -> bool:
     """Encode what a batch holds and write each to its side; True at job.limit train tokens."""
     threshold = int(job.slice.options.val_fraction * 2**64)
     train, val = sides["train"], sides["val"]
     encoder = _encoder(job.work / shards.VOCABULARY_FILE)
-    if isinstance(batch, Conversations):
-        assert job.slice.options.chat is not None
-        encoded = _encoded_conversations(batch, job.slice.options.chat, skipped, encoder)
+    if options := job.slice.options.chat:
+        encoded = _encoded_conversations(batch, options, skipped, encoder)
     else:
         encoded = _encoded_documents(batch, skipped, encoder)
     # One at a time: what was just made is still in the cache when the next step takes it up.
@@ -173,22 +164,20 @@ def write_documents(
 def _encoded_documents(
     batch: Batch, skipped: Counter[str], encoder: tokenizer.BulkEncoder
 ) -> Iterator[Encoded]:
-    documents = [text for text in batch.texts if text]
-    nulls = batch.texts.count(None)
-    skipped.update(null=nulls, empty=len(batch.texts) - nulls - len(documents))
+    documents = [text for text in batch.documents if text]
+    nulls = batch.documents.count(None)
+    skipped.update(null=nulls, empty=len(batch.documents) - nulls - len(documents))
     for text, tokens in zip(documents, encoder.encode(documents), strict=True):
         yield text, tokens, len(text)
 
 
 def _encoded_conversations(
-    batch: Conversations,
-    options: ChatOptions,
-    skipped: Counter[str],
-    encoder: tokenizer.BulkEncoder,
+    batch: Batch, options: ChatOptions, skipped: Counter[str], encoder: tokenizer.BulkEncoder
 ) -> Iterator[Encoded]:
     encode = encoder.encode_one()
-    for messages in batch.conversations:
-        whole = chat.encode(messages, lambda text: encode(text.encode()).tolist())
+    for messages in batch.documents:
+        rendered = chatml.render(messages, lambda text: encode(text.encode()).tolist())
+        whole = np.array(rendered, np.uint16)
         try:
             tokens = chat.fit(whole, options)
         except LeftOutError as left_out:

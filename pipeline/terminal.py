@@ -9,8 +9,6 @@ import click
 
 from pipeline.command import counted
 
-CHAT_TOKENS = 65_536  # of a step and of an evaluation, in configs/chat.toml
-
 
 class ProgressBar:
     """tqdm by bytes on a terminal, silent elsewhere."""
@@ -76,33 +74,16 @@ def report(folder: Path, outcome: Any, max_tokens: int | None) -> None:
 
 
 def next_commands(folder: Path, index: Any) -> str:
-    """What to type next, with a config that the shards are enough for."""
-    quoted = shlex.quote(str(folder))
-    if index.chat:
-        length, advice = (
-            index.chat["context_length"],
-            f"forge-train chat --from RUN --data {quoted}",
-        )
-        for split, key in (("train", "batch.tokens_per_step"), ("val", "evaluate.num_tokens")):
-            most = sum((shard.num_tokens - 1) // length for shard in index.of(split)) * length
-            if not most:
-                advice = f"too few {split} conversations: add some, or start again with another "
-                advice += "--val-fraction and --overwrite"
-                break
-            if most < CHAT_TOKENS:
-                advice += f" --set {key}={most}"
-        return f"Look:  forge-prep show {quoted} 0\nTune:  {advice}"
+    """What to type next: --check says whether the shards are enough for a config."""
     train, val = (index.total("num_tokens", split) for split in ("train", "val"))
-    config = "gpt2" if min(train, val) > 2**20 else "tiny"  # gpt2 validates on a million
-    most = max(0, val - 1) // 128 * 128  # tiny's context
-    advice = f"forge-train {config} --data {quoted} --check"
+    look, config = "info {}", "gpt2" if min(train, val) > 2**20 else "tiny"
+    if index.chat:
+        look, config = "show {} 0", "chat --from RUN"
+    advice = f"forge-train {config} --data {{}} --check"
     if index.total("num_documents") == 1:
-        advice = "a document is never split, and forge-train needs two; --split-on cuts a .txt"
-    elif not most:
-        advice = "too few val tokens, even for the config tiny: tokenize more text, "
-        advice += "or start again with a larger --val-fraction and --overwrite"
-    elif train <= 1_024:  # tiny's step
-        advice = "too few train tokens, even for the config tiny: tokenize more text"
-    elif most < 8_192:  # tiny validates on as many
-        advice += f" --set evaluate.num_tokens={most}"
-    return f"Look:  forge-prep info {quoted}\nTrain: {advice}"
+        advice = "forge-train needs two documents or more; a .txt file is one, unless "
+        advice += "--split-on names how some of its lines begin"
+    elif not (train and val):
+        advice = "one split is empty: add text, or start again with another --val-fraction "
+        advice += "and --overwrite"
+    return f"Look:  forge-prep {look}\nTrain: {advice}".replace("{}", shlex.quote(str(folder)))

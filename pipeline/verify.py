@@ -152,11 +152,6 @@ def look_at(
     files whose order is fixed. ForgeError if the folder may not be used.
     """
     begun = read_plan(folder)
-    if begun and "format" not in begun:
-        what = "an earlier version of forge-prep began this folder, and this one cannot finish it"
-        raise ForgeError(
-            what, where=folder, fix="finish it with that version, or name another --out"
-        )
     finish_publishing(folder)
     check_ours(folder, begun)
     has_index = (folder / shards.INDEX_FILE).exists()
@@ -174,12 +169,10 @@ def look_at(
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan of an unfinished run of this version or an older one; empty if there is none."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        data = (folder / shards.WORK_FOLDER / PLAN_FILE).read_bytes()
-        plan: dict[str, Any] = json.loads(data)
-        if plan["tokenizer"]["sha256"] == shards.VOCABULARY_SHA256:
-            return plan
+    """The plan of an unfinished run of this version; empty if there is none."""
+    path = folder / shards.WORK_FOLDER / PLAN_FILE
+    with suppress(ValueError):  # damaged
+        return dict(json.loads(path.read_bytes())) if shards.is_ours(path) else {}
     return {}
 
 
@@ -201,7 +194,7 @@ def check_ours(folder: Path, begun: dict[str, Any]) -> None:
         raise ForgeError(
             "the folder holds other files: neither shards nor an unfinished run of forge-prep",
             where=folder,
-            fix="choose another --out (--overwrite removes shards of forge-prep, nothing else)",
+            fix="choose another --out; an earlier version finishes a run that it began",
         )
     listed = {shard.file for shard in index.shards} if index else set()
     if name := next(filter(shards.SHARD_NAME.fullmatch, names - listed), None):
@@ -213,10 +206,9 @@ def check_ours(folder: Path, begun: dict[str, Any]) -> None:
 def clear(folder: Path) -> None:
     """Remove the shards of a finished folder. The index goes last: it says that they are ours."""
     if (folder / shards.INDEX_FILE).exists():
-        with suppress(ForgeError):  # a damaged index lists nothing
-            for shard in shards.load_index(folder).shards:
-                (folder / shard.file).unlink(missing_ok=True)
-        for name in (shards.VOCABULARY_FILE, shards.INDEX_FILE):
+        names = [path.name for path in folder.iterdir()]
+        listed = [*filter(shards.SHARD_NAME.fullmatch, names)]  # as check_ours() found
+        for name in (*listed, shards.VOCABULARY_FILE, shards.INDEX_FILE):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -59,11 +59,8 @@ def read_bundle(path: Path, max_per_task: int | None) -> list[Task]:
         tasks = [_read_task(root, entry, chances, max_per_task) for entry in listed]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ForgeError(
-            f"cannot read the evaluation bundle: {reason}",
-            where=path,
-            fix="download and unpack it again",
-        ) from error
+        what = f"cannot read the evaluation bundle: {reason}"
+        raise ForgeError(what, where=path, fix="download and unpack it again") from error
     return [task for task in tasks if task is not None]
 
 
@@ -76,11 +73,8 @@ def _root(path: Path) -> BundleFolder:
                 return folder
     except (OSError, zipfile.BadZipFile) as error:
         raise ForgeError(f"cannot open the bundle: {error}", where=path) from error
-    raise ForgeError(
-        "not an evaluation bundle: no core.yaml",
-        where=path,
-        fix="give the folder or .zip with core.yaml, eval_meta_data.csv and eval_data/",
-    )
+    fix = "give the folder or .zip with core.yaml, eval_meta_data.csv and eval_data/"
+    raise ForgeError("not an evaluation bundle: no core.yaml", where=path, fix=fix)
 
 
 def _read_task(

@@ -38,12 +38,8 @@ class Chat(Session):
         most = length - min(self.limits.max_tokens, length // 4)
         tokens, num_dropped = fit(messages, most)
         if len(tokens) > most:
-            raise ForgeError(
-                f"a message of {len(tokens):,} tokens, with its system text; the context has room "
-                f"for {most:,}",
-                where=prompt.where,
-                fix="shorten it",
-            )
+            what = f"a message of {len(tokens):,} tokens, with its system text: {most:,} have room"
+            raise ForgeError(what, where=prompt.where, fix="shorten it")
         if num_dropped:
             tell(f"The context is full: the oldest {num_dropped} messages are left out.")
         return tokens
@@ -56,6 +52,8 @@ class Chat(Session):
         if command == "/reset":
             self.history = ()
             tell("A new conversation.")
+        elif command.startswith("/") and command[1:].isalpha():  # /help, say
+            tell(self.help)
         elif command:
             asked = [*self.history, {"role": "user", "content": line}]
             self.answer = ""
@@ -72,28 +70,20 @@ class Chat(Session):
 
 def check_messages(messages: Any, where: str | None) -> list[Message]:
     """Messages that chatml.render() takes and that end with a user's; else ForgeError."""
-    problem = None
-    if not isinstance(messages, list) or not messages:
-        problem = "messages is not a list of objects"
-    else:
-        for message in messages:
-            role = message.get("role") if isinstance(message, dict) else None
-            content = message.get("content") if isinstance(message, dict) else None
-            if role not in chatml.ROLES:
-                problem = f"the role {role!r} is none of {', '.join(chatml.ROLES)}"
-            elif not isinstance(content, str):
-                problem = f"the content of a message is not a text: {content!r}"
-        if problem is None:
-            last = messages[-1]
-            if last["role"] != "user" or not last["content"].strip():
-                problem = "the last message is not a user's, or is empty: nothing to answer"
-    if problem is not None:
-        raise ForgeError(
-            problem,
-            where=where,
-            fix='write {"messages": [{"role": "user", "content": "..."}]}',
-        )
-    return list(messages)
+    fix, problem = 'write {"messages": [{"role": "user", "content": "..."}]}', None
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise ForgeError("messages is not a list of objects", where=where, fix=fix)
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in chatml.ROLES:
+            problem = f"the role {role!r} is none of {', '.join(chatml.ROLES)}"
+        elif not isinstance(content, str):
+            problem = f"the content of a message is not a text: {content!r}"
+    if not problem and (not messages or role != "user" or not content.strip()):
+        problem = "the last message is not a user's, or is empty: nothing to answer"
+    if problem:
+        raise ForgeError(problem, where=where, fix=fix)
+    return messages
 
 
 def fit(messages: list[Message], most: int) -> tuple[list[int], int]:

@@ -12,10 +12,12 @@ import click
 
 from pipeline.command import ForgeCommand
 
-DEFAULT_PROMPT = "Fruits are good for you because"
 MAX_TOKENS = {False: 100, True: 512}  # of a text, and of a chat's answer
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-SETTINGS = {"help_option_names": ["-h", "--help"]}
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+CHECKPOINT = click.option(
+    "--checkpoint", type=int, metavar="STEP", help="Step of a run.  [default: the latest]"
+)
 
 
 @contextlib.contextmanager
@@ -34,8 +36,8 @@ def importing() -> Iterator[None]:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--prompt",
-    help="Text to continue or to answer; - reads it from standard input, without its final line "
-    f"end.  [default: ask for prompts on a terminal, else {DEFAULT_PROMPT!r}]",
+    help="Text to continue or to answer; - is standard input, without its final line end.  "
+    "[default: ask for prompts on a terminal, else -]",
 )
 @click.option(
     "--prompts-file",
@@ -46,10 +48,8 @@ def importing() -> Iterator[None]:
 @click.option("--system", metavar="TEXT", help="The system message of a chat.")
 @click.option("--base", is_flag=True, help="Continue text, although MODEL was trained on chat.")
 @click.option("--web", is_flag=True, help="Serve a page for the browser, until Ctrl-C.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address of --web.")
-@click.option(
-    "--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Port of --web."
-)
+@click.option("--host", default="127.0.0.1", help="Address of --web.")
+@click.option("--port", type=click.IntRange(1, 65535), default=7860, help="Port of --web.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
@@ -59,7 +59,6 @@ def importing() -> Iterator[None]:
     "--temperature",
     type=click.FloatRange(0),
     default=0.8,
-    show_default=True,
     help="Below 1 sharpens, above 1 flattens; 0 takes the likeliest token.",
 )
 @click.option("--top-k", type=click.IntRange(1), help="Draw from the K likeliest tokens only.")
@@ -77,7 +76,6 @@ def importing() -> Iterator[None]:
     "--repetition-penalty",
     type=click.FloatRange(0, min_open=True),
     default=1.0,
-    show_default=True,
     help="Above 1 makes tokens that the text already has less likely (as in CTRL).",
 )
 @click.option(
@@ -90,10 +88,9 @@ def importing() -> Iterator[None]:
     "--at-context-end",
     type=click.Choice(["slide", "stop"]),
     default="slide",
-    show_default=True,
     help="When the context is full: drop its older half and continue, or end the text.",
 )
-@click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--num-samples", type=click.IntRange(1), default=1)
 @click.option(
     "--parallel",
     type=click.IntRange(1),
@@ -104,11 +101,10 @@ def importing() -> Iterator[None]:
     "--seed",
     type=click.IntRange(0, 2**62),
     default=0,
-    show_default=True,
     help="Same seed, same text, on the same machine with the same options, --num-samples and "
     "--parallel among them; it counts up over --num-samples.",
 )
-@click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
+@CHECKPOINT
 @click.option(
     "--json",
     "as_json",
@@ -131,9 +127,10 @@ def sample(
 
     MODEL is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
     local folder in transformers' GPT-2 or Qwen3 layout. Prints the text while it is generated, and
-    stops at <|endoftext|>. Without a prompt, a terminal asks for one after another. A model that
-    was trained on chat answers, and a terminal opens a conversation: /reset starts a new one, /quit
-    leaves. Where the context is full, the oldest messages are left out.
+    stops at <|endoftext|>. Without --prompt, a terminal asks for one prompt after another, and a
+    pipe is the prompt. A model that was trained on chat answers, and a terminal opens a
+    conversation: /reset starts a new one, /quit leaves. Where the context is full, the oldest
+    messages are left out.
     """
     with importing():
         from sampler import chat, load, terminal
@@ -142,18 +139,14 @@ def sample(
 
     if (prompt is not None) + (prompts_file is not None) + options["web"] > 1:
         raise click.UsageError("--prompt, --prompts-file and --web cannot be combined")
-    prompts = None
+    prompts, asks = None, sys.stdin is not None and sys.stdin.isatty()
     if prompts_file is not None:
         prompts = terminal.read_prompts(prompts_file)
         as_json = as_json or terminal.is_jsonl(prompts_file)
-    elif prompt == "-":
+    elif prompt == "-" or (prompt is None and not asks and not options["web"]):
         prompts = [terminal.read_prompt()]
     elif prompt is not None:
         prompts = [terminal.Prompt(prompt)]
-    elif not options["web"] and (sys.stdin is None or not sys.stdin.isatty()):  # None: closed
-        note = f"No --prompt: using {DEFAULT_PROMPT!r}. --prompt - reads standard input."
-        click.echo(note, err=True)
-        prompts = [terminal.Prompt(DEFAULT_PROMPT)]
     loaded = load.open_model(model, checkpoint, load.best_device())
     if options["base"]:
         loaded = loaded.as_base()
@@ -186,14 +179,11 @@ def sample(
 @click.command(cls=ForgeCommand, context_settings=SETTINGS)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--checkpoint", type=int, metavar="STEP", help="Step to export.  [default: the latest]"
-)
+@CHECKPOINT
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="bfloat16",
-    show_default=True,
     help="Type of the exported weights.",
 )
 @click.version_option(package_name="llm-forge")
@@ -213,19 +203,12 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
 @click.command(cls=ForgeCommand, context_settings=SETTINGS)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of shards.")
-@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True)
+@click.option("--split", type=click.Choice(["val", "train"]), default="val")
 @click.option(
     "--num-tokens",
     type=click.IntRange(1),
     default=1_048_576,
-    show_default=True,
     help="Tokens of --data to measure on, the same for all models; fewer if there are fewer.",
-)
-@click.option(
-    "--context-length",
-    type=click.IntRange(1),
-    metavar="TOKENS",
-    help="Length of a window.  [default: the shortest context of the models]",
 )
 @click.option(
     "--questions",
@@ -244,7 +227,7 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
     metavar="N",
     help="Items of each of CORE's tasks, for a quick look.  [default: all]",
 )
-@click.option("--checkpoint", type=int, metavar="STEP", help="Step to load.  [default: the latest]")
+@CHECKPOINT
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per model and task.")
 @click.version_option(package_name="llm-forge")
 def evaluate(
@@ -258,10 +241,10 @@ def evaluate(
     """Measure MODELS side by side: on shards (--data), on --questions, by --core, or several.
 
     A model is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
-    local folder in transformers' GPT-2 or Qwen3 layout. All see the same tokens. Losses are in nats
-    per token; ± is one standard error. acc_norm is HellaSwag's usual number: the ending with the
-    largest log p per character. CORE is DCLM's mean over 22 tasks (GPT-2 XL: 0.2565, as nanochat
-    measured it); under torchrun all GPUs share its items.
+    local folder in transformers' GPT-2 or Qwen3 layout. All see the same tokens, in windows of the
+    shortest context. Losses are in nats per token; ± is one standard error. acc_norm is HellaSwag's
+    usual number: the ending with the largest log p per character. CORE is DCLM's mean over 22 tasks
+    (GPT-2 XL: 0.2565, as nanochat measured it); under torchrun all GPUs share its items.
     """
     is_on_text = on["data"] is not None or on["questions"] is not None
     if not is_on_text and bundle is None:
@@ -286,9 +269,7 @@ def evaluate(
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("report.html"),
-    show_default=True,
-    help="The page; one that is there is replaced.",
+    help="The page; one that is there is replaced.  [default: report.html in the first RUN]",
 )
 @click.option(
     "--against",
@@ -297,7 +278,7 @@ def evaluate(
     help="Draw the losses of other models, too: what forge-eval --json printed.",
 )
 @click.version_option(package_name="llm-forge")
-def report(runs: tuple[Path, ...], out: Path, against: Path | None) -> None:
+def report(runs: tuple[Path, ...], out: Path | None, against: Path | None) -> None:
     """Show RUN, or several side by side, as one page that opens in any browser.
 
     Curves over tokens or hours, samples, configs with their differences, data and hardware. A run
@@ -306,6 +287,7 @@ def report(runs: tuple[Path, ...], out: Path, against: Path | None) -> None:
     with importing():
         from sampler import report as reporting
 
+    out = out or runs[0] / "report.html"
     num_bytes = reporting.write_report(runs, out, against)
     click.echo(f"Written: {out} ({num_bytes / 1000:,.0f} kB)")
 

@@ -47,8 +47,14 @@ Tokens = npt.NDArray[np.int64]
 class Score(NamedTuple):
     """Of the scored tokens of one answer."""
 
-    loss: float  # mean nats
+    nats: float  # sum of their losses
+    num_tokens: int
     is_likeliest: bool  # each of them, after those before it
+
+    @property
+    def loss(self) -> float:
+        """Mean nats a token."""
+        return self.nats / self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,11 @@ def score(model: LanguageModel, asked: Sequence[Answer]) -> list[Score]:
     Answers that differ in their last token only share one row of the batch.
     """
     device = model.wte.weight.device
-    asked = [answer.cropped(model.config.context_length) for answer in asked]
     rows: dict[bytes, list[int]] = {}  # the answers of each row of inputs
     for number, answer in enumerate(asked):
         rows.setdefault(answer.tokens[:-1].tobytes(), []).append(number)
     by_length = sorted(rows.values(), key=lambda numbers: len(asked[numbers[0]].tokens))
-    found = [Score(math.nan, False)] * len(asked)
+    found = [Score(math.nan, 0, False)] * len(asked)
     while by_length:
         longest = len(asked[by_length[-1][0]].tokens) - 1
         count = max(1, BATCH_TOKENS[device.type] // longest)
@@ -125,7 +130,8 @@ def score(model: LanguageModel, asked: Sequence[Answer]) -> list[Score]:
         x = x[torch.from_numpy(np.concatenate(places)).to(device)]
         losses, hits = _at_targets(model, x, torch.from_numpy(np.concatenate(targets)).to(device))
         for number, first, end in zip(chain(*batch), ends, ends[1:], strict=False):
-            found[number] = Score(float(losses[first:end].mean()), bool(hits[first:end].all()))
+            nats, is_likeliest = float(losses[first:end].sum()), bool(hits[first:end].all())
+            found[number] = Score(nats, end - first, is_likeliest)
     return found
 
 
@@ -155,7 +161,11 @@ def scores(model: LanguageModel, task: Task, numbers: Sequence[int]) -> dict[int
     """Scores of the answers() of some items of a task, by the item's number."""
     prompts = [texts(task, number) for number in numbers]
     encoded = iter(encode([*chain(*prompts)]))
-    asked = [answers(task, [*islice(encoded, len(each))]) for each in prompts]
+    length = model.config.context_length
+    asked = [
+        [answer.cropped(length) for answer in answers(task, [*islice(encoded, len(each))])]
+        for each in prompts
+    ]
     scored = iter(score(model, [*chain(*asked)]))
     return {n: [*islice(scored, len(each))] for n, each in zip(numbers, asked, strict=True)}
 

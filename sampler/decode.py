@@ -182,7 +182,7 @@ class Decoder:
         if self.cache.has_kernels:
             from sampler import fast
 
-            if fast.has_draw(sampling):
+            if fast.has_draw(logits, sampling):
                 fast.draw_top(logits, sampling, steps, self.cache.lengths)
                 return
         token = draw(logits, sampling, steps.noise.index_select(0, steps.number[:1])[0])

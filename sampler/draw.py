@@ -26,11 +26,8 @@ class Sampling:
         for name in ("repetition_penalty", "temperature", "top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                option = f"--{name.replace('_', '-')}"
-                raise ForgeError(
-                    f"{option} must be a finite number, not {value}",
-                    fix="give it one, or leave it out",
-                )
+                what = f"--{name.replace('_', '-')} must be a finite number, not {value}"
+                raise ForgeError(what, fix="give it one, or leave it out")
 
     @property
     def is_greedy(self) -> bool:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pipeline import chatml, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN, load_index
+from sampler.core import ITEMS_AT_ONCE, Answer, score
 from sampler.lines import read_lines
 from sampler.load import Loaded, best_device, open_model
 from trainer.evaluate import VALIDATION_SEED
@@ -42,7 +43,6 @@ def evaluate(
     data: Path | None,
     split: str,
     num_tokens: int,
-    context_length: int | None,
     questions: Path | None,
 ) -> Iterator[list[Row]]:
     """Yield a row per model for the shards, then for the questions. Computes in float32."""
@@ -51,23 +51,12 @@ def evaluate(
     device = best_device()
     models = [open_model(path, step, torch.device("cpu"), torch.float32) for path in paths]
     if data is not None:
-        longest = min(loaded.model.config.context_length for loaded in models)
         index = load_index(data)
-        packed = index.chat["context_length"] if index.chat else None
-        length = context_length or packed or longest
+        longest = min(loaded.model.config.context_length for loaded in models)
+        length = index.chat["context_length"] if index.chat else longest
         if length > longest:
-            fix = f"leave out the model that reads {longest}" if packed else None
-            raise ForgeError(
-                f"windows of {length} tokens, and a model reads {longest} at most",
-                where=data,
-                fix=fix or f"--context-length {longest}",
-            )
-        if packed and length != packed:
-            raise ForgeError(
-                f"the conversations are packed into windows of {packed} tokens",
-                where=data,
-                fix="leave out --context-length",
-            )
+            what = f"windows of {length} tokens, and a model reads {longest} at most"
+            raise ForgeError(what, where=data, fix=f"leave out the model that reads {longest}")
         for part in index.parts:
             windows = Windows(index, split, length, part)
             if windows.num_windows or not part:  # a part of a mixture may have no val
@@ -133,12 +122,8 @@ def on_shards(models: Iterator[Loaded], windows: Windows, num_tokens: int) -> li
     windows.check()
     count = min(num_tokens // context_length, windows.num_windows)
     if count < 2:
-        raise ForgeError(
-            f"the {split} split has {windows.num_windows} windows of {context_length} tokens, and "
-            f"{num_tokens:,} tokens are asked for; a standard error needs at least 2 windows",
-            where=folder,
-            fix="more text, more --num-tokens, or a shorter --context-length",
-        )
+        what = f"{count} windows of {context_length} tokens, and a standard error needs at least 2"
+        raise ForgeError(what, where=f"{folder}, {split}", fix="more text, or more --num-tokens")
     is_chat = index.chat is not None
     rows: list[Row] = []
     first: Floats | None = None
@@ -146,11 +131,9 @@ def on_shards(models: Iterator[Loaded], windows: Windows, num_tokens: int) -> li
         if is_chat and not loaded.is_chat:
             loaded = loaded.with_markers()
         elif index.tokenizer["vocab_size"] > loaded.model.config.vocab_size:
-            raise ForgeError(
-                "the shards have token ids that the model does not have",
-                where=loaded.path,
-                fix="leave it out: it was made with another vocabulary",
-            )
+            what = "the shards have token ids that the model does not have"
+            fix = "leave it out: it was made with another vocabulary"
+            raise ForgeError(what, where=loaded.path, fix=fix)
         nats, num_targets, num_bytes = window_losses(loaded, windows, count, is_chat)
         loss, loss_error = ratio(nats, num_targets)
         bits, bits_error = ratio(nats / math.log(2), num_bytes)
@@ -223,12 +206,10 @@ def read_questions(path: Path) -> list[Question]:
             if not all(endings):
                 raise ValueError("an ending is empty")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ForgeError(
-                "not a question in HellaSwag's format: "
-                + (f"{error} is missing" if isinstance(error, KeyError) else str(error)),
-                where=where,
-                fix='{"ctx": "...", "endings": ["...", "..."], "label": 0}',
-            ) from error
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            what = f"not a question in HellaSwag's format: {reason}"
+            fix = '{"ctx": "...", "endings": ["...", "..."], "label": 0}'
+            raise ForgeError(what, where=where, fix=fix) from error
         questions.append(question)
     return questions
 
@@ -246,46 +227,28 @@ def _clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def encode_pair(context: str, ending: str) -> tuple[list[int], int]:
-    """Tokens of context and ending with a space between, and the number that are the ending's.
+def encode_pair(context: str, ending: str) -> Answer:
+    """Context and ending with a space between, of which the ending is scored.
 
     They are encoded together; spaces at the context's end count as the ending's.
     """
     if not context:
-        tokens = tokenizer.encode(" " + ending)
-        return [EOT_TOKEN, *tokens], len(tokens)
-    stripped = context.rstrip()
+        return Answer(np.array([EOT_TOKEN, *tokenizer.encode(" " + ending)]), 1)
     tokens = tokenizer.encode(f"{context} {ending}")
-    return tokens, len(tokens) - len(tokenizer.encode(stripped))
+    return Answer(np.array(tokens), len(tokenizer.encode(context.rstrip())))
 
 
-@torch.inference_mode()
 def ending_scores(loaded: Loaded, questions: list[Question]) -> list[list[float]]:
     """log p of each ending of each question, in nats."""
-    model = loaded.model
-    device = model.wte.weight.device
-    pairs = [
-        (number, place, *encode_pair(question.context, ending))
-        for number, question in enumerate(questions)
-        for place, ending in enumerate(question.endings)
-    ]
-    pairs.sort(key=lambda pair: len(pair[2]))
-    scores = [[0.0] * len(question.endings) for question in questions]
-    most = model.config.context_length + 1
-    with _progress(str(loaded.path), len(pairs), "ending") as progress:
-        at_once = max(1, BATCH_TOKENS[device.type] // min(most, len(pairs[-1][2])))
-        for first in range(0, len(pairs), at_once):
-            batch = pairs[first : first + at_once]
-            texts = [tokens[-most:] for *_, tokens, _ in batch]
-            longest = max(map(len, texts))
-            padded = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
-            padded = padded.to(device)
-            losses = token_losses(model, padded[:, :-1], padded[:, 1:]).double().cpu()
-            for text, row, (number, place, _, count) in zip(texts, losses, batch, strict=True):
-                end = len(text) - 1
-                scores[number][place] = -row[max(0, end - count) : end].sum().item()
-            progress.update(len(batch))
-    return scores
+    length, found = loaded.model.config.context_length, list[list[float]]()
+    with _progress(str(loaded.path), len(questions), "question") as progress:
+        for first in range(0, len(questions), ITEMS_AT_ONCE):
+            some = questions[first : first + ITEMS_AT_ONCE]
+            pairs = [encode_pair(each.context, ending) for each in some for ending in each.endings]
+            scored = iter(score(loaded.model, [pair.cropped(length + 1) for pair in pairs]))
+            found += [[-next(scored).nats for _ in each.endings] for each in some]
+            progress.update(len(some))
+    return found
 
 
 def on_questions(models: Iterator[Loaded], questions: list[Question]) -> list[Row]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline import chatml, shards, tokenizer
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, refusals
 from pipeline.files import check_utf8
 from sampler.load import Loaded, open_model
 from trainer import checkpoint
@@ -57,54 +57,25 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
     """Write a run's checkpoint to `out`, whole or not at all; returns the result of check()."""
     out = out.resolve()
     check_utf8(out)
-    exists = out.exists()
-    if exists and (there := next(out.iterdir() if out.is_dir() else iter([out]), None)):
-        raise ForgeError(
-            "the folder for the export is not empty", where=there, fix="name a new one"
-        )
+    if out.exists() and (there := next(out.iterdir() if out.is_dir() else iter([out]), None)):
+        what = "the folder for the export is not empty"
+        raise ForgeError(what, where=there, fix="name a new one")
     loaded = open_model(run, step, torch.device("cpu"))
     if loaded.state is None:
         raise ForgeError("that is an exported folder", where=run, fix="give a run of forge-train")
     card = model_card(loaded, loaded.state, dtype)
-    try:
+    prefix = f"{out.name}.partial."
+    with refusals("write the export", out, "or name another folder"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Inside the folder if it exists: it may be a mount, or the only place we may write to.
         with tempfile.TemporaryDirectory(
-            prefix=f"{out.name}.partial.",
-            dir=out if exists else out.parent,
-            ignore_cleanup_errors=True,
+            prefix=prefix, dir=out.parent, ignore_cleanup_errors=True
         ) as made:
             partial = Path(made) / out.name
             partial.mkdir()  # with the usual permissions, unlike `made`
             write_files(partial, loaded, card, dtype)
             checked = check(partial, loaded, dtype)
-            if exists:
-                move_files(partial, out)
-            else:
-                partial.rename(out)
-    except OSError as error:
-        raise ForgeError(
-            f"cannot write: {error.strerror or error}", where=out, fix="make room, or name another"
-        ) from error
+            partial.rename(out)  # in the place of an empty folder, if there is one
     return checked
-
-
-def move_files(partial: Path, out: Path) -> None:
-    """Move all files into `out`, or none; config.json last, since it makes the folder a model.
-
-    `out` holds nothing but the folder that `partial` is in.
-    """
-    if any(path != partial.parent for path in out.iterdir()):
-        raise ForgeError("the folder was filled meanwhile", where=out, fix="name a new one")
-    names = sorted((path.name for path in partial.iterdir()), key=lambda n: n == "config.json")
-    try:
-        for name in names:
-            (partial / name).rename(out / name)
-    except BaseException:
-        for name in reversed(names):
-            if not (partial / name).exists():
-                (out / name).unlink()
-        raise
 
 
 def write_files(folder: Path, loaded: Loaded, card: str, dtype: str) -> None:
@@ -174,15 +145,13 @@ def check(folder: Path, loaded: Loaded, dtype: str) -> str:
         difference = (wanted - theirs(tokens).logits).abs().max().item()
     # 1e-4 for logits of ordinary size; float32 has seven digits, whatever their size.
     if not difference < 1e-4 * max(1.0, wanted.abs().max().item() / 100):
-        raise ForgeError(
-            f"transformers' logits differ by {difference:.2g}", where=folder, fix=REPORT
-        )
+        what = f"transformers' logits differ by {difference:.2g}"
+        raise ForgeError(what, where=folder, fix=REPORT)
     their_tokenizer.model_max_length = 10**6  # or it warns of long texts
     for text in CHECK_TEXTS:
         if their_tokenizer(text)["input_ids"] != tokenizer.encode(text):
-            raise ForgeError(
-                f"transformers' tokens differ for {text[:40]!r}", where=folder, fix=REPORT
-            )
+            what = f"transformers' tokens differ for {text[:40]!r}"
+            raise ForgeError(what, where=folder, fix=REPORT)
     if loaded.is_chat:
         messages = [
             {"role": chatml.ROLES[n % len(chatml.ROLES)], "content": text}
@@ -202,21 +171,14 @@ def check(folder: Path, loaded: Loaded, dtype: str) -> str:
 def tokenizer_json(special: dict[int, str]) -> dict[str, Any]:
     """GPT-2's tokenizer in the format of the `tokenizers` library, with its special tokens."""
     data = tokenizer.package_data()
+    usual = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": token,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
+            {"id": token, "content": text, "special": True, **usual}
             for token, text in special.items()
         ],
         "normalizer": None,
@@ -244,11 +206,9 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
         data = json.loads((run / DATA_FILE).read_text())["source"]
         rows = read_metrics(run)
     except (OSError, ValueError, KeyError) as error:
-        raise ForgeError(
-            f"the run folder is incomplete: {error!r}",
-            where=run,
-            fix=f"restore its {CONFIG_FILE} and {DATA_FILE}",
-        ) from error
+        what = f"the run folder is incomplete: {error!r}"
+        fix = f"restore its {CONFIG_FILE} and {DATA_FILE}"
+        raise ForgeError(what, where=run, fix=fix) from error
     exported = replace(model, vocab_size=min(model.vocab_size, len(loaded.vocabulary)))
     before = [row for row in rows if row["step"] <= state.step]
     evaluated = [row for row in before if row["kind"] == "evaluate" and row["loss"]][-1:]

@@ -25,51 +25,39 @@ VOCABULARY_BLOCK = 1024
 
 @triton.jit
 def _block_top(
-    logits, candidates, stride, num_tokens, K: tl.constexpr, BLOCK: tl.constexpr,
-    NARROW: tl.constexpr, EARLY: tl.constexpr,
+    logits, candidates, stride, num_tokens,
+    K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The K largest logits of a row's block, each with its token in one integer.
+    """The K largest logits of a row's block, each with its token in one integer of 32 bits.
 
-    Its upper half has the order of the float; 32 bits hold both where the float has 16.
+    Its upper half has the order of the float.
     """
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = block * BLOCK + tl.arange(0, BLOCK)
     wait(EARLY)
     logit = tl.load(logits + row * stride + n, mask=n < num_tokens, other=-float("inf"))
     place = (row * tl.num_programs(1) + block) * K + tl.arange(0, K)
-    if NARROW:
-        bits = logit.to(tl.int16, bitcast=True).to(tl.int32)
-        bits = bits ^ ((bits >> 31) & 0x7FFF)
-        tl.store(candidates + place, tl.topk((bits << 16) | (0xFFFF - n), K))
-    else:
-        bits = logit.to(tl.int32, bitcast=True)
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        packed = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - n).to(tl.int64)
-        tl.store(candidates + place, tl.topk(packed, K))
+    bits = logit.to(tl.int16, bitcast=True).to(tl.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFF)
+    tl.store(candidates + place, tl.topk((bits << 16) | (0xFFFF - n), K))
 
 
 @triton.jit
 def _draw_top(
     logits, candidates, noise, number, drawn, last, lengths, num_candidates,
     top_k, temperature, top_p, min_p,
-    K: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr, EARLY: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row: the top_k of all blocks' candidates, and one of these, as draw.draw() chooses."""
     row, num_rows = tl.program_id(0), tl.num_programs(0)
     n = tl.arange(0, BLOCK)
     wait(EARLY)
     place = row.to(tl.int64) * num_candidates + n
-    least = -0x7FFFFFFF if NARROW else -0x7FFFFFFFFFFFFFFF
-    packed = tl.load(candidates + place, mask=n < num_candidates, other=least)
+    packed = tl.load(candidates + place, mask=n < num_candidates, other=-0x7FFFFFFF)
     packed = tl.topk(packed, K)
-    if NARROW:
-        bits = packed >> 16
-        bits = (bits ^ ((bits >> 31) & 0x7FFF)).to(tl.int16)
-        tokens = (0xFFFF - (packed & 0xFFFF)).to(tl.int64)
-    else:
-        bits = (packed >> 32).to(tl.int32)
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        tokens = 0x7FFFFFFF - (packed & 0x7FFFFFFF)
+    bits = packed >> 16
+    bits = (bits ^ ((bits >> 31) & 0x7FFF)).to(tl.int16)
+    tokens = (0xFFFF - (packed & 0xFFFF)).to(tl.int64)
     logit = bits.to(logits.dtype.element_ty, bitcast=True).to(tl.float32)
     k = tl.arange(0, K)
     score = tl.where(k < top_k, logit / temperature, -float("inf"))
@@ -89,37 +77,34 @@ def _draw_top(
     tl.store(lengths + row, tl.load(lengths + row) + 1)
 
 
-def has_draw(sampling: Sampling) -> bool:
-    """Whether draw_top() draws this way: among few of the likeliest."""
-    return sampling.is_greedy or (sampling.top_k is not None and sampling.top_k <= MOST_TOP_K)
+def has_draw(logits: Tensor, sampling: Sampling) -> bool:
+    """Whether draw_top() draws this way: among few of the likeliest, and from bfloat16."""
+    is_few = sampling.is_greedy or (sampling.top_k or MOST_TOP_K + 1) <= MOST_TOP_K
+    return is_few and logits.dtype == torch.bfloat16
 
 
 def draw_top(logits: Tensor, sampling: Sampling, steps: Steps, lengths: Tensor) -> None:
     """Draw a token a row from its likeliest, and count the step.
 
-    logits (B, V). For the step n = number[row] it takes noise[n, row], writes the token to
-    drawn[n, row] and last[row], and adds 1 to lengths[row] and number[row].
+    logits (B, V) in bfloat16. For the step n = number[row] it takes noise[n, row], writes the token
+    to drawn[n, row] and last[row], and adds 1 to lengths[row] and number[row].
     """
     num_rows, num_tokens = logits.shape
     assert logits.stride(1) == 1
     assert num_tokens <= 2**16
     top_k = 1 if sampling.is_greedy else min(sampling.top_k or 1, num_tokens)
-    narrow = logits.element_size() == 2
     kept, blocks = max(16, triton.next_power_of_2(top_k)), triton.cdiv(num_tokens, VOCABULARY_BLOCK)
-    candidates = torch.empty(
-        num_rows, blocks * kept, dtype=torch.int if narrow else torch.long, device=logits.device
-    )
-    how = {"K": kept, "NARROW": narrow}
+    candidates = torch.empty(num_rows, blocks * kept, dtype=torch.int, device=logits.device)
     _block_top[(num_rows, blocks)](
         logits, candidates, logits.stride(0), num_tokens,
-        BLOCK=VOCABULARY_BLOCK, num_warps=4 if num_rows == 1 else 2,
-        **how, **early_start(after_ours=num_rows == 1),
+        K=kept, BLOCK=VOCABULARY_BLOCK, num_warps=4 if num_rows == 1 else 2,
+        **early_start(after_ours=num_rows == 1),
     )  # fmt: skip
     _draw_top[(num_rows,)](
         logits, candidates, steps.noise, steps.number, steps.drawn, steps.last, lengths,
         blocks * kept, top_k, max(sampling.temperature, MIN_TEMPERATURE),
         2.0 if sampling.top_p is None else sampling.top_p, sampling.min_p or 0.0,
-        BLOCK=triton.next_power_of_2(blocks * kept), num_warps=8, **how, **early_start(),
+        K=kept, BLOCK=triton.next_power_of_2(blocks * kept), num_warps=8, **early_start(),
     )  # fmt: skip
 
 

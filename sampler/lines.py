@@ -15,11 +15,9 @@ def read_lines(path: Path, option: str, what: str) -> list[tuple[str, str]]:
         # mark that Windows programs write.
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise ForgeError(
-            f"cannot read the {what}s: {getattr(error, 'strerror', None) or error}",
-            where=path,
-            fix=f"give {option} a text file in UTF-8, one {what} per line",
-        ) from error
+        problem = f"cannot read the {what}s: {getattr(error, 'strerror', None) or error}"
+        fix = f"give {option} a text file in UTF-8, one {what} per line"
+        raise ForgeError(problem, where=path, fix=fix) from error
     found = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise ForgeError(f"the file has no {what}", where=path, fix="write one per line")

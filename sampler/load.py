@@ -54,9 +54,8 @@ def open_model(
     if found := checkpoint.find(path, step):
         loaded = _open_run(*found)
     elif step is not None:
-        raise ForgeError(
-            "an exported folder has no checkpoints", where=path, fix="leave out --checkpoint"
-        )
+        what = "an exported folder has no checkpoints"
+        raise ForgeError(what, where=path, fix="leave out --checkpoint")
     else:
         loaded = _open_transformers(path)
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -95,8 +94,5 @@ def _check_tokenizer(folder: Path) -> None:
                 content = model.get("vocab") if isinstance(model, dict) else None
             known = content if isinstance(content, dict) else {}
             if {tokenizer.EOT_TEXT: EOT_TOKEN, **known} != published:
-                raise ForgeError(
-                    "the tokenizer is not GPT-2's",
-                    where=folder / name,
-                    fix="only models with GPT-2's tokenizer can be read",
-                )
+                fix = "give a model with GPT-2's tokenizer: no other can be read"
+                raise ForgeError("the tokenizer is not GPT-2's", where=folder / name, fix=fix)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,18 +38,14 @@ def is_jsonl(path: Path) -> bool:
 
 def read_prompt() -> Prompt:
     """All of standard input, without the final line end that echo writes."""
+    where, fix = "standard input", "pipe a text in UTF-8 in, or name it: --prompt TEXT"
     if sys.stdin is None:
-        raise ForgeError(
-            "standard input is closed", fix="pipe a text in, or name it: --prompt TEXT"
-        )
+        raise ForgeError("standard input is closed", where=where, fix=fix)
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ForgeError(
-            f"cannot read the prompt: {getattr(error, 'strerror', None) or error}",
-            where="standard input",
-            fix="give --prompt - a text in UTF-8",
-        ) from error
+        what = f"cannot read the prompt: {getattr(error, 'strerror', None) or error}"
+        raise ForgeError(what, where=where, fix=fix) from error
     return Prompt(text.replace("\r\n", "\n").removesuffix("\n"))
 
 
@@ -68,11 +63,9 @@ def read_prompts(path: Path) -> list[Prompt]:
                 raise TypeError("the prompt is not a string")
             prompts.append(Prompt(text, row, where))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ForgeError(
-                'not a JSON object with a text as its "prompt", or with "messages"',
-                where=where,
-                fix='write {"prompt": "..."} on each line',
-            ) from error
+            what = 'not a JSON object with a text as its "prompt", or with "messages"'
+            fix = 'write {"prompt": "..."} on each line'
+            raise ForgeError(what, where=where, fix=fix) from error
     return prompts
 
 
@@ -100,26 +93,21 @@ class Session:
             is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
             if not is_memory:
                 raise
-            raise ForgeError(
-                f"out of memory with {num_rows:,} texts at a time", fix="a smaller --parallel"
-            ) from error
+            what = f"out of memory with {num_rows:,} texts at a time"
+            raise ForgeError(what, fix="a smaller --parallel") from error
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt. One too long for the context is an error, or is cut with a note."""
         if "prompt" not in prompt.row and "messages" in prompt.row:
-            raise ForgeError(
-                "a conversation, for a model that continues text",
-                where=prompt.where,
-                fix='give a model that was trained on chat, or a "prompt" (and no --base)',
-            )
+            what = "a conversation, for a model that continues text"
+            fix = 'give a model that was trained on chat, or a "prompt" (and no --base)'
+            raise ForgeError(what, where=prompt.where, fix=fix)
         most = self.decoder.context_length
         tokens = tokenizer.encode(prompt.text)
         if len(tokens) > most and not self.limits.slides:
-            raise ForgeError(
-                f"a prompt of {len(tokens):,} tokens; the context has {most:,}",
-                where=prompt.where,
-                fix="shorten it, or --at-context-end slide, which reads the end of it",
-            )
+            what = f"a prompt of {len(tokens):,} tokens; the context has {most:,}"
+            fix = "shorten it, or --at-context-end slide, which reads the end of it"
+            raise ForgeError(what, where=prompt.where, fix=fix)
         if len(tokens) > most:
             tell(f"The prompt has {len(tokens):,} tokens: only the last {most:,} are read.")
         return tokens
@@ -185,20 +173,21 @@ class Session:
     def interact(self, num_samples: int, seed: int, ask: Callable[[str], str] = input) -> None:
         """Read prompts from the terminal until Ctrl-D. Ctrl-C ends the current text."""
         tell(self.help)
-        with _line_history():
-            while True:
-                try:
-                    line = ask("> ")
-                    # Raised before Ctrl-C can come: the same prompt again gives another text.
-                    first, seed = seed, seed + num_samples
-                    self.respond(line, num_samples, first)
-                except ForgeError as error:
-                    tell(f"Error: {error}")
-                except KeyboardInterrupt:
-                    print()
-                except EOFError:
-                    print()
-                    return
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() line editing)
+        while True:
+            try:
+                line = ask("> ")
+                # Raised before Ctrl-C can come: the same prompt again gives another text.
+                first, seed = seed, seed + num_samples
+                self.respond(line, num_samples, first)
+            except ForgeError as error:
+                tell(f"Error: {error}")
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return
 
     def respond(self, line: str, num_samples: int, seed: int) -> None:
         """Write what follows a line that was typed. EOFError ends the interactive mode."""
@@ -226,24 +215,3 @@ def in_order(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str, bool]]:
 
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _line_history() -> Iterator[None]:
-    """Line editing, with the prompts of earlier sessions, where Python has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = folder / "llm-forge" / "prompts"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(1000)
-            readline.write_history_file(path)

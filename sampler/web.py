@@ -67,9 +67,8 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ForgeError(
-            f"--web needs gradio: {error}", fix="pip install 'llm-forge[web]'"
-        ) from error
+        what = f"--web needs gradio: {error}"
+        raise ForgeError(what, fix="pip install 'llm-forge[web]'") from error
     return gradio
 
 
@@ -159,11 +158,8 @@ def serve(session: Session, seed: int, host: str, port: int) -> None:
             app_kwargs={"middleware": [Middleware(SelfOnly, is_local=host in LOOPBACK)]},
         )
     except (OSError, ValueError) as error:
-        raise ForgeError(
-            f"cannot serve the page: {error}",
-            where=f"{host}:{port}",
-            fix="another --port or --host",
-        ) from error
+        what, where = f"cannot serve the page: {error}", f"{host}:{port}"
+        raise ForgeError(what, where=where, fix="another --port or --host") from error
     tell(f"http://{host}:{port} - Ctrl-C ends it.")
     try:
         threading.Event().wait()

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import python_docs
 from click.testing import CliRunner, Result
 
-from pipeline import chatml, prepare, pydocs, shards, sources, tokenizer
+from pipeline import chatml, prepare, shards, sources, tokenizer
 from pipeline.engines import Processes
 from pipeline.sources import Options
 
@@ -58,8 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
     """Some 60 real documents, and hostile ones among them."""
-    texts = [document["text"] for document in pydocs.documents()][:60]
-    return texts + HOSTILE
+    return [*python_docs.documents()[:60], *HOSTILE]
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +88,7 @@ def make_shards() -> Callable[..., shards.Index]:
 def small_shards(tmp_path_factory: pytest.TempPathFactory, make_shards, make_parquet) -> Path:
     """A folder of shards of all of Python's prose: about 250,000 train and 70,000 val tokens."""
     root = tmp_path_factory.mktemp("small")
-    texts = [document["text"] for document in pydocs.documents()]
+    texts = python_docs.documents()
     make_parquet(root / "source" / "a.parquet", texts[:200], rows=50)
     make_parquet(root / "source" / "b.parquet", texts[200:], rows=50)
     make_shards(root / "source", root / "shards")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline import chat, chatml, tokenizer
-from pipeline.chat import LeftOutError
+from pipeline.chat import ChatOptions, LeftOutError
 from pipeline.errors import ForgeError
 
 ASKED = {"role": "user", "content": "Two and two?"}
@@ -15,7 +15,7 @@ def conversation(*sizes: int) -> chat.Tokens:
     """A conversation of turns, by user and assistant, with these numbers of one-token words."""
     roles = ("user", "assistant")
     turns = [{"role": roles[n % 2], "content": " a" * size} for n, size in enumerate(sizes)]
-    return chat.encode(turns, tokenizer.encode)
+    return np.array(chatml.render(turns, tokenizer.encode), np.uint16)
 
 
 def left_out(messages: object) -> str:
@@ -138,7 +138,7 @@ def test_each_conversation_goes_where_least_room_is_left() -> None:
 def test_windows_hold_conversations_and_then_padding() -> None:
     made = [conversation(5, 9), conversation(30, 30), conversation(2, 3, 1, 1)]
     length = 100
-    windows = chat.lay_out(made, length)
+    windows = chat.lay_out([tokens[1:] for tokens in made], length)
     assert windows.shape == (2, length)
     assert windows.dtype == np.uint16
     for window, numbers in zip(windows, ([0, 1], [2]), strict=True):
@@ -155,15 +155,16 @@ def test_windows_hold_conversations_and_then_padding() -> None:
 
 
 def test_a_long_conversation_is_cut_behind_the_last_answer_that_fits() -> None:
-    whole = conversation(5, 5, 5, 5, 40, 5)
+    whole = conversation(9, 9, 5, 5, 40, 5)
     ends = np.flatnonzero(whole == chatml.IM_END) + 2  # and a line's end
     for length, stop in ((len(whole) - 1, ends[3]), (ends[3], ends[3]), (ends[3] - 1, ends[1])):
-        assert chat.cut(whole, length).tolist() == whole[:stop].tolist()
-    with pytest.raises(LeftOutError) as found:
-        chat.cut(whole, ends[1] - 1)
-    assert found.value.reason == "too_long"
+        assert chat.fit(whole, ChatOptions(length, "cut")).tolist() == whole[:stop].tolist()
+    for options in (ChatOptions(ends[1] - 1, "cut"), ChatOptions(len(whole) - 1, "leave")):
+        with pytest.raises(LeftOutError) as found:
+            chat.fit(whole, options)
+        assert found.value.reason == "too_long"
 
 
 def test_a_context_too_short_for_anything_is_an_error() -> None:
     with pytest.raises(ForgeError, match="--context-length 15 is too short"):
-        chat.ChatOptions(context_length=15)
+        ChatOptions(context_length=15)

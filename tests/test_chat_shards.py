@@ -3,10 +3,8 @@
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,29 +237,6 @@ def test_more_files_extend_a_finished_folder(
     assert turns == sum(len(row["messages"]) for row in rows)
 
 
-def test_kills_change_no_byte(tmp_path: Path) -> None:
-    source = write_parquet(tmp_path / "a.parquet", some_rows(3_000), group=50)
-    program = "from pipeline import cli, sources; sources.BYTES_PER_TOKEN = 1e-4; cli.main()"
-    kills = 0
-    for out, most_kills in ((tmp_path / "straight", 0), (tmp_path / "killed", 3)):
-        for _ in range(9):
-            command = [sys.executable, "-c", program, "chat", source, "--out", out]
-            command += ["--context-length", LENGTH, "--workers", 2]
-            process = subprocess.Popen(list(map(str, command)), cwd=ROOT)
-            before = len(list(out.glob(".work/[0-9]*.json")))
-            while kills < most_kills and process.poll() is None:
-                if len(list(out.glob(".work/[0-9]*.json"))) > before + 5:
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
-                time.sleep(0.002)
-            if process.wait() == 0:
-                break
-        time.sleep(0.5)  # for workers of a killed parent to end
-    assert kills > 0
-    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
-
-
 @pytest.mark.usefixtures("small_slices")
 def test_val_is_joined_into_shards_of_whole_windows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -286,7 +261,7 @@ def test_conversations_are_packed_some_at_a_time_so_that_memory_is_bounded(
     monkeypatch.setattr(
         chat, "lay_out", lambda *a, lay_out=chat.lay_out: made.append(lay_out(*a)) or made[-1]
     )
-    side = sides.ChatSide(tmp_path, "train", 0, LENGTH)
+    side = sides.Side("train", tmp_path, 0, LENGTH)
     for tokens in rendered(some_rows(200)):
         side.add(np.array(tokens[1:], np.uint16), 0)
         packed.append(side.num_tokens)

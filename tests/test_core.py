@@ -86,13 +86,13 @@ def test_scores_are_those_of_one_text_at_a_time_for_any_batch(
         asked.append(core.Answer(other, length - 1))
     monkeypatch.setattr(core, "BATCH_TOKENS", {"cpu": 32})
     monkeypatch.setattr(core, "HEAD_TOKENS", {"cpu": 4})
+    asked = [answer.cropped(16) for answer in asked]
     for answer, score in zip(asked, core.score(model, asked), strict=True):
-        cropped = answer.cropped(16)
         with torch.inference_mode():
-            inputs = torch.from_numpy(cropped.tokens[None, :-1])
+            inputs = torch.from_numpy(answer.tokens[None, :-1])
             logits = model.logits(model.hidden(inputs))[0]
-        logs = logits.log_softmax(-1)[cropped.start - 1 :]
-        right = torch.from_numpy(cropped.tokens[cropped.start :])
+        logs = logits.log_softmax(-1)[answer.start - 1 :]
+        right = torch.from_numpy(answer.tokens[answer.start :])
         assert score.loss == pytest.approx(-logs.gather(1, right[:, None]).mean().item(), rel=1e-5)
         assert score.is_likeliest == bool((logs.argmax(-1) == right).all())
 

@@ -153,6 +153,13 @@ def test_a_hub_dataset_gives_the_shards_of_its_files_at_one_commit(
     assert again["up_to_date"] is True
 
 
+def test_a_hub_that_cannot_be_reached_is_an_error_without_retries(tokenize: Tokenize) -> None:
+    result = tokenize(HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: cannot resolve the hub dataset: ConnectError")
+    assert "check the id (or path), --config and the network" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

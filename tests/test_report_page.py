@@ -234,6 +234,12 @@ def test_against_refuses_what_forge_eval_did_not_print(
     assert not out.exists()
 
 
+def test_the_page_is_in_the_first_run_unless_it_is_named(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, [step(1, 4.0)]) for name in ("first", "second")]
+    assert forge_report(*runs).exit_code == 0
+    assert [path.parent.name for path in tmp_path.rglob("report.html")] == ["first"]
+
+
 def test_only_a_page_is_replaced(run: Path, tmp_path: Path) -> None:
     page_of(tmp_path, run)
     page_of(tmp_path, run)

@@ -36,8 +36,8 @@ def read(path: Path, column: str = "text", split_on: str | None = None) -> list[
     for each in planned(source, options):
         for part in each.parts:
             at = Reading(source.root / part.file.name, options)
-            for batch in readers.read_texts(source.kind, at, part):
-                texts += [None if text is None else text.decode() for text in batch.texts]
+            for batch in readers.read_documents(source.kind, at, part):
+                texts += [None if text is None else text.decode() for text in batch.documents]
     return texts
 
 
@@ -107,7 +107,7 @@ def test_json_files_are_read_where_nothing_else_is_there(tmp_path: Path) -> None
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "dataset_info.json").write_text('[{"text": "a list"}]')
     error = failure(read, tmp_path)
-    assert error.what == "no column 'text'; there are: list"
+    assert error.what == "invalid JSON: list, not an object"
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_errors_of_the_machine_are_never_damage(
     else:
         monkeypatch.setattr(readers, "decompressed_lines", fail_in_a_stream)
     left_out: list[ForgeError] = []
-    texts = readers.read_texts(
+    texts = readers.read_documents(
         kind, Reading(path, Options(), left_out.append), Part(SourceFile("a", 0, ""), 0, 1, 9)
     )
     caught = failure(list, texts)
@@ -300,9 +300,9 @@ def test_batches_of_long_documents_have_few_rows(tmp_path: Path, make_parquet) -
     texts = [f"{n} " * 100_000 for n in range(200)]
     path = make_parquet(tmp_path / "a.parquet", texts, rows=200)
     part = Part(SourceFile("a", 0, ""), 0, 1, 0)
-    batches = list(readers.read_texts("parquet", Reading(path, Options()), part))
-    assert [text.decode() for batch in batches for text in batch.texts] == texts
-    assert max(sum(map(len, batch.texts)) for batch in batches) < 3 * readers.BATCH_BYTES
+    batches = list(readers.read_documents("parquet", Reading(path, Options()), part))
+    assert [text.decode() for batch in batches for text in batch.documents] == texts
+    assert max(sum(map(len, batch.documents)) for batch in batches) < 3 * readers.BATCH_BYTES
 
 
 def test_kinds_are_not_mixed(tmp_path: Path, make_parquet) -> None:
@@ -341,7 +341,7 @@ def test_a_column_of_another_type_is_named(tmp_path: Path, make_parquet) -> None
     [
         (b'{"text": "caf\xe9"}', "invalid UTF-8"),
         (b'{"text": "a"', "invalid JSON"),
-        (b"[1, 2]", "no column 'text'; there are: list"),
+        (b"[1, 2]", "invalid JSON: list, not an object"),
         (b'{"text": "\\ud800"}', "surrogates not allowed"),
     ],
 )
@@ -367,7 +367,7 @@ def test_invalid_utf8_in_a_parquet_file_is_named_with_its_row_group(tmp_path: Pa
     array = pa.StringArray.from_buffers(1, offsets, data)
     pq.write_table(pa.table({"text": array}), path)
     error = failure(read, path)
-    assert str(error.where) == f"{path}, row group 0, text 1"
+    assert str(error.where) == f"{path}, row group 0, row 1"
     assert "invalid UTF-8" in error.what
 
 
@@ -494,6 +494,6 @@ def test_a_file_that_vanishes_is_an_error_with_its_name(tmp_path: Path) -> None:
     part = Part(SourceFile("a", 0, ""), 0, 1, 10)
     for kind in ("jsonl", "txt", "parquet"):
         path = tmp_path / f"gone.{kind}"
-        error = failure(list, readers.read_texts(kind, Reading(path, Options()), part))
+        error = failure(list, readers.read_documents(kind, Reading(path, Options()), part))
         assert "cannot read a source file" in error.what
         assert str(error.where) == str(path)

@@ -4,12 +4,11 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from trainer import cross_entropy, fused
-from trainer.config import Config, ModelConfig
+from trainer import fused
+from trainer.config import Config
 from trainer.model import GPT2, Qwen3
 
 
@@ -23,15 +22,6 @@ def attention_backends(device: torch.device) -> Any:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
         order.insert(0, SDPBackend.CUDNN_ATTENTION)
     return sdpa_kernel(order, set_priority=True)
-
-
-def load_libraries(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Load Triton, and have torch load its libraries for attention: each takes up to a second."""
-    if device.type == "cuda":
-        cross_entropy.gpu_kernels()
-    shape = 1, model.context_length, model.num_heads, model.head_dim()
-    q = torch.zeros(shape, device=device, dtype=dtype).transpose(1, 2)
-    F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
 
 def compile_model(

@@ -166,42 +166,30 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints that a run writes.
+    """The checkpoints that a run writes, each after a sound step.
 
     An update can be finite and ruin the weights all the same, which only the next step shows. So
-    the last checkpoint pushes out older ones only when a later step, or its own evaluation, was
-    sound.
+    the last checkpoint pushes out no other: older ones go when the next one shows that it was good.
     """
 
-    def __init__(self, run: Path, options: CheckpointConfig, unproven: int | None = None) -> None:
+    def __init__(self, run: Path, options: CheckpointConfig) -> None:
         self.run, self.options = run, options
-        self.unproven = unproven  # step of the checkpoint that a resumed run continues from
 
     def save(self, files: Iterator[dict[str, Tensor]], state: State) -> str | None:
-        """Write a checkpoint; returns the error, if any."""
+        """Remove what the rule does not keep, and write a checkpoint; returns the error, if any."""
         try:
+            prune(self.run, self.options)
             save(self.run, files, state)
         except OSError as error:
             return str(error)
-        self.unproven = state.step
-        if state.validation_loss is not None:
-            self.prove()
         return None
 
-    def prove(self) -> None:
-        """A later step was sound: the last checkpoint is good, and older ones may go."""
-        if self.unproven is not None:
-            self.unproven = None
-            prune(self.run, self.options)
-
-    def last_good(self) -> str:
-        """For people: the checkpoint to continue from, and the one that may be ruined."""
-        good = [step for step in steps(self.run) if step != self.unproven]
-        said = f"last good checkpoint: {checkpoint_path(self.run, good[-1]) if good else 'none'}"
-        if self.unproven is None:
-            return said
-        ruined = checkpoint_path(self.run, self.unproven)
-        return f"{said}; if it fails again, move {ruined} away: its weights may be ruined"
+    def last(self) -> str:
+        """For people: the checkpoint to continue from."""
+        if not (found := steps(self.run)):
+            return "there is no checkpoint yet"
+        path = checkpoint_path(self.run, found[-1])
+        return f"last checkpoint: {path}; if it fails again, move that away: it may be ruined"
 
 
 def prune(run: Path, options: CheckpointConfig) -> None:

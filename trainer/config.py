@@ -179,7 +179,7 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: Count = 1000
-    keep_last: Count = 2
+    keep_last: Count = 2  # besides the newest, which nothing has shown to be good yet
 
 
 @dataclass(frozen=True)

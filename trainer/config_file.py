@@ -54,12 +54,9 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def available() -> list[str]:
-    """Names of the configs that come with the program, smallest model first."""
-    named = [f for f in files("configs").iterdir() if f.name.endswith(".toml")]
-    read = {f.name[:-5]: tomllib.loads(f.read_text(encoding="utf-8")) for f in named}
-    models = {name: values["model"] for name, values in read.items() if "model" in values}
-    names = sorted(models, key=lambda n: models[n]["num_layers"] * models[n]["embedding_size"] ** 2)
-    return names + sorted({*read} - {*names})
+    """Names of the configs that come with the program."""
+    names = [file.name for file in files("configs").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def load(

@@ -91,7 +91,7 @@ class Clock:
         return time.perf_counter() - self.began
 
     def steps_left(self, step: int, saves: int = 1) -> float:
-        """Steps after `step` that the budget has room for, beside a last evaluation.
+        """Steps after `step` that the budget has room for, besides a last evaluation.
 
         `saves` checkpoints will be written besides those of the config: the last one, say. Infinite
         without a budget, and before a step was timed.

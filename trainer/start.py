@@ -19,7 +19,7 @@ from pipeline import chatml
 from pipeline.errors import ForgeError, refusals
 from pipeline.shards import load_index
 from trainer import checkpoint, layouts
-from trainer.backends import compile_model, load_libraries
+from trainer.backends import compile_model
 from trainer.check import describe
 from trainer.checkpoint import MODEL_FILE, OPTIMIZER_FILE, State, checkpoint_path
 from trainer.config import Config, ModelConfig
@@ -103,11 +103,8 @@ def prepare(
     config = replace(command.config, precision=cast(Any, state.precision))
     cut = cut_here(config, ranks, device)
     model = build_model(config.model)
-    with ThreadPoolExecutor() as pool:
-        loaded = pool.submit(load_libraries, config.model, device, compute_dtype(config, device))
-        if not state.step and command.weights_from is None:
-            model.init_weights(config.seed)
-        loaded.result()
+    if not state.step and command.weights_from is None:
+        model.init_weights(config.seed)
     optimizer = Optimizer(model.to(device), config, ranks)
     compile_model(model, config, device, cut.recomputes)
     size = cut.micro_batch_size

@@ -64,8 +64,7 @@ def train(command: Command, started: float | None = None) -> None:
         setup = prepare(command, data, device, state, ranks)
         load_weights(setup, command, state, is_new)
         clock = Clock(config, started, state.seconds)
-        is_unproven = not is_new and state.validation_loss is None
-        checkpoints = Checkpoints(run, config.checkpoint, state.step if is_unproven else None)
+        checkpoints = Checkpoints(run, config.checkpoint)
         signals = opened.enter_context(Signals())
         if is_new and command.weights_from:
             save_source(setup, state, checkpoints)
@@ -154,7 +153,7 @@ def run_steps(
 
 def failure(what: str, step: int, cure: str, setup: Setup, checkpoints: Checkpoints) -> ForgeError:
     """An error that names the checkpoint to continue from; for all ranks to raise together."""
-    fix = f"{cure}; {from_first(setup.ranks, checkpoints.last_good)}"
+    fix = f"{cure}; {from_first(setup.ranks, checkpoints.last)}"
     return ForgeError(what, where=f"step {step} of {checkpoints.run}", fix=fix)
 
 
@@ -185,8 +184,6 @@ def take_up(
         if heard.is_warm:  # the first step compiles
             clock.steps.append(result.seconds)
         heard.is_warm = True
-        if result.is_sound and setup.ranks.is_first:
-            checkpoints.prove()
         if heard.skipped >= setup.config.guard.max_skipped_steps:
             what = f"{counted(heard.skipped, 'step')} in a row not finite"
             raise failure(what, result.step, "lower optimizer.peak_lr", setup, checkpoints)

@@ -21,9 +21,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import prepare, pydocs, sources
+from pipeline import prepare, sources
 from pipeline.engines import Processes
 from pipeline.sources import Options
+from tests import python_docs
 from trainer import checkpoint
 from trainer.ranks import OWN_STORE
 
@@ -147,7 +148,7 @@ def torment(
 def make_data(folder: Path) -> Path:
     """Shards of Python's own documentation."""
     text = folder / "docs.jsonl"
-    text.write_text("".join(json.dumps(document) + "\n" for document in pydocs.documents()))
+    python_docs.write(text)
     source = sources.resolve(str(text))
     prepare.tokenize(source, folder / "shards", Options(val_fraction=0.2), Processes(1))
     return folder / "shards"

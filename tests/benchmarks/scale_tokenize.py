@@ -102,7 +102,7 @@ def start_watched_worker(*arguments: Any) -> None:
 
     slices.write_documents = clocked("documents", slices.write_documents)
     engines.tokenize_slice = noted(engines.tokenize_slice)
-    readers.read_texts = clocked_batches(readers.read_texts)
+    readers.read_documents = clocked_batches(readers.read_documents)
     encode = tokenizer.BulkEncoder.encode  # lazy; the clock needs it done
     tokenizer.BulkEncoder.encode = lambda *arguments: list(encode(*arguments))  # type: ignore[assignment]
     for owner, method, name in (

@@ -1,7 +1,7 @@
 """One card of a group: peak memory against the estimate, tokens/s, and what its collectives move.
 
     python -m tests.benchmarks.shard_memory [--data DIR] [--steps 4] [--against CHECKOUT]
-    python -m tests.benchmarks.shard_memory --rows tiny:2 --micro-batch 1 --steps 2    on a CPU
+    python -m tests.benchmarks.shard_memory --rows tiny:2:1 --steps 2    on a CPU
 
 A row is CONFIG:RANKS, and :N for a micro-batch of N windows. Each is forge-train's own step as rank
 0 in a process that may take 23.0 GiB of the GPU. The other ranks are stood in for by torch's fake

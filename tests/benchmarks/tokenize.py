@@ -47,8 +47,8 @@ def batches(source: sources.Source) -> Iterator[list[bytes]]:
     slices = planned(source, 2**40).slices.values()
     for part in (part for each in slices for part in each.parts):
         at = readers.Reading(source.root / part.file.name, Options())
-        for batch in readers.read_texts(source.kind, at, part):
-            yield [text for text in batch.texts if text]
+        for batch in readers.read_documents(source.kind, at, part):
+            yield [text for text in batch.documents if text]
 
 
 def planned(source: sources.Source, shard_tokens: int) -> Plan:

@@ -1,41 +1,36 @@
-"""The embedded default: English prose that every CPython carries, as documents.
+"""English prose that every CPython carries, as documents: what the demo and the tests train on.
 
 Documents are the docstrings of each module of the standard library and pydoc's topics (the language
 reference), of both the paragraphs that are prose. About 1.4 MB: enough to see the whole program
 work, not to learn from.
+
+    python -m tests.python_docs FILE.jsonl
 """
 
 import ast
 import contextlib
 import json
 import re
+import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
-
-from pipeline.errors import refusals
 
 MIN_CHARACTERS = 200
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
 @cache
-def documents() -> tuple[dict[str, str], ...]:
-    """All documents, as {"text", "id"}, in a fixed order for one version of Python."""
+def documents() -> tuple[str, ...]:
+    """All documents, in a fixed order for one version of Python."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    found = {}
-    for path in sorted(library.rglob("*.py")):
-        inside = path.relative_to(library)
-        if NOT_PROSE.isdisjoint(inside.parts):
-            found[str(inside)] = docstrings(path)
+    paths = sorted(library.rglob("*.py"))
+    texts = [docstrings(p) for p in paths if NOT_PROSE.isdisjoint(p.relative_to(library).parts)]
     with contextlib.suppress(ImportError):  # some distributions leave it out
         from pydoc_data import topics
 
-        found |= {f"topic {name}": text for name, text in sorted(topics.topics.items())}
-    texts = {name: prose(text) for name, text in found.items()}
-    return tuple(
-        {"text": text, "id": name} for name, text in texts.items() if len(text) >= MIN_CHARACTERS
-    )
+        texts += [text for _, text in sorted(topics.topics.items())]
+    return tuple(text for text in map(prose, texts) if len(text) >= MIN_CHARACTERS)
 
 
 def docstrings(path: Path) -> str:
@@ -61,10 +56,12 @@ def prose(text: str) -> str:
     return "\n\n".join(kept)
 
 
-def write(path: Path) -> int:
-    """Write the documents to a .jsonl file and return their number."""
-    lines = [json.dumps(document, ensure_ascii=False) for document in documents()]
-    with refusals("write", path, "name another FILE"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return len(lines)
+def write(path: Path) -> None:
+    """Write the documents to a file of JSON Lines."""
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
