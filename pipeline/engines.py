@@ -124,7 +124,7 @@ class Ray:
             raise ForgeError("--ray needs Ray, which is not installed here", fix=fix) from error
         ours = {"py_modules": [str(Path(__file__).parent)]}  # all machines run this very code
         quiet: Any = {"log_to_driver": False, "logging_level": "error"}
-        host, _, port = self.address.removeprefix("ray://").rpartition(":")
+        host, _, port = self.address.rpartition(":")
         try:
             if port.isdigit():  # Ray itself would try for minutes
                 socket.create_connection((host, int(port)), timeout=5).close()

@@ -56,7 +56,11 @@ OF_A_SOURCE = (
         type=click.Choice(["stop", "skip"]),
         help="Stop at a damaged file, row group, line or text, or leave it out and count it.",
     ),
-    click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]"),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Processes, or tasks at a time on Ray.  [default: one per core]",
+    ),
     click.option(
         "--ray",
         is_flag=False,

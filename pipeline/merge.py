@@ -73,9 +73,9 @@ def merge(folder: Path) -> Index:
     """
     with files.hold(folder, "forge-prep"), refusals("write", folder, KEPT):
         verify.finish_publishing(folder)  # of a call that was killed
-        plans = plans_of_parts(folder)
-        if not plans and (folder / INDEX_FILE).exists():
+        if (folder / INDEX_FILE).exists():
             return shards.load_index(folder)
+        plans = plans_of_parts(folder)
         if not plans:
             what = "there is nothing to merge: no part of this folder has begun"
             raise ForgeError(what, where=folder, fix="forge-prep tokenize SOURCE --part 1/N")

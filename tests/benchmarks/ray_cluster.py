@@ -34,26 +34,33 @@ from tests.benchmarks.kill_prep import ROOT, contents
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def cpu_seconds() -> dict[int, float]:
-    """Processor time so far of each process below this one, and what their dead children took."""
+def cpu_seconds(seen: dict[int, float]) -> None:
+    """Note the processor time so far of each process below this one, itself left out."""
     found: dict[int, tuple[int, float]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
-            found[int(stat.parent.name)] = int(fields[1]), sum(map(int, fields[11:15])) / TICKS
+            found[int(stat.parent.name)] = int(fields[1]), sum(map(int, fields[11:13])) / TICKS
     below = {os.getpid()}
     while more := {p for p, (parent, _) in found.items() if parent in below} - below:
         below |= more
-    return {process: found[process][1] for process in below & found.keys()}
+    seen.update({process: found[process][1] for process in below - {os.getpid()}})
 
 
 def run(source: Path, out: Path, *more: object) -> tuple[float, float]:
     """Seconds and CPU seconds of one forge-prep tokenize, and of the cluster meanwhile."""
     shutil.rmtree(out, ignore_errors=True)
-    before, started = cpu_seconds(), time.perf_counter()
-    subprocess.run(command(source, out, *more), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    before: dict[int, float] = {}
+    cpu_seconds(before)
+    started = time.perf_counter()
+    process = subprocess.Popen(command(source, out, *more), cwd=ROOT, stdout=subprocess.DEVNULL)
+    after = dict(before)
+    while process.poll() is None:  # Ray's workers leave no account of themselves behind
+        cpu_seconds(after)
+        time.sleep(0.05)
     seconds = time.perf_counter() - started
-    return seconds, sum(n - before.get(process, 0.0) for process, n in cpu_seconds().items())
+    assert process.returncode == 0
+    return seconds, sum(n - before.get(process, 0.0) for process, n in after.items())
 
 
 def command(source: Path, out: Path, *more: object) -> list[str]:
