@@ -178,19 +178,22 @@ def test_a_machine_that_is_lost_costs_only_what_it_was_making(
     source: sources.Source, straight: Path, tmp_path: Path, cluster: Any
 ) -> None:
     grow(cluster, 4)
-    out, finished = tmp_path / "out", dict[str, int]()
     lost: list[IO[bytes]] = []
+    finished = dict[str, int]()
 
     def lose_one(progress: prepare.Progress) -> None:
-        while not lost and len(made_at(out)) > 4:
-            if found := stop_a_worker(cluster, out):
-                machine, worker, half_written = found
-                lost.append(half_written)
-                finished.update(made_at(out))
-                cluster.remove_node(machine, allow_graceful=False)
-                os.kill(worker, signal.SIGKILL)
+        if not lost and len(made_at(out)) > 2 and (found := stop_a_worker(cluster, out)):
+            machine, worker, half_written = found
+            lost.append(half_written)
+            finished.update(made_at(out))
+            cluster.remove_node(machine, allow_graceful=False)
+            os.kill(worker, signal.SIGKILL)
 
-    prepare.tokenize(source, out, OPTIONS, Ray(cluster.address), on_progress=lose_one)
+    for attempt in range(20):  # until a worker was seen in mid-write
+        out = tmp_path / f"out{attempt}"
+        prepare.tokenize(source, out, OPTIONS, Ray(cluster.address), on_progress=lose_one)
+        if lost:
+            break
     assert os.fstat(lost[0].fileno()).st_nlink == 0, "that slice was made again"
     assert finished.items() <= made_at(out).items()
     assert kill_prep.contents(out) == kill_prep.contents(straight / "whole")
