@@ -134,12 +134,12 @@ def chat(source: str, context_length: int, long: str, columns: str, **given: Any
 def merge(folder: Path, as_json: bool) -> None:
     """Finish a folder that was made in parts.
 
-    When a part of tokenize --part is missing, it says which. The bytes are those of one run.
+    When a part of tokenize or chat --part is missing, it says which. The bytes are those of one
+    run.
     """
     from pipeline.merge import merge
-    from pipeline.prepare import Outcome
 
-    outcome = Outcome(merge(folder), up_to_date=False)
+    outcome = merge(folder)
     if as_json:
         click.echo(json.dumps({"folder": str(folder)} | outcome.summary()))
     else:

@@ -41,7 +41,7 @@ class ProgressBar:
 
 
 def report(folder: Path, outcome: Any, max_tokens: int | None) -> None:
-    """Say how a prepare.Outcome ended."""
+    """Say how a merge.Outcome ended."""
     from pipeline import info
 
     facts, index, skipped = outcome.summary(), outcome.index, outcome.index.skipped

@@ -78,8 +78,8 @@ def test_parts_made_side_by_side_become_the_bytes_of_one_run(
     assert made(out) == before
     assert contents(out) == contents(straight)
     assert not (out / ".work").exists()
-    again = forge("prep", "merge", out, "--json")
-    assert json.loads(again.stdout)["num_documents"] == 48
+    again = json.loads(forge("prep", "merge", out, "--json").stdout)
+    assert (again["num_documents"], again["up_to_date"]) == (48, True)
     assert made(out) == before
 
 
@@ -121,12 +121,42 @@ def test_a_part_that_stopped_resumes_and_touches_nothing_of_others(source: Path,
     assert others.exists()
 
 
+def test_while_a_part_runs_only_parts_are_let_in(source: Path, straight: Path, out: Path) -> None:
+    options, found = Options(val_fraction=0.2, shard_tokens=1), sources.resolve(str(source))
+    busy = "another forge-prep is writing this folder"
+
+    def meanwhile(progress: prepare.Progress) -> None:
+        with pytest.raises(ForgeError, match=busy):
+            merge.merge(out)
+        with pytest.raises(ForgeError, match=busy):
+            prepare.tokenize(found, out, options, Processes(1))
+        with pytest.raises(ForgeError, match=busy):
+            prepare.tokenize_part(found, out, options, Processes(1), (1, 2))
+        if not (out / ".work" / "part-2-of-2").exists():
+            prepare.tokenize_part(found, out, options, Processes(1), (2, 2))
+
+    prepare.tokenize_part(found, out, options, Processes(1), (1, 2), on_progress=meanwhile)
+    merge.merge(out)
+    assert contents(out) == contents(straight)
+
+
+def test_while_a_run_looks_at_its_source_no_part_begins(source: Path, out: Path) -> None:
+    found = sources.resolve(str(source))
+
+    class Meanwhile(Processes):
+        def connect(self) -> None:
+            with pytest.raises(ForgeError, match="another forge-prep is writing this folder"):
+                prepare.tokenize_part(found, out, Options(), Processes(1), (1, 2))
+
+    prepare.tokenize(found, out, Options(val_fraction=0.2), Meanwhile(1))
+
+
 def test_parts_of_different_plans_are_refused(part: Part, out: Path) -> None:
     assert part("1/3").exit_code == 0
     before = contents(out / ".work") | contents(out / ".work" / "part-1-of-3")
     assert refused(part("2/3", "--val-fraction", 0.1), "options val_fraction: 0.2, now 0.1")
     assert refused(part("1/3", "--shard-tokens", 2), "options shard_tokens: 1, now 2")
-    assert refused(part("2/4"), "num_parts")
+    assert refused(part("2/4"), "differ in the number of parts")
     assert contents(out / ".work") | contents(out / ".work" / "part-1-of-3") == before
 
 
@@ -138,7 +168,7 @@ def test_parts_of_a_source_that_changed_are_refused_even_if_they_began_at_one_ti
     raw = json.loads(plan.read_bytes())
     raw["source"]["files"][0]["bytes"] += 1
     plan.write_text(json.dumps(raw))
-    assert refused(forge("prep", "merge", out), "differ in source")
+    assert refused(forge("prep", "merge", out), "differ in the files of the source")
 
 
 def test_a_part_takes_no_limit_and_removes_nothing(part: Part, out: Path) -> None:
