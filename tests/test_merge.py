@@ -1,10 +1,14 @@
 """Laws of parts: made by any processes in any order, they become the bytes of one run."""
 
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +162,41 @@ def test_parts_of_different_plans_are_refused(part: Part, out: Path) -> None:
     assert refused(part("1/3", "--shard-tokens", 2), "options shard_tokens: 1, now 2")
     assert refused(part("2/4"), "differ in the number of parts")
     assert contents(out / ".work") | contents(out / ".work" / "part-1-of-3") == before
+
+
+class Killed(BaseException):
+    """Passes every handler, as a kill does."""
+
+
+def test_a_merge_killed_at_any_moment_is_finished_by_the_next(
+    part: Part, straight: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert part("1/1").exit_code == 0
+    out.rename(tmp_path / "parts")
+    for moment in itertools.count():
+        shutil.copytree(tmp_path / "parts", out)
+        with monkeypatch.context() as patch, suppress(Killed):
+            kill_at(moment, patch)
+            merge.merge(out)
+            break
+        merge.merge(out)
+        assert contents(out) == contents(straight)
+        assert {path.suffix for path in out.iterdir()} == {".bin", ".json", ".tiktoken"}
+        shutil.rmtree(out)
+    assert moment > 40
+
+
+def kill_at(moment: int, patch: pytest.MonkeyPatch) -> None:
+    """Let only so many changes to the disk happen."""
+    done = itertools.count()
+
+    def change(real: Callable[..., Any], *args: Any, **how: Any) -> Any:
+        if next(done) >= moment:
+            raise Killed
+        return real(*args, **how)
+
+    for name in ("replace", "unlink", "rmdir", "mkdir", "fsync"):
+        patch.setattr(os, name, partial(change, getattr(os, name)))
 
 
 def test_parts_of_a_source_that_changed_are_refused_even_if_they_began_at_one_time(
