@@ -224,8 +224,8 @@ class ShardWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:  # what is not committed goes
-        self._file.close()
         self.partial.unlink(missing_ok=True)
+        self._file.close()  # fails on a full disk
 
 
 def check_header(path: Path) -> int:
