@@ -80,17 +80,19 @@ def plans_of_parts(folder: Path) -> list[dict[str, Any]]:
 
 def check_folder(folder: Path) -> None:
     """ForgeError if a folder has more in it than parts."""
-    names = {path.name for path in folder.glob("*")} - {DOWNLOADS_FOLDER, WORK_FOLDER}
-    if names or (folder / WORK_FOLDER / verify.PLAN_FILE).exists():
-        what = "parts are made in a new folder; this one has shards, an unfinished run or others"
+    others = sorted({path.name for path in folder.iterdir()} - {DOWNLOADS_FOLDER, WORK_FOLDER})
+    others += ["an unfinished run"] * (folder / WORK_FOLDER / verify.PLAN_FILE).exists()
+    if others:
+        what = f"parts are made in a folder of their own; this one has {', '.join(others[:3])}"
         raise ForgeError(what, where=folder, fix="choose another --out")
 
 
 def check_plans(folder: Path, plans: Sequence[dict[str, Any]]) -> None:
     """ForgeError if parts would not make one folder."""
     for plan in plans[1:]:
-        found = verify.differences(plans[0], plan)
-        found += [says for key, says in IN_WORDS.items() if plan[key] != plans[0].get(key)]
+        found = verify.differences(plans[0], plan) or [
+            says for key, says in IN_WORDS.items() if plan[key] != plans[0].get(key)
+        ]
         if found:
             what = f"the parts of this folder are not of one plan, but differ in {'; '.join(found)}"
             fix = "make all of the same source (of a hub dataset, name the commit with --revision) "

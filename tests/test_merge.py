@@ -227,7 +227,7 @@ def test_one_folder_is_made_in_parts_or_at_once(
     forge, part: Part, source: Path, straight: Path, out: Path
 ) -> None:
     shutil.copytree(straight, out)
-    assert refused(part("1/2"), "parts are made in a new folder")
+    assert refused(part("1/2"), "a folder of their own; this one has index.json")
     assert contents(out) == contents(straight)
     assert not (out / ".work").exists()
     shutil.rmtree(out)
