@@ -24,6 +24,7 @@ MOST_NAMED = 20  # missing parts in a message
 IN_WORDS = {  # what a part's plan has beside the options
     "version": "the version of forge-prep",
     "source": "the files of the source",
+    "modified": "the times when the files of the source were written",
     "num_slices": "the number of slices",
     "num_parts": "the number of parts",
 }

@@ -103,7 +103,8 @@ def tokenize_part(
         source = source.ordered(())
         place = folder if keep_downloads else own
         run = _Run(source, folder, options, engine, None, skip_errors, place)
-        plan = _describe(source, options) | {"num_slices": run.cut_part(part)}
+        times = [file.modified for file in source.files]
+        plan = _describe(source, options) | {"num_slices": run.cut_part(part), "modified": times}
         engine.connect()
         merge.begin_part(folder, part, plan)
         run.run(on_progress)

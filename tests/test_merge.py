@@ -210,6 +210,18 @@ def test_parts_of_a_source_that_changed_are_refused_even_if_they_began_at_one_ti
     assert refused(forge("prep", "merge", out), "differ in the files of the source")
 
 
+def test_an_edit_between_two_parts_is_noticed_whatever_its_size(
+    source: Path, tmp_path: Path, forge, out: Path
+) -> None:
+    copy = Path(shutil.copytree(source, tmp_path / "in"))
+    command = ("prep", "tokenize", copy, "--out", out, *OPTIONS)
+    assert forge(*command, "--part", "1/2").exit_code == 0
+    os.utime(copy / "b.parquet", (1, 1))
+    says = "differ in the times when the files of the source were written"
+    for which in ("1/2", "2/2"):
+        assert refused(forge(*command, "--part", which), says)
+
+
 def test_a_part_takes_no_limit_and_removes_nothing(part: Part, out: Path) -> None:
     for option, reason in (
         (("--max-tokens", "1k"), "depends on the parts before it"),
