@@ -90,10 +90,11 @@ def tokenize_part(
     keep_downloads: bool = False,
     skip_errors: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> list[Record]:
+) -> int:
     """Make the slices of a part, such as (3, 16), of a new folder; resume where it stopped.
 
-    Other processes may make the other parts at the same time. merge.merge() finishes the folder.
+    Returns how many slices it has. Other processes may make the other parts at the same time.
+    merge.merge() finishes the folder.
     """
     own = merge.part_folder(folder, part)
     # The folder is shared with the other parts, and with nobody else.
@@ -109,7 +110,7 @@ def tokenize_part(
         merge.begin_part(folder, part, plan)
         run.run(on_progress)
         shutil.rmtree(own / DOWNLOADS_FOLDER, ignore_errors=True)
-        return run.settled
+        return len(run.settled)
 
 
 def _describe(source: Source, options: Options) -> dict[str, Any]:

@@ -119,8 +119,8 @@ def test_a_part_that_stopped_resumes_and_touches_nothing_of_others(source: Path,
         prepare.tokenize_part(found, out, options, Processes(1), (1, 2), on_progress=stop)
     assert list(out.rglob("*.partial")) == [others]
     before = made(out)
-    records = prepare.tokenize_part(found, out, options, Processes(1), (1, 2))
-    assert 2 <= len(before) < len(records)
+    num_slices = prepare.tokenize_part(found, out, options, Processes(1), (1, 2))
+    assert 2 <= len(before) < num_slices
     assert before.items() < made(out).items()
     assert others.exists()
 
