@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.command import Count, ForgeCommand, Part, cores, counted
+from pipeline.command import Count, FolderTokens, ForgeCommand, cores, counted
 from pipeline.errors import ForgeError
 from pipeline.making import A_PATH, AS_JSON, find, make, of_a_source, shown, val_fraction
 from pipeline.terminal import ProgressBar, next_commands, report
@@ -134,21 +134,17 @@ def chat(source: str, context_length: int, long: str, columns: str, **given: Any
 def merge(folder: Path, as_json: bool) -> None:
     """Finish a folder that was made in parts.
 
-    When a part of tokenize --part is missing, it says which. The bytes are those of one run.
+    When a part of tokenize or chat --part is missing, it says which. The bytes are those of one
+    run.
     """
     from pipeline.merge import merge
-    from pipeline.prepare import Outcome
 
-    outcome = Outcome(merge(folder), up_to_date=False)
-    if as_json:
-        click.echo(json.dumps({"folder": str(folder)} | outcome.summary()))
-    else:
-        report(folder, outcome, None)
+    report(folder, merge(folder), as_json)
 
 
 @main.command()
 @click.argument("out", type=A_PATH)
-@click.argument("parts", nargs=-1, required=True, metavar="DIR[:TOKENS]...", type=Part())
+@click.argument("parts", nargs=-1, required=True, metavar="DIR[:TOKENS]...", type=FolderTokens())
 @click.option("--overwrite", is_flag=True, help="Replace the mixture that OUT holds.")
 @AS_JSON
 def mix(out: Path, parts: tuple[Any, ...], overwrite: bool, as_json: bool) -> None:

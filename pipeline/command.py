@@ -33,7 +33,7 @@ class Count(click.ParamType[int]):
         return number
 
 
-class Part(click.ParamType[tuple[Path, int | None]]):
+class FolderTokens(click.ParamType[tuple[Path, int | None]]):
     """A folder, or a folder and a count: DIR:500M."""
 
     name = "DIR[:TOKENS]"

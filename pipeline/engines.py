@@ -127,7 +127,7 @@ class Ray:
         host, _, port = self.address.rpartition(":")
         try:
             if port.isdigit():  # Ray itself would try for minutes
-                socket.create_connection((host, int(port)), timeout=5).close()
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             ray.init(self.address, runtime_env=ours, **quiet)
         except Exception as error:  # a dozen unrelated types
             what = f"cannot join a Ray cluster: {type(error).__name__}: {error}"

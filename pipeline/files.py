@@ -10,6 +10,8 @@ from pathlib import Path
 
 from pipeline.errors import ForgeError, refusal, refusals
 
+OTHER_FOLDER = "choose another folder (--out)"
+
 
 def partial_name(path: Path) -> Path:
     """Where to write what will be `path`: no other process, on any machine, writes there."""
@@ -43,40 +45,44 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def hold(folder: Path, program: str, wait_seconds: float = 0.0) -> Iterator[None]:
+def hold(
+    folder: Path, program: str, wait_seconds: float = 0.0, shared: bool = False
+) -> Iterator[None]:
     """Make `folder` and keep every other process that holds it out, until the block ends.
 
-    `program` names what is writing, for the message; a process that is just ending is waited for.
-    A new folder that stays empty is removed. Raises ForgeError.
+    With `shared`, only those that do not share it. `program` names what is writing, for the
+    message; a process that is just ending is waited for. New folders that stay empty are removed.
+    Raises ForgeError. Over a network, processes of other machines may not be kept out.
     """
-    with refusals("make the folder", folder, "choose another --out"):
-        is_new = not folder.exists()
+    with refusals("make the folder", folder, OTHER_FOLDER):
+        new = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with refusals("lock the folder", folder, "choose another --out"):
-            _lock(descriptor, folder, program, time.monotonic() + wait_seconds)
+        with refusals("lock the folder", folder, OTHER_FOLDER):
+            operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            _lock(descriptor, operation, folder, program, time.monotonic() + wait_seconds)
         if os.fstat(descriptor).st_nlink == 0:
             what = f"another {program} has just removed this folder"
             raise ForgeError(what, where=folder, fix="run the same command again")
         yield
     finally:
-        if is_new:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
+        with suppress(OSError):  # not empty
+            for each in new:
+                each.rmdir()
         os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path, program: str, deadline: float) -> None:
+def _lock(descriptor: int, operation: int, folder: Path, program: str, deadline: float) -> None:
     while True:
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise ForgeError(
                     f"another {program} is writing this folder",
                     where=folder,
-                    fix="let it finish, or stop it; or choose another --out",
+                    fix=f"let it finish, or stop it; or {OTHER_FOLDER}",
                 ) from None
             time.sleep(0.1)
 

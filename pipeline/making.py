@@ -23,7 +23,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result
 shown = functools.partial(click.option, show_default=True)
 
 
-class PartType(click.ParamType[tuple[int, int]]):
+class PartOfRun(click.ParamType[tuple[int, int]]):
     """A part of a run, such as 3/16."""
 
     name = "part"
@@ -70,7 +70,7 @@ OF_A_SOURCE = (
     ),
     click.option(
         "--part",
-        type=PartType(),
+        type=PartOfRun(),
         metavar="K/N",
         help="Make part K of N, for a scheduler that runs N commands; forge-prep merge ends it.",
     ),
@@ -128,20 +128,18 @@ def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
         how = {"keep_downloads": given["keep_downloads"], "on_progress": bar.update}
         how |= {"skip_errors": given["on_error"] == "skip"}
         if part:
-            records = prepare.tokenize_part(found, folder, options, engine, part, **how)
+            num_slices = prepare.tokenize_part(found, folder, options, engine, part, **how)
         else:
-            overwrite = given["overwrite"]
-            outcome = prepare.tokenize(found, folder, options, engine, overwrite=overwrite, **how)
-    if part:
-        facts = {"folder": str(folder), "part": part, "num_slices": len(records)}
-        made = f"Part {part[0]} of {part[1]} is made: {counted(len(records), 'slice')}."
-        text = f"{made}\nOnce all parts are: forge-prep merge {shlex.quote(str(folder))}"
-        click.echo(json.dumps(facts) if given["as_json"] else text)
+            how |= {"overwrite": given["overwrite"]}
+            outcome = prepare.tokenize(found, folder, options, engine, **how)
+    if not part:
+        facts = {"num_files_not_read": len(found.not_read)}
+        report(folder, outcome, given["as_json"], options.max_tokens, **facts)
     elif given["as_json"]:
-        summary = {"folder": str(folder), "num_files_not_read": len(found.not_read)}
-        click.echo(json.dumps(summary | outcome.summary()))
+        click.echo(json.dumps({"folder": str(folder), "part": part, "num_slices": num_slices}))
     else:
-        report(folder, outcome, options.max_tokens)
+        click.echo(f"Part {part[0]} of {part[1]} is made: {counted(num_slices, 'slice')}.")
+        click.echo(f"Once all parts are: forge-prep merge {shlex.quote(str(folder))}")
 
 
 def default_name(source: str, config: str | None) -> str:

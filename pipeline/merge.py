@@ -2,8 +2,10 @@
 
 import json
 import math
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,38 @@ from pipeline.slices import Record
 
 VAL_SHARD_TOKENS = 100_000_000  # at most, about
 MOST_NAMED = 20  # missing parts in a message
+IN_WORDS = {  # what a part's plan has beside the options
+    "version": "the version of forge-prep",
+    "source": "the files of the source",
+    "modified": "the times when the files of the source were written",
+    "num_slices": "the number of slices",
+    "num_parts": "the number of parts",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. All but the index is of this run alone; `new_bytes` are of text."""
+
+    index: Index
+    up_to_date: bool
+    seconds: float = 0.0
+    new_bytes: int = 0
+    new_tokens: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """The facts of --json."""
+        total = self.index.total
+        return {
+            "up_to_date": self.up_to_date,
+            "num_train_tokens": total("num_tokens", "train"),
+            "num_val_tokens": total("num_tokens", "val"),
+            "num_documents": total("num_documents"),
+            "text_bytes": total("text_bytes"),
+            "skipped": self.index.skipped,
+            "seconds": round(self.seconds, 3),
+        }
+
 
 # ---------------------------------------------------------------------------------------------
 # Parts: 3/16 is the third of 16 runs of slices. All work in one `.work/`, on files of their own.
@@ -35,6 +69,11 @@ def part_folder(folder: Path, part: tuple[int, int]) -> Path:
     return folder / WORK_FOLDER / "part-{}-of-{}".format(*part)
 
 
+def has_parts(folder: Path) -> bool:
+    """Whether any part has begun. One that has not got far has no plan yet."""
+    return any((folder / WORK_FOLDER).glob("part-*"))
+
+
 def plans_of_parts(folder: Path) -> list[dict[str, Any]]:
     paths = (folder / WORK_FOLDER).glob(f"part-*/{verify.PLAN_FILE}")
     return [json.loads(path.read_bytes()) for path in paths]
@@ -42,20 +81,23 @@ def plans_of_parts(folder: Path) -> list[dict[str, Any]]:
 
 def check_folder(folder: Path) -> None:
     """ForgeError if a folder has more in it than parts."""
-    names = {path.name for path in folder.glob("*")} - {DOWNLOADS_FOLDER, WORK_FOLDER}
-    if names or (folder / WORK_FOLDER / verify.PLAN_FILE).exists():
-        what = "parts are made in a new folder; this one has shards, an unfinished run or others"
+    others = sorted({path.name for path in folder.iterdir()} - {DOWNLOADS_FOLDER, WORK_FOLDER})
+    others += ["an unfinished run"] * (folder / WORK_FOLDER / verify.PLAN_FILE).exists()
+    if others:
+        what = f"parts are made in a folder of their own; this one has {', '.join(others[:3])}"
         raise ForgeError(what, where=folder, fix="choose another --out")
 
 
 def check_plans(folder: Path, plans: Sequence[dict[str, Any]]) -> None:
     """ForgeError if parts would not make one folder."""
     for plan in plans[1:]:
-        found = verify.differences(plans[0], plan)
-        found += [key for key in plan if not found and plan[key] != plans[0].get(key)]
+        found = verify.differences(plans[0], plan) or [
+            says for key, says in IN_WORDS.items() if plan[key] != plans[0].get(key)
+        ]
         if found:
             what = f"the parts of this folder are not of one plan, but differ in {'; '.join(found)}"
-            fix = "make all of the same source with the same options, in another --out"
+            fix = "make all of the same source (of a hub dataset, name the commit with --revision) "
+            fix += "with the same options, in another --out"
             raise ForgeError(what, where=folder, fix=fix)
 
 
@@ -66,19 +108,21 @@ def begin_part(folder: Path, part: tuple[int, int], plan: dict[str, Any]) -> Non
     files.write_whole(part_folder(folder, part) / verify.PLAN_FILE, data)
 
 
-def merge(folder: Path) -> Index:
+def merge(folder: Path) -> Outcome:
     """Finish a folder whose parts are all made. ForgeError names those that are missing.
 
     Nothing is left to do for a folder that is finished.
     """
+    started = time.perf_counter()
     with files.hold(folder, "forge-prep"), refusals("write", folder, KEPT):
         verify.finish_publishing(folder)  # of a call that was killed
         if (folder / INDEX_FILE).exists():
-            return shards.load_index(folder)
+            return Outcome(shards.load_index(folder), up_to_date=True)
         plans = plans_of_parts(folder)
         if not plans:
             what = "there is nothing to merge: no part of this folder has begun"
-            raise ForgeError(what, where=folder, fix="forge-prep tokenize SOURCE --part 1/N")
+            fix = "begin with forge-prep tokenize SOURCE --out NEW_FOLDER --part 1/N"
+            raise ForgeError(what, where=folder, fix=fix)
         check_plans(folder, plans)
         verify.check_ours(folder, plans[0])
         num_slices, num_parts = plans[0]["num_slices"], plans[0]["num_parts"]
@@ -92,7 +136,8 @@ def merge(folder: Path) -> Index:
             fix = "run the commands of those parts, then forge-prep merge again"
             raise ForgeError(f"parts are missing: {names}", where=folder, fix=fix)
         made = [record for record in records if record]
-        return verify.publish(make_index(folder, plans[0], made))
+        index = verify.publish(make_index(folder, plans[0], made))
+        return Outcome(index, False, time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files, shards, tokenizer, verify
+from pipeline.command import counted
 from pipeline.errors import ForgeError, refusals
 from pipeline.shards import Index, Shard
 
@@ -32,7 +33,9 @@ def mix(folder: Path, parts: Sequence[tuple[Path, int | None]], overwrite: bool 
         rows, entries = list[dict[str, Any]](), list[Shard]()
         for index, (_, wanted) in zip(indexes, parts, strict=True):
             place = os.path.relpath(index.folder.resolve(), folder.resolve())
-            train = list(first_tokens(index, wanted))
+            if not (train := list(first_tokens(index, wanted))):
+                what = f"{counted(wanted or 0, 'token')}: too few for a window to train on"
+                raise ForgeError(what, where=index.folder, fix="ask for more, or leave it out")
             entries += [entry(index, shard, place) for shard in (*train, *index.of("val"))]
             rows.append(describe(index, train, place))
         chat = indexes[0].chat

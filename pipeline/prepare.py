@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from pipeline import chatml, files, merge, readers, shards, slices, tokenizer, v
 from pipeline.downloads import DOWNLOADS_FOLDER, Downloads
 from pipeline.engines import Engine, Running
 from pipeline.errors import KEPT, ForgeError, refusals
+from pipeline.merge import Outcome
 from pipeline.plan import Plan
 from pipeline.shards import WORK_FOLDER, Index
 from pipeline.slices import Job, Record
@@ -35,30 +36,6 @@ class Progress(NamedTuple):
     done_bytes: int
     total_bytes: int
     num_tokens: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How tokenize() ended. All but the index is of this run alone; `new_bytes` are of text."""
-
-    index: Index
-    up_to_date: bool
-    seconds: float = 0.0
-    new_bytes: int = 0
-    new_tokens: int = 0
-
-    def summary(self) -> dict[str, Any]:
-        """The facts of `forge-prep tokenize --json`."""
-        total = self.index.total
-        return {
-            "up_to_date": self.up_to_date,
-            "num_train_tokens": total("num_tokens", "train"),
-            "num_val_tokens": total("num_tokens", "val"),
-            "num_documents": total("num_documents"),
-            "text_bytes": total("text_bytes"),
-            "skipped": self.index.skipped,
-            "seconds": round(self.seconds, 3),
-        }
 
 
 def tokenize(
@@ -79,7 +56,7 @@ def tokenize(
     """
     started = time.perf_counter()
     with files.hold(folder, "forge-prep"), refusals("write", folder, KEPT):
-        if merge.plans_of_parts(folder):
+        if merge.has_parts(folder):
             fix = f"forge-prep merge {folder}, once all are made; or choose another --out"
             raise ForgeError("this folder is made in parts", where=folder, fix=fix)
         plan = _describe(source, options)
@@ -113,23 +90,27 @@ def tokenize_part(
     keep_downloads: bool = False,
     skip_errors: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> list[Record]:
+) -> int:
     """Make the slices of a part, such as (3, 16), of a new folder; resume where it stopped.
 
-    Other processes may make the other parts at the same time. merge.merge() finishes the folder.
+    Returns how many slices it has. Other processes may make the other parts at the same time.
+    merge.merge() finishes the folder.
     """
-    merge.check_folder(folder)
     own = merge.part_folder(folder, part)
-    with files.hold(own, "forge-prep"), refusals("write", folder, KEPT):
+    # The folder is shared with the other parts, and with nobody else.
+    held = files.hold(folder, "forge-prep", shared=True), files.hold(own, "forge-prep")
+    with held[0], held[1], refusals("write", folder, KEPT):
+        merge.check_folder(folder)
         source = source.ordered(())
         place = folder if keep_downloads else own
         run = _Run(source, folder, options, engine, None, skip_errors, place)
-        plan = _describe(source, options) | {"num_slices": run.cut_part(part)}
+        times = [file.modified for file in source.files]
+        plan = _describe(source, options) | {"num_slices": run.cut_part(part), "modified": times}
         engine.connect()
         merge.begin_part(folder, part, plan)
         run.run(on_progress)
         shutil.rmtree(own / DOWNLOADS_FOLDER, ignore_errors=True)
-        return run.settled
+        return len(run.settled)
 
 
 def _describe(source: Source, options: Options) -> dict[str, Any]:

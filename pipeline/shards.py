@@ -224,8 +224,8 @@ class ShardWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:  # what is not committed goes
-        self._file.close()
         self.partial.unlink(missing_ok=True)
+        self._file.close()  # fails on a full disk
 
 
 def check_header(path: Path) -> int:
@@ -286,7 +286,8 @@ def no_index(folder: Path) -> ForgeError:
     what = f"the folder has no {INDEX_FILE}"
     if WORK_FOLDER in names:
         what += ", so it is not finished"
-        fix = "run its forge-prep command again; finished slices are kept"
+        fix = "run its forge-prep command again; finished slices are kept. "
+        fix += "If it was made in parts: forge-prep merge DIR"
     elif any(name.endswith(".bin") for name in names):
         fix = "if others made its token files: forge-prep index DIR (--raw for nanoGPT's)"
     else:

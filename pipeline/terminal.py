@@ -1,5 +1,6 @@
 """What forge-prep prints: how far it is, what it made, what to do next."""
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -40,11 +41,16 @@ class ProgressBar:
         self.bar.refresh()
 
 
-def report(folder: Path, outcome: Any, max_tokens: int | None) -> None:
-    """Say how a prepare.Outcome ended."""
+def report(
+    folder: Path, outcome: Any, as_json: bool, max_tokens: int | None = None, **more: Any
+) -> None:
+    """Say how a merge.Outcome ended; `more` facts are for JSON alone."""
     from pipeline import info
 
     facts, index, skipped = outcome.summary(), outcome.index, outcome.index.skipped
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder)} | more | facts))
+        return
     if outcome.up_to_date:
         click.echo(f"{folder} is up to date.")
     elif outcome.new_bytes:

@@ -241,12 +241,13 @@ def publish(index: Index) -> Index:
 
 
 def finish_publishing(folder: Path) -> None:
-    """Move what `.work/` has ready to its place, the index last.
+    """Move what `.work/` has ready to its place, and copy the index there, last.
 
     The index in `.work/` says that all else is there. So a kill at any moment leaves a folder that
     the next call finishes.
     """
-    work = folder / shards.WORK_FOLDER
+    work, done = folder / shards.WORK_FOLDER, folder / f"{shards.WORK_FOLDER}.partial"
+    shutil.rmtree(done, ignore_errors=True)
     if not (work / shards.INDEX_FILE).exists():
         return
     made = shards.load_index(work)
@@ -255,9 +256,12 @@ def finish_publishing(folder: Path) -> None:
         if (work / name).exists():
             (work / name).replace(folder / name)
     sync_folder(folder)
-    (work / shards.INDEX_FILE).replace(folder / shards.INDEX_FILE)
+    copy = work / f"copy_{shards.INDEX_FILE}"
+    write_whole(copy, (work / shards.INDEX_FILE).read_bytes())
+    copy.replace(folder / shards.INDEX_FILE)
     sync_folder(folder)
-    shutil.rmtree(work, ignore_errors=True)
+    work.replace(done)  # at once: what is left of it would look like an unfinished run
+    shutil.rmtree(done, ignore_errors=True)
 
 
 def differences(made: dict[str, Any], plan: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -178,16 +179,17 @@ def test_a_machine_that_is_lost_costs_only_what_it_was_making(
     source: sources.Source, straight: Path, tmp_path: Path, cluster: Any
 ) -> None:
     grow(cluster, 4)
-    lost: list[IO[bytes]] = []
-    finished = dict[str, int]()
+    finished, lost = dict[str, int](), list[IO[bytes]]()
 
     def lose_one(progress: prepare.Progress) -> None:
-        if not lost and len(made_at(out)) > 2 and (found := stop_a_worker(cluster, out)):
-            machine, worker, half_written = found
-            lost.append(half_written)
-            finished.update(made_at(out))
-            cluster.remove_node(machine, allow_graceful=False)
-            os.kill(worker, signal.SIGKILL)
+        until = time.monotonic() + 1  # then the driver sends more slices out
+        while not lost and len(made_at(out)) > 4 and time.monotonic() < until:
+            if found := stop_a_worker(cluster, out):
+                machine, worker, half_written = found
+                lost.append(half_written)
+                finished.update(made_at(out))
+                cluster.remove_node(machine, allow_graceful=False)
+                os.kill(worker, signal.SIGKILL)
 
     for attempt in range(20):  # until a worker was seen in mid-write
         out = tmp_path / f"out{attempt}"
@@ -201,20 +203,18 @@ def test_a_machine_that_is_lost_costs_only_what_it_was_making(
 
 def stop_a_worker(cluster: Any, out: Path) -> tuple[Any, int, IO[bytes]] | None:
     """A machine, not the head; its worker, which is stopped; the file that it has half written."""
-    raylets = {n.all_processes["raylet"][0].process.pid: n for n in cluster.list_all_nodes()}
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        process = int(link.parts[2])
-        try:
-            parent = int((link.parents[1] / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent not in raylets or raylets[parent].is_head():
-                continue
-            if link.readlink().match(f"{out}/.work/train_*.partial"):
-                os.kill(process, signal.SIGSTOP)
-                if link.readlink().exists():
-                    return raylets[parent], process, link.open("rb")
-                os.kill(process, signal.SIGCONT)
-        except OSError:
-            continue
+    for machine in cluster.list_all_nodes():
+        raylet = machine.all_processes["raylet"][0].process.pid
+        started = Path(f"/proc/{raylet}/task").glob("*/children") if not machine.is_head() else ()
+        for worker in " ".join(path.read_text() for path in started).split():
+            with suppress(OSError):  # it is closed by now
+                for link in Path(f"/proc/{worker}/fd").iterdir():
+                    if (path := link.readlink()).match(f"{out}/.work/train_*.partial"):
+                        half_written = path.open("rb")
+                        os.kill(int(worker), signal.SIGSTOP)
+                        if path.exists():
+                            return machine, int(worker), half_written
+                        os.kill(int(worker), signal.SIGCONT)
     return None
 
 

@@ -1,10 +1,14 @@
 """Laws of parts: made by any processes in any order, they become the bytes of one run."""
 
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +82,8 @@ def test_parts_made_side_by_side_become_the_bytes_of_one_run(
     assert made(out) == before
     assert contents(out) == contents(straight)
     assert not (out / ".work").exists()
-    again = forge("prep", "merge", out, "--json")
-    assert json.loads(again.stdout)["num_documents"] == 48
+    again = json.loads(forge("prep", "merge", out, "--json").stdout)
+    assert (again["num_documents"], again["up_to_date"]) == (48, True)
     assert made(out) == before
 
 
@@ -115,10 +119,40 @@ def test_a_part_that_stopped_resumes_and_touches_nothing_of_others(source: Path,
         prepare.tokenize_part(found, out, options, Processes(1), (1, 2), on_progress=stop)
     assert list(out.rglob("*.partial")) == [others]
     before = made(out)
-    records = prepare.tokenize_part(found, out, options, Processes(1), (1, 2))
-    assert 2 <= len(before) < len(records)
+    num_slices = prepare.tokenize_part(found, out, options, Processes(1), (1, 2))
+    assert 2 <= len(before) < num_slices
     assert before.items() < made(out).items()
     assert others.exists()
+
+
+def test_while_a_part_runs_only_parts_are_let_in(source: Path, straight: Path, out: Path) -> None:
+    options, found = Options(val_fraction=0.2, shard_tokens=1), sources.resolve(str(source))
+    busy = "another forge-prep is writing this folder"
+
+    def meanwhile(progress: prepare.Progress) -> None:
+        with pytest.raises(ForgeError, match=busy):
+            merge.merge(out)
+        with pytest.raises(ForgeError, match=busy):
+            prepare.tokenize(found, out, options, Processes(1))
+        with pytest.raises(ForgeError, match=busy):
+            prepare.tokenize_part(found, out, options, Processes(1), (1, 2))
+        if not (out / ".work" / "part-2-of-2").exists():
+            prepare.tokenize_part(found, out, options, Processes(1), (2, 2))
+
+    prepare.tokenize_part(found, out, options, Processes(1), (1, 2), on_progress=meanwhile)
+    merge.merge(out)
+    assert contents(out) == contents(straight)
+
+
+def test_while_a_run_looks_at_its_source_no_part_begins(source: Path, out: Path) -> None:
+    found = sources.resolve(str(source))
+
+    class Meanwhile(Processes):
+        def connect(self) -> None:
+            with pytest.raises(ForgeError, match="another forge-prep is writing this folder"):
+                prepare.tokenize_part(found, out, Options(), Processes(1), (1, 2))
+
+    prepare.tokenize(found, out, Options(val_fraction=0.2), Meanwhile(1))
 
 
 def test_parts_of_different_plans_are_refused(part: Part, out: Path) -> None:
@@ -126,8 +160,43 @@ def test_parts_of_different_plans_are_refused(part: Part, out: Path) -> None:
     before = contents(out / ".work") | contents(out / ".work" / "part-1-of-3")
     assert refused(part("2/3", "--val-fraction", 0.1), "options val_fraction: 0.2, now 0.1")
     assert refused(part("1/3", "--shard-tokens", 2), "options shard_tokens: 1, now 2")
-    assert refused(part("2/4"), "num_parts")
+    assert refused(part("2/4"), "differ in the number of parts")
     assert contents(out / ".work") | contents(out / ".work" / "part-1-of-3") == before
+
+
+class Killed(BaseException):
+    """Passes every handler, as a kill does."""
+
+
+def test_a_merge_killed_at_any_moment_is_finished_by_the_next(
+    part: Part, straight: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert part("1/1").exit_code == 0
+    out.rename(tmp_path / "parts")
+    for moment in itertools.count():
+        shutil.copytree(tmp_path / "parts", out)
+        with monkeypatch.context() as patch, suppress(Killed):
+            kill_at(moment, patch)
+            merge.merge(out)
+            break
+        merge.merge(out)
+        assert contents(out) == contents(straight)
+        assert {path.suffix for path in out.iterdir()} == {".bin", ".json", ".tiktoken"}
+        shutil.rmtree(out)
+    assert moment > 40
+
+
+def kill_at(moment: int, patch: pytest.MonkeyPatch) -> None:
+    """Let only so many changes to the disk happen."""
+    done = itertools.count()
+
+    def change(real: Callable[..., Any], *args: Any, **how: Any) -> Any:
+        if next(done) >= moment:
+            raise Killed
+        return real(*args, **how)
+
+    for name in ("replace", "unlink", "rmdir", "mkdir", "fsync"):
+        patch.setattr(os, name, partial(change, getattr(os, name)))
 
 
 def test_parts_of_a_source_that_changed_are_refused_even_if_they_began_at_one_time(
@@ -138,7 +207,19 @@ def test_parts_of_a_source_that_changed_are_refused_even_if_they_began_at_one_ti
     raw = json.loads(plan.read_bytes())
     raw["source"]["files"][0]["bytes"] += 1
     plan.write_text(json.dumps(raw))
-    assert refused(forge("prep", "merge", out), "differ in source")
+    assert refused(forge("prep", "merge", out), "differ in the files of the source")
+
+
+def test_an_edit_between_two_parts_is_noticed_whatever_its_size(
+    source: Path, tmp_path: Path, forge, out: Path
+) -> None:
+    copy = Path(shutil.copytree(source, tmp_path / "in"))
+    command = ("prep", "tokenize", copy, "--out", out, *OPTIONS)
+    assert forge(*command, "--part", "1/2").exit_code == 0
+    os.utime(copy / "b.parquet", (1, 1))
+    says = "differ in the times when the files of the source were written"
+    for which in ("1/2", "2/2"):
+        assert refused(forge(*command, "--part", which), says)
 
 
 def test_a_part_takes_no_limit_and_removes_nothing(part: Part, out: Path) -> None:
@@ -158,7 +239,7 @@ def test_one_folder_is_made_in_parts_or_at_once(
     forge, part: Part, source: Path, straight: Path, out: Path
 ) -> None:
     shutil.copytree(straight, out)
-    assert refused(part("1/2"), "parts are made in a new folder")
+    assert refused(part("1/2"), "a folder of their own; this one has index.json")
     assert contents(out) == contents(straight)
     assert not (out / ".work").exists()
     shutil.rmtree(out)

@@ -121,6 +121,8 @@ def test_the_same_command_changes_nothing_and_another_needs_overwrite(
         ("twice", "named twice"),
         ("chat", "text and conversations in windows of 64 tokens do not mix"),
         ("epochs", "epochs of the folder's"),
+        ("too few", "1 token: too few"),
+        ("too few of chat", "64 tokens: too few"),
         ("damage", "the index says"),
         ("gone", "cannot read a shard"),
         ("nothing", "no such folder of shards"),
@@ -138,6 +140,8 @@ def test_what_cannot_be_mixed_is_refused_and_nothing_is_written(
         "twice": [(notes, 100), (tmp_path / "x" / ".." / "copy", 100), (copy, None)],
         "chat": [(notes, None), (chat_shards, None)],
         "epochs": [(notes, 10**9)],
+        "too few": [(notes, 1)],
+        "too few of chat": [(chat_shards, 64)],
         "damage": [(copy, num_tokens(copy) - 1)],
         "nothing": [(tmp_path / "nothing", None)],
     }
