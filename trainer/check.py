@@ -86,7 +86,8 @@ def extent(config: Config, train_tokens: int, speeds: list[float]) -> dict[str, 
         found = {"steps": ["as many as the time allows"]}
     if seconds[-1] < math.inf:
         found["time"] = [duration(each) for each in seconds]
-    return {label: " to ".join(dict.fromkeys(texts)) for label, texts in found.items()}
+    most = "at most " * (not speeds and max(tokens, budget) < math.inf)  # one ends it first
+    return {label: most + " to ".join(dict.fromkeys(texts)) for label, texts in found.items()}
 
 
 def notes(config: Config, train_tokens: int) -> list[str]:
