@@ -153,7 +153,9 @@ def test_on_a_terminal_a_line_renews_itself_and_fits(monkeypatch: pytest.MonkeyP
             watch(step_row(3, mfu=0.45))
         watch({"kind": "checkpoint", "step": 3, "save_seconds": 0.5})
         say("", end="")
-        raw = os.read(controller, 10_000).decode()
+        raw = ""
+        while raw.count("\r\x1b[K") < 4:  # it comes in pieces
+            raw += os.read(controller, 10_000).decode()
     wide, narrow, saved, rest = raw.split("\r\x1b[K")[1:]
     assert "eta 0:" in wide
     assert wide.endswith("mfu 45.0%")

@@ -205,6 +205,8 @@ def signal_at_start(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> 
         if text.startswith("Save now: kill -USR1"):
             os.kill(os.getpid(), number)
 
+    if signal.getsignal(number) is signal.SIG_IGN:  # the tests run under nohup, or in the background
+        signal.signal(number, signal.SIG_DFL)
     monkeypatch.setattr(starting, "say", say)
 
 
