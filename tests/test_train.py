@@ -205,7 +205,7 @@ def signal_at_start(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> 
         if text.startswith("Save now: kill -USR1"):
             os.kill(os.getpid(), number)
 
-    if signal.getsignal(number) is signal.SIG_IGN:  # the tests run under nohup, or in the background
+    if signal.getsignal(number) is signal.SIG_IGN:  # the tests themselves run under nohup
         signal.signal(number, signal.SIG_DFL)
     monkeypatch.setattr(starting, "say", say)
 
