@@ -61,7 +61,9 @@ def read_bundle(path: Path, max_per_task: int | None) -> list[Task]:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         what = f"cannot read the evaluation bundle: {reason}"
         raise ForgeError(what, where=path, fix="download and unpack it again") from error
-    return [task for task in tasks if task is not None]
+    if not (found := [task for task in tasks if task is not None]):
+        raise ForgeError("no task of the bundle has its file", where=path, fix="unpack it again")
+    return found
 
 
 def _root(path: Path) -> BundleFolder:
@@ -113,20 +115,17 @@ def texts(task: Task, number: int) -> list[str]:
 
     Of language modelling: without the continuation, and with it.
     """
-    item, delimiter = task.items[number], task.delimiter
-    front = "".join(f"{_solved(task, shot)}\n\n" for shot in task.shots(number))
-    if task.kind == "multiple_choice":
-        return [f"{front}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
-    if task.kind == "schema":
-        return [f"{front}{c}{delimiter}{item['continuation']}" for c in item["context_options"]]
-    question = f"{front}{item['context'].strip()}{delimiter}"
-    return [question.strip(), question + item["continuation"]]
+    item, several = task.items[number], FIELDS[task.kind][0]
+    front = "".join(f"{solved(task, shot, shot.get('gold'))}\n\n" for shot in task.shots(number))
+    if several:
+        return [front + solved(task, item, choice) for choice in range(len(item[several]))]
+    whole = front + solved(task, item, None)
+    return [whole[: len(whole) - len(item["continuation"])].strip(), whole]
 
 
-def _solved(task: Task, item: Item) -> str:
-    """An example with its right answer."""
+def solved(task: Task, item: Item, choice: Any) -> str:
+    """An item with one of its answers."""
     if task.kind == "multiple_choice":
-        return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
-    if task.kind == "schema":
-        return f"{item['context_options'][item['gold']]}{task.delimiter}{item['continuation']}"
-    return f"{item['context'].strip()}{task.delimiter}{item['continuation']}"
+        return f"{item['query']}{task.delimiter}{item['choices'][choice]}"
+    context = item["context_options"][choice] if task.kind == "schema" else item["context"].strip()
+    return f"{context}{task.delimiter}{item['continuation']}"
