@@ -236,7 +236,7 @@ def evaluate(models: tuple[Path, ...], checkpoint: int | None, as_json: bool, **
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The page; one that is there is replaced.  [default: report.html in the first RUN]",
+    help="The page, NAME.html, which is replaced if it is there.  [default: RUN/report.html]",
 )
 @click.option(
     "--against",
