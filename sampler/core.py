@@ -10,7 +10,7 @@ A task's centred accuracy is 0 for guessing and 1 for all right; CORE is its mea
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -81,26 +81,21 @@ def scores(loaded: Loaded, task: Task, count: int, ranks: Ranks) -> list[list[Sc
     return score_items(loaded, ranks, task.label, count, ask)
 
 
-def on_tasks(models: Iterable[Loaded], tasks: list[Task], ranks: Ranks) -> list[dict[str, Any]]:
-    """A row for each model: accuracy of each task, its standard error, and CORE."""
-    rows = []
-    for loaded in models:
-        made = {}
-        for task in tasks:
-            found = zip(task.items, scores(loaded, task, len(task.items), ranks), strict=True)
-            made[task.label] = figures(task, [is_right(task, item, each) for item, each in found])
-        errors = [each["centered_error"] for each in made.values()]
-        rows.append(
-            {
-                "model": str(loaded.path),
-                "core": float(np.mean([each["centered"] for each in made.values()])),
-                "core_error": math.sqrt(sum(error**2 for error in errors)) / len(errors),
-                "num_tasks": len(tasks),
-                "missing_tasks": [label for label in TASKS if label not in made],
-                "tasks": made,
-            }
-        )
-    return rows
+def on_tasks(tasks: list[Task], ranks: Ranks, loaded: Loaded) -> dict[str, Any]:
+    """A model's row: accuracy of each task, its standard error, and CORE."""
+    made = {}
+    for task in tasks:
+        found = zip(task.items, scores(loaded, task, len(task.items), ranks), strict=True)
+        made[task.label] = figures(task, [is_right(task, item, each) for item, each in found])
+    errors = [each["centered_error"] for each in made.values()]
+    return {
+        "model": str(loaded.path),
+        "core": float(np.mean([each["centered"] for each in made.values()])),
+        "core_error": math.sqrt(sum(error**2 for error in errors)) / len(errors),
+        "num_tasks": len(tasks),
+        "missing_tasks": [label for label in TASKS if label not in made],
+        "tasks": made,
+    }
 
 
 def figures(task: Task, right: list[bool]) -> dict[str, float]:

@@ -79,9 +79,13 @@ class KVCache:
 
 
 class Drawn:
-    """Tokens (n, B) and their log-probabilities on their way from the device to the host."""
+    """Tokens (n, B) and their log-probabilities on their way from the device to the host.
 
-    def __init__(self, tokens: Tensor, logs: Tensor | None) -> None:
+    `lengths` are those of the rows' cached tokens once they are drawn.
+    """
+
+    def __init__(self, tokens: Tensor, logs: Tensor | None, lengths: list[int]) -> None:
+        self.lengths = lengths
         self.tokens, self.logs = self._sent(tokens), None if logs is None else self._sent(logs)
         self.arrived: torch.cuda.Event | None = None
         if tokens.is_cuda:
@@ -227,7 +231,8 @@ class Decoder:
             else:
                 self._step(max(self.lengths) + 1, len({*self.lengths}) == 1)
             self.lengths = [length + 1 for length in self.lengths]
-        return Drawn(steps.drawn[:count], None if steps.logs is None else steps.logs[:count])
+        logs = None if steps.logs is None else steps.logs[:count]
+        return Drawn(steps.drawn[:count], logs, list(self.lengths))
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """A copy on the device, through pinned memory: other copies wait until the GPU is idle."""

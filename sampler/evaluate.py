@@ -8,7 +8,7 @@ conversations, the loss is over the assistant's words, as in training.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,6 @@ TIMEOUT_SECONDS = 600.0  # longest wait for another rank
 
 Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
-Measure = Callable[..., list[Row]]
 
 
 def evaluate(
@@ -59,33 +58,34 @@ def evaluate(
         tasks = read_bundle(bundle, max_per_task) if bundle else []
         models = [open_model(path, step, torch.device("cpu"), torch.float32) for path in paths]
         longest = min(loaded.model.config.context_length for loaded in models)
-        measures: list[Measure] = []
-        for windows in windows_of(data, split, longest) if data else ():
-            measures.append(partial(on_shards, windows=windows, num_tokens=num_tokens))
+        measures: list[Callable[[Loaded], Row]] = []  # each for all models
+        for windows, count in windows_of(data, split, longest, num_tokens) if data else ():
+            measures.append(partial(on_shards, windows, count, [], ranks))
         if asked:
-            measures.append(partial(on_questions, questions=asked))
+            measures.append(partial(on_questions, asked, ranks))
         if tasks:
-            measures.append(partial(core.on_tasks, tasks=tasks))
+            measures.append(partial(core.on_tasks, tasks, ranks))
         for measure in measures:
-            rows = measure(_one_by_one(models, device), ranks=ranks)
+            rows = []
+            for loaded in models:
+                loaded.model.to(device)  # while it is used
+                rows.append(measure(loaded))
+                loaded.model.to("cpu")
             if ranks.is_first:
                 yield rows
-
-
-def _one_by_one(models: list[Loaded], device: torch.device) -> Iterator[Loaded]:
-    """Each model in turn, on the device while it is used."""
-    for loaded in models:
-        loaded.model.to(device)
-        yield loaded
-        loaded.model.to("cpu")
 
 
 # ---------------------------------------------------------------------------------------------
 # Shards
 
 
-def windows_of(data: Path, split: str, longest: int) -> Iterator[Windows]:
-    """The windows of a folder of shards, of at most `longest` tokens, by the parts of a mixture."""
+def windows_of(
+    data: Path, split: str, longest: int, num_tokens: int
+) -> Iterator[tuple[Windows, int]]:
+    """The windows of each part of a mixture, or of any folder, and how many of them to measure on.
+
+    They have `longest` tokens; a chat's have their own length, which is `longest` at most.
+    """
     index = load_index(data)
     length = index.chat["context_length"] if index.chat else longest
     if length > longest:
@@ -93,12 +93,18 @@ def windows_of(data: Path, split: str, longest: int) -> Iterator[Windows]:
         raise ForgeError(what, where=data, fix=f"leave out the model that reads {longest}")
     for part in index.parts:
         windows = Windows(index, split, length, part)
-        if windows.num_windows or not part:  # a part of a mixture may have no val
-            yield windows
+        windows.check()
+        count = min(num_tokens // length, windows.num_windows)
+        if count < 2 and (windows.num_windows or not part):  # a part may have no val
+            what = f"{count} windows of {length} tokens, and a standard error needs at least 2"
+            where = f"{data / (part or '')}, {split}"
+            raise ForgeError(what, where=where, fix="more text, or more --num-tokens")
+        if count:
+            yield windows, count
 
 
 def window_losses(
-    loaded: Loaded, windows: Windows, count: int, ranks: Ranks
+    windows: Windows, count: int, ranks: Ranks, loaded: Loaded
 ) -> tuple[Floats, Floats, Floats]:
     """The first `count` windows of the validation order, each array (count,).
 
@@ -124,46 +130,37 @@ def window_losses(
 
 
 def on_shards(
-    models: Iterable[Loaded], windows: Windows, num_tokens: int, ranks: Ranks
-) -> list[Row]:
-    """Loss and bits per byte of each model over the same windows, as rows for show() or JSON."""
-    index, context_length, split = windows.index, windows.context_length, windows.split
-    folder = index.folder / (windows.part or "")
-    windows.check()
-    count = min(num_tokens // context_length, windows.num_windows)
-    if count < 2:
-        what = f"{count} windows of {context_length} tokens, and a standard error needs at least 2"
-        raise ForgeError(what, where=f"{folder}, {split}", fix="more text, or more --num-tokens")
-    rows: list[Row] = []
-    first: Floats | None = None
-    for loaded in models:
-        if windows.is_chat and not loaded.is_chat:
-            loaded = loaded.with_markers()
-        elif index.tokenizer["vocab_size"] > loaded.model.config.vocab_size:
-            what = "the shards have token ids that the model does not have"
-            fix = "leave it out: it was made with another vocabulary"
-            raise ForgeError(what, where=loaded.path, fix=fix)
-        nats, num_targets, num_bytes = window_losses(loaded, windows, count, ranks)
-        loss, loss_error = ratio(nats, num_targets)
-        bits, bits_error = ratio(nats / math.log(2), num_bytes)
-        row = {
-            **_describe(loaded),
-            "loss": loss,
-            "loss_error": loss_error,
-            "bits_per_byte": bits,
-            "bits_per_byte_error": bits_error,
-            "num_tokens": int(num_targets.sum()),
-            "context_length": context_length,
-            "split": split,
-        }
-        if windows.part:
-            row["part"] = windows.part
-        if first is None:
-            first = nats
-        else:
-            row["difference"], row["difference_error"] = ratio(nats - first, num_targets)
-        rows.append(row)
-    return rows
+    windows: Windows, count: int, before: list[Floats], ranks: Ranks, loaded: Loaded
+) -> Row:
+    """Loss and bits per byte of a model over the first `count` windows, as a row.
+
+    `before` are the nats of the models before it, and are added to.
+    """
+    if windows.is_chat and not loaded.is_chat:
+        loaded = loaded.with_markers()
+    elif windows.num_ids > loaded.model.config.vocab_size:
+        what = "the shards have token ids that the model does not have"
+        fix = "leave it out: it was made with another vocabulary"
+        raise ForgeError(what, where=loaded.path, fix=fix)
+    nats, num_targets, num_bytes = window_losses(windows, count, ranks, loaded)
+    loss, loss_error = ratio(nats, num_targets)
+    bits, bits_error = ratio(nats / math.log(2), num_bytes)
+    row = {
+        **_describe(loaded),
+        "loss": loss,
+        "loss_error": loss_error,
+        "bits_per_byte": bits,
+        "bits_per_byte_error": bits_error,
+        "num_tokens": int(num_targets.sum()),
+        "context_length": windows.context_length,
+        "split": windows.split,
+    }
+    if windows.part:
+        row["part"] = windows.part
+    if before:
+        row["difference"], row["difference_error"] = ratio(nats - before[0], num_targets)
+    before.append(nats)
+    return row
 
 
 def ratio(above: Floats, below: Floats) -> tuple[float, float | None]:
@@ -193,41 +190,34 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """Questions of a .jsonl file in HellaSwag's format (Zellers et al. 2019).
 
-    A row has `endings`, `label` and the context: either `ctx` (or `context`), or HellaSwag 1.0's
-    `activity_label`, `ctx_a` and `ctx_b`, whose text is cleaned as lm-evaluation-harness does it.
+    A row has `endings`, `label` and the context: either `ctx`, or HellaSwag 1.0's `activity_label`,
+    `ctx_a` and `ctx_b`, whose text is cleaned as lm-evaluation-harness does it.
     """
     questions = []
     for where, line in read_lines(path, "--questions", "question"):
         try:
             row = json.loads(line)
-            endings = row["endings"]
-            if not isinstance(endings, list) or not all(isinstance(e, str) for e in endings):
-                raise TypeError("endings is not a list of strings")
+            keys = ("activity_label", "ctx_a", "ctx_b") if "ctx_a" in row else ("ctx",)
+            context, endings, label = [row[key] for key in keys], row["endings"], int(row["label"])
+            if not isinstance(endings, list):
+                raise TypeError("endings is not a list")
+            if not all(isinstance(text, str) for text in context + endings):
+                raise TypeError("a text is not a string")
             if "ctx_a" in row:
-                title, first, then = (_text(row, k) for k in ("activity_label", "ctx_a", "ctx_b"))
-                context = _clean(f"{title}: {first} {then.capitalize()}")
+                title, first, then = context
+                context = [_clean(f"{title}: {first} {then.capitalize()}")]
                 endings = [_clean(ending) for ending in endings]
-            else:
-                context = _text(row, "ctx" if "ctx" in row else "context")
-            question = Question(context, endings, int(row["label"]))
-            if not 0 <= question.label < len(endings):
-                raise ValueError(f"label {question.label} of {len(endings)} endings")
+            if not 0 <= label < len(endings):
+                raise ValueError(f"label {label} of {len(endings)} endings")
             if not all(endings):
                 raise ValueError("an ending is empty")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             what = f"not a question in HellaSwag's format: {reason}"
             fix = '{"ctx": "...", "endings": ["...", "..."], "label": 0}'
             raise ForgeError(what, where=where, fix=fix) from error
-        questions.append(question)
+        questions.append(Question(context[0], endings, label))
     return questions
-
-
-def _text(row: Row, key: str) -> str:
-    text = row[key]
-    if not isinstance(text, str):
-        raise TypeError(f"{key} is not a string")
-    return text
 
 
 def _clean(text: str) -> str:
@@ -249,8 +239,10 @@ def encode_pair(context: str, ending: str, length: int) -> Answer:
     return Answer.ending(np.array(tokens), start, length + 1)
 
 
-def ending_scores(loaded: Loaded, questions: list[Question], ranks: Ranks) -> list[list[float]]:
-    """log p of each ending of each question, in nats."""
+def ending_scores(
+    questions: list[Question], ranks: Ranks, loaded: Loaded
+) -> Iterator[tuple[Question, list[float]]]:
+    """Each question, and log p of each of its endings in nats."""
     length = loaded.model.config.context_length
 
     def ask(numbers: Sequence[int]) -> list[list[Answer]]:
@@ -258,30 +250,25 @@ def ending_scores(loaded: Loaded, questions: list[Question], ranks: Ranks) -> li
         return [[encode_pair(q.context, ending, length) for ending in q.endings] for q in some]
 
     scores = score_items(loaded, ranks, "questions", len(questions), ask)
-    return [[-ending.nats for ending in each] for each in scores]
+    for question, each in zip(questions, scores, strict=True):
+        yield question, [-ending.nats for ending in each]
 
 
-def on_questions(models: Iterable[Loaded], questions: list[Question], ranks: Ranks) -> list[Row]:
+def on_questions(questions: list[Question], ranks: Ranks, loaded: Loaded) -> Row:
     """Accuracy by log p, and by log p per character of the ending, as the harness counts them."""
-    rows = []
-    for loaded in models:
-        right, right_by_length = [], []
-        scores = ending_scores(loaded, questions, ranks)
-        for question, nats in zip(questions, scores, strict=True):
-            lengths = [len(ending) for ending in question.endings]
-            right.append(int(np.argmax(nats)) == question.label)
-            right_by_length.append(int(np.argmax(np.divide(nats, lengths))) == question.label)
-        rows.append(
-            {
-                **_describe(loaded),
-                "acc": float(np.mean(right)),
-                "acc_error": standard_error(np.array(right, np.float64)),
-                "acc_norm": float(np.mean(right_by_length)),
-                "acc_norm_error": standard_error(np.array(right_by_length, np.float64)),
-                "num_questions": len(questions),
-            }
-        )
-    return rows
+    right, right_by_length = [], []
+    for question, nats in ending_scores(questions, ranks, loaded):
+        lengths = [len(ending) for ending in question.endings]
+        right.append(int(np.argmax(nats)) == question.label)
+        right_by_length.append(int(np.argmax(np.divide(nats, lengths))) == question.label)
+    return {
+        **_describe(loaded),
+        "acc": float(np.mean(right)),
+        "acc_error": standard_error(np.array(right, np.float64)),
+        "acc_norm": float(np.mean(right_by_length)),
+        "acc_norm_error": standard_error(np.array(right_by_length, np.float64)),
+        "num_questions": len(questions),
+    }
 
 
 def show(rows: list[Row]) -> str:

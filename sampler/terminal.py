@@ -3,14 +3,12 @@
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pipeline import tokenizer
 from pipeline.errors import ForgeError
@@ -132,17 +130,8 @@ class Session:
             for number in range(num_samples)
         )
         grown = generate(self.decoder, samples, self.loaded.vocabulary, self.limits)
-        started, num_tokens = time.perf_counter(), 0
-        quiet = total == 1 or not sys.stderr.isatty() or (sys.stdout.isatty() and not self.as_json)
-        with tqdm(total=total, unit="text", disable=quiet, file=sys.stderr) as progress:
-            for sample, text, is_new in in_order(grown):
-                self.show(sample, text, is_new, prompts[sample.number // num_samples], total)
-                if sample.finish:
-                    progress.update()
-                    num_tokens += len(sample.tokens)
-        seconds = time.perf_counter() - started
-        if sys.stderr.isatty():
-            tell(f"{num_tokens:,} tokens, {num_tokens / seconds:,.0f} tokens/s")
+        for sample, text, is_new in in_order(grown):
+            self.show(sample, text, is_new, prompts[sample.number // num_samples], total)
 
     def show(self, sample: Sample, text: str, is_new: bool, prompt: Prompt, total: int) -> None:
         """Write the new `text` of a sample; JSON is written at its end."""

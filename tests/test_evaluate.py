@@ -84,8 +84,8 @@ def test_the_standard_errors_are_those_of_resampled_windows(run: Path, small_sha
     loaded = open_model(run, None, CPU)
     windows = evaluate.Windows(load_index(small_shards), "val", 64)
     count = 80
-    (row,) = evaluate.on_shards([loaded], windows, 64 * count, Ranks())
-    nats, _, num_bytes = evaluate.window_losses(loaded, windows, count, Ranks())
+    row = evaluate.on_shards(windows, count, [], Ranks(), loaded)
+    nats, _, num_bytes = evaluate.window_losses(windows, count, Ranks(), loaded)
     chosen = np.random.default_rng(0).integers(0, count, (2000, count))
     losses = nats[chosen].mean(1) / 64
     bits = nats[chosen].sum(1) / math.log(2) / num_bytes[chosen].sum(1)
@@ -116,8 +116,8 @@ def test_a_whole_split_counts_each_token_once(
     source = make_parquet(tmp_path / "source.parquet", [text[:3000] for text in documents[:8]])
     index = make_shards(source, tmp_path / "shards", val_fraction=0.0)
     loaded = open_model(run, None, CPU)
-    windows = evaluate.Windows(index, "train", 32)
-    (row,) = evaluate.on_shards([loaded], windows, 10**9, Ranks())
+    ((windows, count),) = evaluate.windows_of(index.folder, "train", 32, 10**9)
+    row = evaluate.on_shards(windows, count, [], Ranks(), loaded)
     # Straight from the tokens, a window after the other.
     nats = num_bytes = count = 0
     sizes = torch.tensor([len(token) for token in loaded.vocabulary])
@@ -153,8 +153,9 @@ def test_scores_are_transformers_log_probabilities(
     found = evaluate.read_questions(questions)[:6]
     assert found[0].context == "Roof shingle removal: A man is sitting on a roof. He"
     assert found[1].endings[0] == " Write it down."
-    scores = evaluate.ending_scores(open_model(run, None, CPU), found, Ranks())
-    for question, nats in zip(found, scores, strict=True):
+    scores = [*evaluate.ending_scores(found, Ranks(), open_model(run, None, CPU))]
+    assert len(scores) == 6
+    for question, nats in scores:
         for ending, score in zip(question.endings, nats, strict=True):
             tokens = tokenizer.encode(f"{question.context} {ending}")[-65:]
             count = len(tokenizer.encode(f"{question.context} {ending}")) - len(

@@ -183,11 +183,8 @@ def main(
             )
         if questions is None or importlib.util.find_spec("lm_eval") is None:
             return
-        (row,) = evaluate.on_questions(
-            [open_model(folder, None, torch.device("cpu"))],
-            evaluate.read_questions(questions),
-            Ranks(),
-        )
+        loaded = open_model(folder, None, torch.device("cpu"))
+        row = evaluate.on_questions(evaluate.read_questions(questions), Ranks(), loaded)
         theirs = harness_accuracy(folder, questions)
         for name, value in theirs.items():
             click.echo(f"{name}: lm-eval {value:.6f}, forge-eval {row[name]:.6f}")
