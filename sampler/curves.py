@@ -33,8 +33,7 @@ class Run:
     num_damaged: int  # lines of metrics.jsonl that were left out
     settings: Row
     index: Row  # index.json of the shards
-    stop: float | None  # the last step, by the plan of the latest checkpoint
-    weights_from: str  # "" for random ones
+    state: checkpoint.State | None  # of the latest checkpoint
     checkpoint_bytes: int  # on the disk now
 
     def of(self, *kinds: str) -> list[Row]:
@@ -81,14 +80,10 @@ def read_run(path: Path, name: str) -> Run:
     if not rows:
         what = "the run has no readable line yet"
         raise ForgeError(what, where=log, fix="wait for its first step, or copy the run again")
-    state: Row = {}
-    if saved := checkpoint.steps(path):
-        state = read_json(checkpoint.checkpoint_path(path, saved[-1]) / checkpoint.STATE_FILE)
     num_damaged = max(0, num_lines - len(found))  # a run may write between the two reads
-    stop = number(within(state, "plan", "stop"))
-    source = str(state.get("weights_from", ""))
+    state = next(reversed(checkpoint.known_states(path)), None)
     settings, index = read_settings(path), read_json(path / DATA_FILE)
-    return Run(name, rows, num_damaged, settings, index, stop, source, checkpoint.num_bytes(path))
+    return Run(name, rows, num_damaged, settings, index, state, checkpoint.num_bytes(path))
 
 
 def read_settings(path: Path) -> Row:

@@ -42,6 +42,7 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # natural logarithms, if asked for
     text: str = ""  # what may be shown: whole characters, and no possible start of a stop
+    num_shown: int | None = None  # characters of it; None: not even the prompt
     finish: Finish | None = None
 
     def __post_init__(self) -> None:

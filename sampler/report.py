@@ -128,7 +128,8 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
         if value:
             found[label] = f"{value:{form}}"
 
-    say("steps", f"{now['step']:,}" + (f" of {run.stop:,.0f}" if run.stop else ""))
+    stop = run.state and number(run.state.plan.stop)
+    say("steps", f"{now['step']:,}" + (f" of {stop:,.0f}" if stop else ""))
     say("tokens", now["tokens"], ",")
     say("epochs", train and now["tokens"] / train, ".2f")
     say("time", duration(now["seconds"]))
@@ -155,7 +156,7 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
     cut = [start.get(key) for key in ("micro_batch_size", "accumulation_steps", "world_size")]
     say("micro-batch, accumulation, ranks", all(cut) and " x ".join(map(str, cut)))
     say("parameters", num_parameters(run), ",")
-    say("weights from", run.weights_from)
+    say("weights from", run.state and run.state.weights_from)
     say("data", within(run.index, "source", "name"))
     say("revision of the data", within(run.index, "source", "hub", "revision"))
     say("training tokens", train, ",.0f")
