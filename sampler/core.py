@@ -66,7 +66,7 @@ def is_right(task: Task, item: Item, scores: list[Score]) -> bool:
     if task.kind == "language_modeling":
         return scores[0].is_likeliest
     losses = [each.loss for each in scores]
-    return losses.index(min(losses)) == int(item["gold"])
+    return losses.index(min(losses)) == task.right(item)
 
 
 def scores(loaded: Loaded, task: Task, count: int, ranks: Ranks) -> list[list[Score]]:
