@@ -21,7 +21,6 @@ from pipeline.files import write_whole
 from pipeline.shards import SPLITS
 from sampler.curves import Row, Run, curves, number, read_runs, within
 from sampler.lines import read_lines
-from trainer.config_file import model_from_dict
 from trainer.report import amount, duration
 
 MAX_SAMPLES = 6  # of a run
@@ -155,7 +154,7 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
     say("hardware", start.get("hardware"))
     cut = [start.get(key) for key in ("micro_batch_size", "accumulation_steps", "world_size")]
     say("micro-batch, accumulation, ranks", all(cut) and " x ".join(map(str, cut)))
-    say("parameters", num_parameters(run), ",")
+    say("parameters", run.state and run.state.model.num_parameters(), ",")
     say("weights from", run.state and run.state.weights_from)
     say("data", within(run.index, "source", "name"))
     say("revision of the data", within(run.index, "source", "hub", "revision"))
@@ -166,14 +165,6 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
 
 def middle(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
-
-
-def num_parameters(run: Run) -> int | None:
-    sizes = {k.removeprefix("model."): v for k, v in run.settings.items() if k.startswith("model.")}
-    try:
-        return model_from_dict(sizes, run.name).num_parameters()
-    except ForgeError:
-        return None
 
 
 def date(seconds: float) -> str:
