@@ -18,11 +18,7 @@ import yaml
 from pipeline.errors import ForgeError
 
 ORDER_SEED, SHOTS_SEED = 1337, 1234  # of the items, and of an item's examples
-FIELDS = {  # of an item: the one with the texts to choose from, and another
-    "multiple_choice": ("choices", "query"),
-    "schema": ("context_options", "continuation"),
-    "language_modeling": (None, "context"),
-}
+CHOICES = {"multiple_choice": "choices", "schema": "context_options"}  # in an item of each kind
 
 Item = dict[str, Any]
 BundleFolder = Path | zipfile.Path
@@ -45,6 +41,26 @@ class Task:
         chosen = random.Random(SHOTS_SEED + number).sample(others, self.num_shots)
         return [self.items[n] for n in chosen]
 
+    def answered(self, item: Item) -> list[str]:
+        """An item with each of its answers; of language modelling, without one and with it."""
+        if self.kind == "language_modeling":
+            pairs = [(item["context"].strip(), text) for text in ("", item["continuation"])]
+        elif self.kind in CHOICES:
+            choices = item[CHOICES[self.kind]]
+            if not isinstance(choices, list):
+                raise TypeError(f"{CHOICES[self.kind]} is not a list")
+            if self.kind == "schema":
+                pairs = [(choice, item["continuation"]) for choice in choices]
+            else:
+                pairs = [(item["query"], choice) for choice in choices]
+        else:
+            raise ValueError(f"unknown kind of task {self.kind!r}")
+        return [self.delimiter.join(pair) for pair in pairs]
+
+    def right(self, item: Item) -> int:
+        """Which of answered() is right."""
+        return 1 if self.kind == "language_modeling" else int(item["gold"])
+
 
 def read_bundle(path: Path, max_per_task: int | None) -> list[Task]:
     """The tasks of a bundle, a folder or a .zip; those whose file is missing are left out.
@@ -61,7 +77,9 @@ def read_bundle(path: Path, max_per_task: int | None) -> list[Task]:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         what = f"cannot read the evaluation bundle: {reason}"
         raise ForgeError(what, where=path, fix="download and unpack it again") from error
-    return [task for task in tasks if task is not None]
+    if not (found := [task for task in tasks if task is not None]):
+        raise ForgeError("no task of the bundle has its file", where=path, fix="unpack it again")
+    return found
 
 
 def _root(path: Path) -> BundleFolder:
@@ -93,40 +111,17 @@ def _read_task(
     delimiter = entry.get("continuation_delimiter", " ")
     task = Task(label, kind, num_shots, delimiter, chances[label], items)
     for number, item in enumerate(items):
-        _check(item, kind, f"{label}, item {number}")
+        texts, right = task.answered(item), task.right(item)
+        if not 0 <= right < len(texts):
+            raise ValueError(f"{label}, item {number}: gold {right} of {len(texts)}")
     return task
 
 
-def _check(item: Item, kind: str, where: str) -> None:
-    if kind not in FIELDS:
-        raise ValueError(f"{where}: unknown kind of task {kind!r}")
-    several, one = FIELDS[kind]
-    texts = [item[one]] + (item[several] if several else [item["continuation"]])
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{where}: a text is not a string")
-    if several and not 0 <= int(item["gold"]) < len(item[several]):
-        raise ValueError(f"{where}: gold {item['gold']} of {len(item[several])}")
-
-
 def texts(task: Task, number: int) -> list[str]:
-    """An item's texts, examples included: one for each choice.
-
-    Of language modelling: without the continuation, and with it.
-    """
-    item, delimiter = task.items[number], task.delimiter
-    front = "".join(f"{_solved(task, shot)}\n\n" for shot in task.shots(number))
-    if task.kind == "multiple_choice":
-        return [f"{front}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
-    if task.kind == "schema":
-        return [f"{front}{c}{delimiter}{item['continuation']}" for c in item["context_options"]]
-    question = f"{front}{item['context'].strip()}{delimiter}"
-    return [question.strip(), question + item["continuation"]]
-
-
-def _solved(task: Task, item: Item) -> str:
-    """An example with its right answer."""
-    if task.kind == "multiple_choice":
-        return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
-    if task.kind == "schema":
-        return f"{item['context_options'][item['gold']]}{task.delimiter}{item['continuation']}"
-    return f"{item['context'].strip()}{task.delimiter}{item['continuation']}"
+    """An item's texts, examples included: one for each of its answers."""
+    shots = task.shots(number)
+    front = "".join(f"{task.answered(shot)[task.right(shot)]}\n\n" for shot in shots)
+    found = [front + text for text in task.answered(task.items[number])]
+    if task.kind == "language_modeling":
+        found[0] = found[0].strip()
+    return found

@@ -63,9 +63,9 @@ class Chat(Session):
                 if self.answer.strip():
                     self.history = (*asked, {"role": "assistant", "content": self.answer})
 
-    def show(self, sample: Sample, text: str, is_new: bool, prompt: Prompt, total: int) -> None:
+    def show(self, sample: Sample, prompt: Prompt, total: int) -> None:
         self.answer = sample.text
-        super().show(sample, text, is_new, prompt, total)
+        super().show(sample, prompt, total)
 
 
 def check_messages(messages: Any, where: str | None) -> list[Message]:

@@ -1,10 +1,7 @@
 """The command lines of forge-sample, forge-export, forge-eval and forge-report."""
 
-import contextlib
 import json
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +15,6 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 CHECKPOINT = click.option(
     "--checkpoint", type=int, metavar="STEP", help="Step of a run.  [default: the latest]"
 )
-
-
-@contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """Let Ctrl-C end the process while torch is imported, where an exception could get lost."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @click.command(cls=ForgeCommand, context_settings=SETTINGS)
@@ -132,10 +117,9 @@ def sample(
     conversation: /reset starts a new one, /quit leaves. Where the context is full, the oldest
     messages are left out.
     """
-    with importing():
-        from sampler import chat, load, terminal
-        from sampler.draw import Sampling
-        from sampler.generate import Limits
+    from sampler import chat, load, terminal
+    from sampler.draw import Sampling
+    from sampler.generate import Limits
 
     if (prompt is not None) + (prompts_file is not None) + options["web"] > 1:
         raise click.UsageError("--prompt, --prompts-file and --web cannot be combined")
@@ -193,8 +177,7 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
     RUN is a run of forge-train or one of its checkpoints. AutoModelForCausalLM and AutoTokenizer
     load OUT with no custom code; where transformers is installed, that is checked.
     """
-    with importing():
-        from sampler import export as exporting
+    from sampler import export as exporting
 
     checked = exporting.export(run, out, checkpoint, dtype)
     click.echo(f"Exported: {out} ({checked})")
@@ -230,38 +213,22 @@ def export(run: Path, out: Path, checkpoint: int | None, dtype: str) -> None:
 @CHECKPOINT
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per model and task.")
 @click.version_option(package_name="llm-forge")
-def evaluate(
-    models: tuple[Path, ...],
-    bundle: Path | None,
-    max_per_task: int | None,
-    checkpoint: int | None,
-    as_json: bool,
-    **on: Any,
-) -> None:
+def evaluate(models: tuple[Path, ...], checkpoint: int | None, as_json: bool, **on: Any) -> None:
     """Measure MODELS side by side: on shards (--data), on --questions, by --core, or several.
 
     A model is a run of forge-train, one of its checkpoints, a folder that forge-export made, or any
     local folder in transformers' GPT-2 or Qwen3 layout. All see the same tokens, in windows of the
     shortest context. Losses are in nats per token; ± is one standard error. acc_norm is HellaSwag's
     usual number: the ending with the largest log p per character. CORE is DCLM's mean over 22 tasks
-    (GPT-2 XL: 0.2565, as nanochat measured it); under torchrun all GPUs share its items.
+    (GPT-2 XL: 0.2565, as nanochat measured it); under torchrun all GPUs share the work.
     """
-    is_on_text = on["data"] is not None or on["questions"] is not None
-    if not is_on_text and bundle is None:
+    if all(on[name] is None for name in ("data", "questions", "bundle")):
         raise click.UsageError("nothing to measure on: add --data, --questions or --core")
-    with importing():
-        from sampler import core
-        from sampler import evaluate as evaluating
+    from sampler import evaluate as evaluating
 
-    def say(rows: list[dict[str, Any]], table: str) -> None:
-        for line in map(json.dumps, rows) if as_json else [table]:
+    for rows in evaluating.evaluate(models, checkpoint, **on):
+        for line in map(json.dumps, rows) if as_json else [evaluating.show(rows)]:
             click.echo(line)
-
-    if is_on_text:
-        for rows in evaluating.evaluate(models, checkpoint, **on):
-            say(rows, evaluating.show(rows))
-    if bundle is not None and (rows := core.evaluate(models, bundle, max_per_task, checkpoint)):
-        say(rows, core.show(rows))
 
 
 @click.command(cls=ForgeCommand, context_settings=SETTINGS)
@@ -269,7 +236,7 @@ def evaluate(
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The page; one that is there is replaced.  [default: report.html in the first RUN]",
+    help="The page, NAME.html, which is replaced if it is there.  [default: RUN/report.html]",
 )
 @click.option(
     "--against",
@@ -284,8 +251,7 @@ def report(runs: tuple[Path, ...], out: Path | None, against: Path | None) -> No
     Curves over tokens or hours, samples, configs with their differences, data and hardware. A run
     may be training still, or be a copy without its checkpoints. The page loads nothing.
     """
-    with importing():
-        from sampler import report as reporting
+    from sampler import report as reporting
 
     out = out or runs[0] / "report.html"
     num_bytes = reporting.write_report(runs, out, against)

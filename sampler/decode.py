@@ -47,16 +47,14 @@ class KVCache:
         self.positions = torch.arange(length, device=rows.device)
         return self
 
-    def for_step(self, longest: int, is_even: bool) -> "KVCache":
+    def for_step(self, longest: int) -> "KVCache":
         """Prepare to read one token a row, at position `lengths`.
 
-        `longest` is the number of tokens in the longest row after that; `is_even` says that all
-        rows are equally long.
+        `longest` is the number of tokens in the longest row after that.
         """
         self.rows, self.longest = None, longest
         self.positions = self.lengths[:, None]
-        self.mask = None
-        if not (is_even or self.has_kernels):
+        if not self.has_kernels:  # which read the lengths themselves
             steps = torch.arange(longest, device=self.lengths.device)
             self.mask = (steps <= self.positions)[:, None, None]  # (B, 1, 1, longest)
         return self
@@ -79,9 +77,13 @@ class KVCache:
 
 
 class Drawn:
-    """Tokens (n, B) and their log-probabilities on their way from the device to the host."""
+    """Tokens (n, B) and their log-probabilities on their way from the device to the host.
 
-    def __init__(self, tokens: Tensor, logs: Tensor | None) -> None:
+    `lengths` are those of the rows' cached tokens once they are drawn.
+    """
+
+    def __init__(self, tokens: Tensor, logs: Tensor | None, lengths: list[int]) -> None:
+        self.lengths = lengths
         self.tokens, self.logs = self._sent(tokens), None if logs is None else self._sent(logs)
         self.arrived: torch.cuda.Event | None = None
         if tokens.is_cuda:
@@ -146,16 +148,16 @@ class Decoder:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self._step(self.context_length, is_even=False)
+                self._step(self.context_length)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self._step(self.context_length, is_even=False)
+            self._step(self.context_length)
 
-    def _step(self, longest: int, is_even: bool) -> None:
+    def _step(self, longest: int) -> None:
         """Read each row's last token, and draw the next."""
         steps = self.steps
-        logits = self._logits(self.cache.for_step(longest, is_even))
+        logits = self._logits(self.cache.for_step(longest))
         if self.seen is None:
             self._draw(logits)
         else:
@@ -225,9 +227,10 @@ class Decoder:
             if self.graph is not None:
                 self.graph.replay()
             else:
-                self._step(max(self.lengths) + 1, len({*self.lengths}) == 1)
+                self._step(max(self.lengths) + 1)
             self.lengths = [length + 1 for length in self.lengths]
-        return Drawn(steps.drawn[:count], None if steps.logs is None else steps.logs[:count])
+        logs = None if steps.logs is None else steps.logs[:count]
+        return Drawn(steps.drawn[:count], logs, list(self.lengths))
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """A copy on the device, through pinned memory: other copies wait until the GPU is idle."""

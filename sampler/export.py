@@ -35,21 +35,19 @@ CHECK_TEXTS = (
 )
 REPORT = "report this, with the model's config.toml and the versions of torch and transformers"
 FAMILIES = {"gpt2": "GPT-2", "qwen3": "Qwen3"}
-USE_BASE = (
-    "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    "",
-    'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-    'model = AutoModelForCausalLM.from_pretrained("PATH")',
-    'inputs = tokenizer("Fruits are good for you because", return_tensors="pt")',
-    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))",
-)
-USE_CHAT = (
-    "from transformers import pipeline",
-    "",
-    'answer = pipeline("text-generation", "PATH")',
-    'messages = [{"role": "user", "content": "Which fruits are good for me?"}]',
-    'print(answer(messages, max_new_tokens=200)[0]["generated_text"][-1]["content"])',
-)
+USE_BASE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+inputs = tokenizer("Fruits are good for you because", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))"""
+USE_CHAT = """\
+from transformers import pipeline
+
+answer = pipeline("text-generation", "PATH")
+messages = [{"role": "user", "content": "Which fruits are good for me?"}]
+print(answer(messages, max_new_tokens=200)[0]["generated_text"][-1]["content"])"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -117,8 +115,7 @@ def check(folder: Path, loaded: Loaded, dtype: str) -> str:
     """Compare an export with our model, if transformers is installed; says what was found.
 
     Raises ForgeError if logits in float32 differ by 1e-4 from those of the model, whose weights are
-    rounded to `dtype` here, if the tokenizer gives other ids than tiktoken, or if the chat template
-    gives others than chatml.render().
+    rounded to `dtype` here, or if the tokenizer gives other ids than tiktoken.
     """
     if importlib.util.find_spec("transformers") is None:
         return "not checked: transformers is not installed"
@@ -152,16 +149,6 @@ def check(folder: Path, loaded: Loaded, dtype: str) -> str:
         if their_tokenizer(text)["input_ids"] != tokenizer.encode(text):
             what = f"transformers' tokens differ for {text[:40]!r}"
             raise ForgeError(what, where=folder, fix=REPORT)
-    if loaded.is_chat:
-        messages = [
-            {"role": chatml.ROLES[n % len(chatml.ROLES)], "content": text}
-            for n, text in enumerate(CHECK_TEXTS)
-        ]
-        found = their_tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
-        if found != chatml.render(messages, tokenizer.encode, add_generation_prompt=True):
-            raise ForgeError("transformers' chat template differs", where=folder, fix=REPORT)
     return (
         f"checked with {name}: logits differ by at most {difference:.1e} in float32, "
         "tokens are tiktoken's"
@@ -210,44 +197,46 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
         fix = f"restore its {CONFIG_FILE} and {DATA_FILE}"
         raise ForgeError(what, where=run, fix=fix) from error
     exported = replace(model, vocab_size=min(model.vocab_size, len(loaded.vocabulary)))
-    before = [row for row in rows if row["step"] <= state.step]
-    evaluated = [row for row in before if row["kind"] == "evaluate" and row["loss"]][-1:]
-    trained = [row for row in before if row["kind"] == "step"][-1:]
-    started = [row for row in before if row["kind"] == "start"][-1:]
+    last = {row["kind"]: row for row in rows if row["step"] <= state.step and row.get("loss", 1)}
     hub = data.get("hub") or {}
     revision = f" at {hub['revision']}" if hub else ""
-    ranks = started[0]["world_size"] if started else 1
+    ranks, measured = 1, ""
+    if started := last.get("start"):
+        ranks = started["world_size"]
+        measured += f"- Hardware: {started['hardware']}\n"
+    if trained := last.get("step"):
+        measured += f"- Training loss {trained['loss']:.4f} nats a token at the last step\n"
+    if evaluated := last.get("evaluate"):
+        measured += f"""\
+- Validation loss {evaluated["loss"]:.4f} nats a token, {evaluated["bits_per_byte"]:.4f} bits a \
+byte, on held-out documents of the same data, at step {evaluated["step"]:,}
+"""
     launcher = f"torchrun --standalone --nproc_per_node={ranks} --no-python " if ranks > 1 else ""
-    facts = [
-        f"- {exported.num_parameters():,} parameters, in {dtype}: {model.num_layers} layers, "
-        f"{model.num_heads} heads, {model.embedding_size} channels, context "
-        f"{model.context_length}; {FAMILIES[model.family]}'s architecture, GPT-2's tokenizer",
-        f"- Trained from {state.weights_from or 'scratch'} on {state.tokens:,} tokens of "
-        f"{data['name']}{revision}, in {state.step:,} steps and {duration(state.seconds)} "
-        "(h:mm:ss)",
-        *(f"- Hardware: {row['hardware']}" for row in started),
-        *(f"- Training loss {row['loss']:.4f} nats a token at the last step" for row in trained),
-        *(
-            f"- Validation loss {row['loss']:.4f} nats a token, {row['bits_per_byte']:.4f} bits a "
-            f"byte, on held-out documents of the same data, at step {row['step']:,}"
-            for row in evaluated
-        ),
-        f"- Command: `{launcher}forge-train config.toml --data DIR --out RUN`; the config is below",
-        "- It answers in conversations (ChatML); it was not trained to be correct or safe."
-        if loaded.is_chat
-        else "- It continues text; it was not trained to follow instructions or to be correct.",
-    ]
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
-    use = [
-        "",
-        "```python",
-        *(USE_CHAT if loaded.is_chat else USE_BASE),
-        "```",
-        "",
-        "The config of the run, `config.toml`:",
-        "",
-        "```toml",
-        config.rstrip(),
-        "```",
-    ]
-    return "\n".join([*head, f"# {run.name}", "", *facts, *use]) + "\n"
+    continues = "continues text; it was not trained to follow instructions or to be correct."
+    answers = "answers in conversations (ChatML); it was not trained to be correct or safe."
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {run.name}
+
+- {exported.num_parameters():,} parameters, in {dtype}: {model.num_layers} layers, \
+{model.num_heads} heads, {model.embedding_size} channels, context {model.context_length}; \
+{FAMILIES[model.family]}'s architecture, GPT-2's tokenizer
+- Trained from {state.weights_from or "scratch"} on {state.tokens:,} tokens of \
+{data["name"]}{revision}, in {state.step:,} steps and {duration(state.seconds)} (h:mm:ss)
+{measured}- Command: `{launcher}forge-train config.toml --data DIR --out RUN`; the config is below
+- It {answers if loaded.is_chat else continues}
+
+```python
+{USE_CHAT if loaded.is_chat else USE_BASE}
+```
+
+The config of the run, `config.toml`:
+
+```toml
+{config.rstrip()}
+```
+"""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sampler.attention import attend, attend_parts
 from sampler.draw import MIN_TEMPERATURE, Sampling, Steps
 from sampler.kernels import add_norm, early_start, embed, linear, project, wait
-from trainer.model import GPT2, LanguageModel, Qwen3, gelu
+from trainer.model import GPT2, LanguageModel, gelu
 
 MOST_TOP_K = 64  # tokens that draw_top() sorts
 VOCABULARY_BLOCK = 1024
@@ -118,29 +118,32 @@ def logits(model: LanguageModel, tokens: Tensor, store: Tensor, lengths: Tensor)
 
     `store` and `lengths` are those of the KVCache. The sum of the layers is kept in float32.
     """
-    if isinstance(model, Qwen3):
-        return qwen3_logits(model, tokens, store, lengths)
-    assert isinstance(model, GPT2)
     if len(tokens) == 1:
-        return gpt2_row_logits(model, tokens, store, lengths)
+        return row_logits(model, tokens, store, lengths)
+    assert isinstance(model, GPT2)
     return gpt2_logits(model, tokens, store, lengths)
 
 
-def gpt2_row_logits(model: GPT2, tokens: Tensor, store: Tensor, lengths: Tensor) -> Tensor:
+def row_logits(model: Any, tokens: Tensor, store: Tensor, lengths: Tensor) -> Tensor:
     """(1,) -> (1, V), in five kernels a layer."""
-    x = embed(tokens, lengths, model.wte.weight, model.wpe.weight)  # (1, C)
-    block: Any
+    is_gpt2, turned = isinstance(model, GPT2), None
+    head, head_size = model.wte.weight, model.config.head_dim()
+    x = embed(tokens, lengths, head, model.wpe.weight if is_gpt2 else None)  # (1, C)
     for layer, block in enumerate(model.h):
         attention, mlp = block.attn, block.mlp
-        qkv = linear(x, attention.c_attn.weight, attention.c_attn.bias, norm=block.ln_1)
-        q, k, v = qkv.view(3, attention.num_heads, -1)  # each (H, D)
+        if is_gpt2:
+            into, output, up, down = attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj
+        else:
+            into, output = attention.qkv_proj, attention.o_proj
+            up, down = mlp.gate_up_proj, mlp.down_proj
+            turned = (attention.q_norm, attention.k_norm, model.turns)
+        qkv = linear(x, into.weight, into.bias, norm=block.ln_1).view(-1, head_size)
+        q, k, v = torch.split(qkv, [size // head_size for size in into.sizes])  # (H or K, D)
         keys, values = store[layer]
-        heads, log_weights = attend_parts(q, k, v, keys, values, lengths)
-        output = attention.c_proj
+        heads, log_weights = attend_parts(q, k, v, keys, values, lengths, turned)
         linear(heads, output.weight, output.bias, add_to=x, log_weights=log_weights)
-        wide = linear(x, mlp.c_fc.weight, mlp.c_fc.bias, norm=block.ln_2, gelu=True)
-        linear(wide, mlp.c_proj.weight, mlp.c_proj.bias, add_to=x)
-    head = model.wte.weight
+        wide = linear(x, up.weight, up.bias, norm=block.ln_2, gelu=is_gpt2, gate=not is_gpt2)
+        linear(wide, down.weight, down.bias, add_to=x)
     return linear(x, head, None, norm=model.ln_f, dtype=head.dtype)
 
 
@@ -167,22 +170,3 @@ def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     if layer.bias is None or not x.is_cuda:
         return gelu(layer(x))
     return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
-
-
-def qwen3_logits(model: Qwen3, tokens: Tensor, store: Tensor, lengths: Tensor) -> Tensor:
-    """(1,) -> (1, V), in five kernels a layer."""
-    x = embed(tokens, lengths, model.wte.weight)  # (1, C)
-    block: Any
-    for layer, block in enumerate(model.h):
-        attention, mlp = block.attn, block.mlp
-        qkv = linear(x, attention.qkv_proj.weight, None, norm=block.ln_1)
-        each = qkv.view(-1, attention.head_size)  # (H + 2K, D)
-        q, k, v = torch.split(each, [size // attention.head_size for size in attention.sizes])
-        turned = (attention.q_norm, attention.k_norm, model.turns)
-        keys, values = store[layer]
-        heads, log_weights = attend_parts(q, k, v, keys, values, lengths, turned)
-        linear(heads, attention.o_proj.weight, None, add_to=x, log_weights=log_weights)
-        wide = linear(x, mlp.gate_up_proj.weight, None, norm=block.ln_2, gate=True)
-        linear(wide, mlp.down_proj.weight, None, add_to=x)
-    head = model.wte.weight
-    return linear(x, head, None, norm=model.ln_f, dtype=head.dtype)

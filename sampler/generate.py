@@ -4,7 +4,7 @@ import codecs
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,7 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # natural logarithms, if asked for
     text: str = ""  # what may be shown: whole characters, and no possible start of a stop
+    num_shown: int | None = None  # characters of it; None: not even the prompt
     finish: Finish | None = None
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ def generate(
     queued = [0] * decoder.num_rows  # tokens of each row's text that are drawn or being drawn
     stride, most_pending = (1, 1) if decoder.graph is None else (MAX_STEPS, 2)
     unread: dict[int, list[int]] = {}
-    pending: deque[Run] = deque()
+    pending: deque[tuple[Drawn, dict[int, Sample]]] = deque()  # the latter by their rows
     while True:
         for row, old in enumerate(rows):
             if old is None and (new := next(waiting, None)) is not None:
@@ -134,19 +135,18 @@ def generate(
             for row, sample in active.items():
                 noise[:, row] = sample.noise(steps)
                 queued[row] += steps
-            drawn = decoder.start(torch.from_numpy(noise))
-            pending.append(Run(drawn, active, list(decoder.lengths)))
+            pending.append((decoder.start(torch.from_numpy(noise)), active))
             if len(pending) < most_pending:
                 continue  # the GPU draws on while we read the tokens before
         if not pending:
             return
-        run = pending.popleft()
-        tokens, logs = run.drawn.read()
-        for row, sample in run.rows.items():
+        drawn, active = pending.popleft()
+        tokens, logs = drawn.read()
+        for row, sample in active.items():
             if sample.finish is not None:
-                continue  # it ended in an earlier run
+                continue  # it ended in earlier steps
             sample.take(tokens[row], logs[row] if logs else [], vocabulary, limits)
-            if sample.finish is None and run.lengths[row] == length:
+            if sample.finish is None and drawn.lengths[row] == length:
                 if limits.slides:
                     unread[row] = sample.history(max(1, length // 2))
                 else:
@@ -154,11 +154,3 @@ def generate(
             yield sample
             if sample.finish is not None:
                 rows[row] = None
-
-
-class Run(NamedTuple):
-    """Queued steps: the tokens they draw, the samples in the rows, and the rows' lengths after."""
-
-    drawn: Drawn
-    rows: dict[int, Sample]
-    lengths: list[int]

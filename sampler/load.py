@@ -75,10 +75,8 @@ def _open_run(run: Path, step: int) -> Loaded:
 
 def _open_transformers(folder: Path) -> Loaded:
     """A folder in transformers' layout."""
-    config, weights = layouts.read_folder(folder)
+    model = layouts.read_folder(folder)
     _check_tokenizer(folder)
-    model = build_model(config)
-    model.load_state_dict(weights)
     is_chat = knows_chat(folder)
     return Loaded(folder, model, [*tokenizer.token_bytes()] + MARKERS * is_chat, None, is_chat)
 

@@ -3,14 +3,12 @@
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pipeline import tokenizer
 from pipeline.errors import ForgeError
@@ -132,30 +130,22 @@ class Session:
             for number in range(num_samples)
         )
         grown = generate(self.decoder, samples, self.loaded.vocabulary, self.limits)
-        started, num_tokens = time.perf_counter(), 0
-        quiet = total == 1 or not sys.stderr.isatty() or (sys.stdout.isatty() and not self.as_json)
-        with tqdm(total=total, unit="text", disable=quiet, file=sys.stderr) as progress:
-            for sample, text, is_new in in_order(grown):
-                self.show(sample, text, is_new, prompts[sample.number // num_samples], total)
-                if sample.finish:
-                    progress.update()
-                    num_tokens += len(sample.tokens)
-        seconds = time.perf_counter() - started
-        if sys.stderr.isatty():
-            tell(f"{num_tokens:,} tokens, {num_tokens / seconds:,.0f} tokens/s")
+        for sample in in_order(grown):
+            self.show(sample, prompts[sample.number // num_samples], total)
 
-    def show(self, sample: Sample, text: str, is_new: bool, prompt: Prompt, total: int) -> None:
-        """Write the new `text` of a sample; JSON is written at its end."""
+    def show(self, sample: Sample, prompt: Prompt, total: int) -> None:
+        """Write what is new in a sample's text; JSON is written at its end."""
         if self.as_json:
             if sample.finish:
                 print(json.dumps(self.to_row(sample, prompt)), flush=True)
             return
-        if is_new and total > 1:
+        if sample.num_shown is None and total > 1:
             sys.stdout.write(f"--- sample {sample.number + 1} of {total}, seed {sample.seed}\n")
-        if is_new and self.echoes_prompt:
+        if sample.num_shown is None and self.echoes_prompt:
             sys.stdout.write(prompt.text)
-        sys.stdout.write(text + ("\n" if sample.finish else ""))
+        sys.stdout.write(sample.text[sample.num_shown :] + ("\n" if sample.finish else ""))
         sys.stdout.flush()
+        sample.num_shown = len(sample.text)
 
     def to_row(self, sample: Sample, prompt: Prompt) -> dict[str, Any]:
         state = self.loaded.state
@@ -194,23 +184,18 @@ class Session:
         self.write([Prompt(line)], num_samples, seed)
 
 
-def in_order(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str, bool]]:
-    """(sample, new part of its text, whether the first), one sample after the other.
-
-    Of the samples that grow at the same time, those after the current one wait for their turn.
-    """
+def in_order(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Samples that have grown, one after the other: those after the current one wait."""
     waiting: dict[int, Sample] = {}
-    current, shown = 0, -1  # the sample that streams, and its characters shown; -1: none yet
+    current = 0
     for grown in samples:
         waiting[grown.number] = grown
         while (sample := waiting.get(current)) is not None:
-            new = sample.text[max(shown, 0) :]
-            yield sample, new, shown < 0
-            shown = len(sample.text)
+            yield sample
             if sample.finish is None:
                 break
             del waiting[current]
-            current, shown = current + 1, -1
+            current += 1
 
 
 def tell(text: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from pipeline.errors import ForgeError
-from sampler import cli, core
+from sampler import cli, core, score
 from sampler.bundle import Task, read_bundle, texts
 from trainer.config import ModelConfig
 from trainer.model import build_model
@@ -65,8 +65,8 @@ def test_scored_tokens_are_those_that_differ_or_the_common_ending() -> None:
     left, right = np.array([0, 1, 2, 3]), np.array([0, 1, 4, 5, 3])
     starts = {}
     for kind in ("multiple_choice", "schema"):
-        asked = core.answers(Task("", kind, 0, " ", 0, []), [left, right])
-        starts[kind] = [answer.start for answer in asked]
+        asked = core.answers(Task("", kind, 0, " ", 0, []), [left, right], 16)
+        starts[kind] = [int(answer.is_scored.argmax()) for answer in asked]
     assert starts == {"multiple_choice": [2, 2], "schema": [3, 4]}
 
 
@@ -81,20 +81,20 @@ def test_scores_are_those_of_one_text_at_a_time_for_any_batch(
     asked = []
     for length in (2, 5, 9, 16, 17, 30):
         tokens = generator.integers(0, 97, length)
-        asked.append(core.Answer(tokens, max(1, length - 3)))
+        asked.append(score.Answer.ending(tokens, length - 3, 16))
         other = np.append(tokens[:-1], (tokens[-1] + 1) % 97)  # shares its row
-        asked.append(core.Answer(other, length - 1))
-    monkeypatch.setattr(core, "BATCH_TOKENS", {"cpu": 32})
-    monkeypatch.setattr(core, "HEAD_TOKENS", {"cpu": 4})
-    asked = [answer.cropped(16) for answer in asked]
-    for answer, score in zip(asked, core.score(model, asked), strict=True):
+        asked.append(score.Answer.ending(other, length - 1, 16))
+    asked.append(score.Answer(tokens[:12], np.arange(12) % 3 == 0))
+    monkeypatch.setattr(score, "BATCH_TOKENS", {"cpu": 32})
+    monkeypatch.setattr(score, "HEAD_TOKENS", {"cpu": 4})
+    for answer, found in zip(asked, score.score(model, asked), strict=True):
         with torch.inference_mode():
             inputs = torch.from_numpy(answer.tokens[None, :-1])
             logits = model.logits(model.hidden(inputs))[0]
-        logs = logits.log_softmax(-1)[answer.start - 1 :]
-        right = torch.from_numpy(answer.tokens[answer.start :])
-        assert score.loss == pytest.approx(-logs.gather(1, right[:, None]).mean().item(), rel=1e-5)
-        assert score.is_likeliest == bool((logs.argmax(-1) == right).all())
+        logs = logits.log_softmax(-1)[answer.is_scored[1:]]
+        right = torch.from_numpy(answer.tokens[1:][answer.is_scored[1:]])
+        assert found.loss == pytest.approx(-logs.gather(1, right[:, None]).mean().item(), rel=1e-5)
+        assert found.is_likeliest == bool((logs.argmax(-1) == right).all())
 
 
 def test_centred_accuracy_is_0_for_guessing_and_1_for_all_right() -> None:
@@ -126,18 +126,25 @@ def test_forge_eval_says_which_tasks_the_bundle_lacks(tmp_path: Path, run: Path)
     assert "3 of CORE's 22 tasks; the bundle lacks hellaswag_zeroshot" in table
 
 
-def test_ranks_share_the_items_and_rank_0_prints_the_same_figures(
-    tmp_path: Path, run: Path
+def test_ranks_share_the_work_and_rank_0_prints_the_same_figures(
+    tmp_path: Path, run: Path, small_shards: Path
 ) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"ctx": "It is", "endings": ["a", "b"], "label": 1}\n' * 3)
     program = Path(sys.executable).with_name("forge-eval")
-    command = [program, run, "--core", write_bundle(tmp_path), "--json"]
+    command = [program, run, "--core", write_bundle(tmp_path), "--questions", questions]
+    command += ["--data", small_shards, "--num-tokens", 640, "--json"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc_per_node=2", "--no-python"]
     alone, shared = (
         subprocess.run([*map(str, front + command)], capture_output=True, text=True, check=True)
         for front in ([], launcher)
     )
-    assert json.loads(alone.stdout) == json.loads(shared.stdout)
+    rows = [[json.loads(line) for line in each.stdout.splitlines()] for each in (alone, shared)]
+    ours, theirs = rows
+    assert theirs[0] == pytest.approx(ours[0])  # whose batches had another shape
+    assert theirs[1:] == ours[1:]
+    assert len(ours) == 3
 
 
 @pytest.mark.parametrize(
@@ -154,6 +161,7 @@ def test_ranks_share_the_items_and_rank_0_prints_the_same_figures(
             "gold 2 of 2",
         ),
         ("eval_data/x/winograd.jsonl", json.dumps(SCHEMA), "too few for 1 examples"),
+        ("core.yaml", "icl_tasks: []", "no task of the bundle has its file"),
     ],
 )
 def test_bundle_that_cannot_be_used_is_one_error(

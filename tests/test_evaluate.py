@@ -14,6 +14,7 @@ from pipeline import tokenizer
 from pipeline.shards import EOT_TOKEN, load_index, map_shard
 from sampler import evaluate
 from sampler.load import open_model
+from trainer.ranks import Ranks
 
 CPU = torch.device("cpu")
 QUESTIONS = [
@@ -83,8 +84,8 @@ def test_the_standard_errors_are_those_of_resampled_windows(run: Path, small_sha
     loaded = open_model(run, None, CPU)
     windows = evaluate.Windows(load_index(small_shards), "val", 64)
     count = 80
-    (row,) = evaluate.on_shards(iter([loaded]), windows, 64 * count)
-    nats, _, num_bytes = evaluate.window_losses(loaded, windows, count)
+    row = evaluate.on_shards(windows, count, [], Ranks(), loaded)
+    nats, _, num_bytes = evaluate.window_losses(windows, count, Ranks(), loaded)
     chosen = np.random.default_rng(0).integers(0, count, (2000, count))
     losses = nats[chosen].mean(1) / 64
     bits = nats[chosen].sum(1) / math.log(2) / num_bytes[chosen].sum(1)
@@ -115,8 +116,8 @@ def test_a_whole_split_counts_each_token_once(
     source = make_parquet(tmp_path / "source.parquet", [text[:3000] for text in documents[:8]])
     index = make_shards(source, tmp_path / "shards", val_fraction=0.0)
     loaded = open_model(run, None, CPU)
-    windows = evaluate.Windows(index, "train", 32)
-    (row,) = evaluate.on_shards(iter([loaded]), windows, 10**9)
+    ((windows, count),) = evaluate.windows_of(index.folder, "train", 32, 10**9)
+    row = evaluate.on_shards(windows, count, [], Ranks(), loaded)
     # Straight from the tokens, a window after the other.
     nats = num_bytes = count = 0
     sizes = torch.tensor([len(token) for token in loaded.vocabulary])
@@ -152,8 +153,9 @@ def test_scores_are_transformers_log_probabilities(
     found = evaluate.read_questions(questions)[:6]
     assert found[0].context == "Roof shingle removal: A man is sitting on a roof. He"
     assert found[1].endings[0] == " Write it down."
-    scores = evaluate.ending_scores(open_model(run, None, CPU), found)
-    for question, nats in zip(found, scores, strict=True):
+    scores = [*evaluate.ending_scores(found, Ranks(), open_model(run, None, CPU))]
+    assert len(scores) == 6
+    for question, nats in scores:
         for ending, score in zip(question.endings, nats, strict=True):
             tokens = tokenizer.encode(f"{question.context} {ending}")[-65:]
             count = len(tokenizer.encode(f"{question.context} {ending}")) - len(
@@ -172,9 +174,10 @@ def test_spaces_at_the_context_s_end_count_as_the_ending_s() -> None:
         ("It is  ", tokenizer.encode("It is"), tokenizer.encode("   blue.")),
         ("", [EOT_TOKEN], blue),
     ):
-        pair = evaluate.encode_pair(context, "blue.")
+        pair = evaluate.encode_pair(context, "blue.", 64)
+        start = int(pair.is_scored.argmax())
         tokens = pair.tokens.tolist()
-        assert (tokens[: pair.start], tokens[pair.start :]) == (before, ending), context
+        assert (tokens[:start], tokens[start:]) == (before, ending), context
 
 
 def test_a_malformed_question_is_named_by_its_line(run: Path, tmp_path: Path, forge) -> None:

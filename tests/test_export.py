@@ -65,7 +65,7 @@ def test_an_export_that_transformers_reads_differently_is_not_kept(
     run: Path, tmp_path: Path, forge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(layouts.Piece, "of", lambda piece, weight: weight)
+    monkeypatch.setattr(layouts, "their_views", lambda model, tensors: tensors)
     result = forge("export", run, tmp_path / "hf")
     assert result.exit_code != 0
     monkeypatch.undo()
@@ -203,10 +203,10 @@ def test_a_folder_is_read_as_the_weights_that_were_exported(
     either_run: Path, tmp_path: Path, forge
 ) -> None:
     forge("export", either_run, tmp_path / "hf", "--dtype", "float32")
-    config, weights = layouts.read_folder(tmp_path / "hf")
+    found = layouts.read_folder(tmp_path / "hf")
     model = open_model(either_run, None, torch.device("cpu")).model
-    assert config == model.config
-    wanted = dict(model.named_parameters())
+    assert found.config == model.config
+    weights, wanted = layouts.weights_of(found), dict(model.named_parameters())
     assert {*weights} == {*wanted}
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
 
@@ -260,7 +260,7 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
         ("activation_function", "relu", "activation_function"),
         ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon"),
         ("n_inner", 99, "n_inner"),
-        ("n_layer", 3, "weights that differ"),
+        ("n_layer", 3, "h.2.attn.c_attn.bias"),
         ("n_positions", 128, "wpe.weight"),
         ("n_layer", "four", "num_layers must be a whole number, not 'four'"),
         ("n_head", 5, "embedding_size (32) must be a multiple of model.num_heads (5)"),

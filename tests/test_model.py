@@ -15,7 +15,7 @@ from trainer import backends, fused
 from trainer import config_file as configs
 from trainer.config import ModelConfig
 from trainer.cross_entropy import HeadLoss
-from trainer.layouts import model_config, pieces, transformers_weights
+from trainer.layouts import model_config, their_views, transformers_weights
 from trainer.model import LanguageModel, build_model, rotary_table, rotate
 from trainer.optimizer import Optimizer, neuron_scales, orthogonalize
 
@@ -101,12 +101,11 @@ def test_logits_and_gradients_are_those_of_transformers(config: ModelConfig) -> 
     assert torch.allclose(loss, their_loss, atol=1e-6)
     loss.backward()
     their_loss.backward()
-    ours = {name: p.grad for name, p in model.named_parameters()}
+    ours = their_views(model, {name: p.grad for name, p in model.named_parameters()})
     found = dict(theirs.named_parameters())
-    assert {piece.theirs for piece in pieces(model)} == {*found} - {"lm_head.weight"}
-    for piece in pieces(model):
-        exact = found[piece.theirs].grad
-        assert torch.allclose(piece.of(ours[piece.ours]), exact, atol=1e-6), piece.theirs
+    assert {*ours} == {*found} - {"lm_head.weight"}
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, found[name].grad, atol=1e-6), name
 
 
 def test_rotation_turns_pairs_so_that_only_the_distance_counts() -> None:

@@ -141,7 +141,7 @@ def test_running_ahead_as_a_gpu_does_changes_no_text(slides: bool) -> None:
     prompts = [[n, n + 1] * (1 + 3 * n) for n in range(9)]
     plain = written(model, prompts, Limits(100, slides=slides), sampling, parallel=3)
     decoder = Decoder(model, 3, sampling, log=True)
-    replay = functools.partial(decoder._step, decoder.context_length, is_even=False)
+    replay = functools.partial(decoder._step, decoder.context_length)
     decoder.graph = SimpleNamespace(replay=replay)  # type: ignore[assignment]
     # A text that ends early, while its row is being drawn already for nobody.
     stop = next(piece for n in range(40, 60) if len(piece := plain[4].text[n : n + 6]) == 6)

@@ -7,7 +7,7 @@ matrices where we have one. A padded vocabulary of ours is cut to its tokens in 
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,25 +23,27 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer_config.json"
 AGAIN = "download or copy the folder again"
-# Keys of config.json that change what is computed: transformers' default, and the values that we
-# compute, of which exports have the first.
-FIXED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
+PUBLISHED = "give a GPT-2 or Qwen3 model with GPT-2's tokenizer, as published or as exported"
+# Keys of config.json that change what is computed, and what we compute. transformers has these
+# defaults, too, but for tied embeddings, and where these are not tied, the weights show it.
+COMPUTED: dict[str, dict[str, Any]] = {
     "gpt2": {
-        "layer_norm_epsilon": (LAYER_NORM_EPS, (LAYER_NORM_EPS,)),
-        "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
-        "scale_attn_weights": (True, (True,)),
-        "scale_attn_by_inverse_layer_idx": (False, (False,)),
-        "add_cross_attention": (False, (False,)),
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
     },
     "qwen3": {
-        "rms_norm_eps": (RMS_NORM_EPS, (RMS_NORM_EPS,)),
-        "hidden_act": ("silu", ("silu",)),
-        "attention_bias": (False, (False,)),
-        "use_sliding_window": (False, (False,)),
-        "rope_scaling": (None, (None,)),
-        "tie_word_embeddings": (False, (True,)),
+        "rms_norm_eps": RMS_NORM_EPS,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
     },
 }
+SAME = {"gelu_new": "gelu_pytorch_tanh"}  # another name of the same function
 # Their key of each size, and the field of ModelConfig.
 SIZES = {
     "gpt2": {
@@ -71,7 +73,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "attention_dropout": 0.0},
 }
-PUBLISHED = "give a GPT-2 or Qwen3 model with GPT-2's tokenizer, as published or as exported"
 NAMES = {
     "gpt2": {"^": "transformer."},
     "qwen3": {
@@ -87,37 +88,26 @@ NAMES = {
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-class Piece(NamedTuple):
-    """One of their tensors: some rows of one of our parameters, or its transpose."""
-
-    theirs: str
-    ours: str
-    rows: slice = slice(None)
-    is_transposed: bool = False
-
-    def of(self, weight: Tensor) -> Tensor:
-        """The view of our parameter that has their shape."""
-        return weight.T if self.is_transposed else weight[self.rows]
-
-
-def pieces(model: LanguageModel) -> list[Piece]:
-    """All of their tensors for `model`; those of one of our parameters follow each other."""
-    found = []
-    for name, weight in model.named_parameters():
+def their_views(model: LanguageModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of the model's parameters, as views under transformers' names."""
+    found, is_gpt2 = dict[str, Tensor](), model.config.family == "gpt2"
+    for name, tensor in tensors.items():
         theirs = name
         for ours, other in NAMES[model.config.family].items():
             theirs = re.sub(ours, other, theirs)
-        *layer, kind, _ = name.split(".")
+        module, kind = name.removesuffix(".weight"), name.split(".")[-2]
         if kind in PARTS:
-            start, fused = 0, cast(Fused, model.get_submodule(".".join([*layer, kind])))
-            for part, size in zip(PARTS[kind], fused.sizes, strict=True):
-                found.append(Piece(theirs.replace(kind, part), name, slice(start, start + size)))
-                start += size
+            sizes = list(cast(Fused, model.get_submodule(module)).sizes)
+            for part, rows in zip(PARTS[kind], torch.split(tensor, sizes), strict=True):
+                found[theirs.replace(kind, part)] = rows
         else:
-            is_matrix = weight.ndim == 2 and name.startswith("h.")
-            is_conv1d = is_matrix and model.config.family == "gpt2"
-            found.append(Piece(theirs, name, is_transposed=is_conv1d))
+            is_conv1d = is_gpt2 and name.startswith("h.") and tensor.ndim == 2
+            found[theirs] = tensor.T if is_conv1d else tensor
     return found
+
+
+def weights_of(model: LanguageModel) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -128,15 +118,12 @@ def transformers_weights(
     model: LanguageModel, num_tokens: int = shards.VOCAB_SIZE
 ) -> dict[str, Tensor]:
     """The weights under transformers' names, with the embedding of `num_tokens` tokens."""
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    weights = weights_of(model)
     weights["wte.weight"] = weights["wte.weight"][:num_tokens]
-    named = {p.theirs: p.of(weights[p.ours]).contiguous() for p in pieces(model)}
     if model.config.family == "gpt2" and not model.config.bias:  # theirs always has biases
-        for piece in pieces(model):
-            if not piece.ours.startswith(("wte", "wpe")):
-                bias = torch.zeros(len(weights[piece.ours]))
-                named[f"{piece.theirs.removesuffix('weight')}bias"] = bias
-    return named
+        for name in [name for name in weights if not name.startswith(("wte", "wpe"))]:
+            weights[f"{name.removesuffix('weight')}bias"] = torch.zeros(len(weights[name]))
+    return {name: view.contiguous() for name, view in their_views(model, weights).items()}
 
 
 def model_config(
@@ -151,7 +138,7 @@ def model_config(
         "tie_word_embeddings": True,
         "torch_dtype": dtype,
         **{theirs: sizes[ours] for theirs, ours in SIZES[config.family].items()},
-        **{key: known[0] for key, (_, known) in FIXED[config.family].items()},
+        **COMPUTED[config.family],
         **OTHERS[config.family],
         **({"n_ctx": config.context_length} if config.family == "gpt2" else {}),
     }
@@ -172,16 +159,36 @@ def with_markers(rows: Tensor) -> Tensor:
     return grown
 
 
-def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model and the weights of a folder in transformers' layout, under our names.
-
-    The weights keep their stored type, and may be views that are not contiguous. Raises ForgeError
-    unless we compute the model exactly.
-    """
-    config = read_model(folder)
+def read_folder(folder: Path) -> LanguageModel:
+    """The model in a folder in transformers' layout; ForgeError unless we compute it exactly."""
+    config, prefix = read_model(folder), "transformer."  # GPT-2's, which some folders leave out
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = ", only pickled weights, which can run any program when opened"
+        what = f"no {WEIGHTS_FILE}{pickled * any(folder.glob('*.bin'))}"
+        fix = "make one with transformers: save_pretrained(FOLDER, max_shard_size='100GB')"
+        raise ForgeError(what, where=folder, fix=fix)
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint.read_tensors(folder / WEIGHTS_FILE).items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # old files list these masks
+    }
+    head = tensors.pop("lm_head.weight", None)
     with torch.device("meta"):  # for names and shapes alone
         model = build_model(config)
-    return config, our_weights(model, read_tensors(folder), folder)
+    wanted = their_views(model, weights_of(model)).items()
+    differing = {(name.removeprefix(prefix), view.shape) for name, view in wanted}
+    differing ^= {(name, tensor.shape) for name, tensor in tensors.items()}
+    if differing:
+        names = sorted({name for name, _ in differing})
+        what = f"weights that are missing, unknown or of another shape: {', '.join(names[:5])}"
+        raise ForgeError(what, where=folder, fix=PUBLISHED)
+    model = build_model(config)
+    for name, view in their_views(model, weights_of(model)).items():
+        view.copy_(tensors[name.removeprefix(prefix)])
+    if head is not None and not torch.equal(head.to(model.wte.weight), model.wte.weight):
+        what = "the head is not tied to the token embedding"
+        raise ForgeError(what, where=folder, fix=PUBLISHED)
+    return model
 
 
 def read_model(folder: Path) -> ModelConfig:
@@ -194,65 +201,9 @@ def read_model(folder: Path) -> ModelConfig:
         )
         what = "no model there" if folder.exists() else "no such folder"
         raise ForgeError(what, where=folder, fix=fix)
-    return read_config(read_json(where), where)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ForgeError(f"cannot read: {error}", where=path, fix=AGAIN) from error
-    if not isinstance(content, dict):
-        raise ForgeError("not a JSON object", where=path, fix=AGAIN)
-    return content
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder, under the names that they are stored with."""
-    if not (folder / WEIGHTS_FILE).is_file():
-        pickled = ", only pickled weights, which can run any program when opened"
-        what = f"no {WEIGHTS_FILE}{pickled * any(folder.glob('*.bin'))}"
-        fix = "make one with transformers: save_pretrained(FOLDER, max_shard_size='100GB')"
-        raise ForgeError(what, where=folder, fix=fix)
-    return checkpoint.read_tensors(folder / WEIGHTS_FILE)
-
-
-def our_weights(model: LanguageModel, tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
-    """Weights for `model` from tensors under transformers' names.
-
-    Raises ForgeError if any is missing, unknown or of another shape, or if the head is not tied.
-    """
-    prefix = "transformer."  # GPT-2's, which some folders leave out
-    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    head = named.pop("lm_head.weight", None)
-    parameters, parts, wrong = dict(model.named_parameters()), dict[str, list[Tensor]](), []
-    for piece in pieces(model):
-        name = piece.theirs.removeprefix(prefix)
-        tensor, shape = named.pop(name, None), piece.of(parameters[piece.ours]).shape
-        if tensor is None:
-            wrong.append(f"{name} is missing")
-        elif tensor.shape != shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}")
-        else:
-            part = tensor.T if piece.is_transposed else tensor
-            parts.setdefault(piece.ours, []).append(part)
-    # Old files list attention's masks among the weights.
-    masks = ".attn.bias", ".attn.masked_bias"
-    wrong += [f"{name} is unknown" for name in named if not name.endswith(masks)]
-    if wrong:
-        raise ForgeError(f"weights that differ: {', '.join(wrong[:5])}", where=where, fix=PUBLISHED)
-    weights = {n: torch.cat(each) if len(each) > 1 else each[0] for n, each in parts.items()}
-    embedding = weights["wte.weight"]
-    if head is not None and not torch.equal(head.to(embedding), embedding):
-        raise ForgeError("the head is not tied to the token embedding", where=where, fix=PUBLISHED)
-    return weights
-
-
-def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
-    """The model that a config.json describes; ForgeError unless we compute it exactly."""
+    config = read_json(where)
     family = config.get("model_type")
-    if not isinstance(family, str) or family not in FIXED:
+    if not isinstance(family, str) or family not in SIZES:
         what = f"a model of type {family!r}; only GPT-2's and Qwen3's layouts can be read"
         raise ForgeError(what, where=where, fix=PUBLISHED)
     rope = config.get("rope_parameters") or {}
@@ -265,9 +216,9 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
     values |= {"family": family, "bias": family == "gpt2"}
     model = model_from_dict(values, where, PUBLISHED)
     problems = [
-        f"{key} is {config.get(key, default)!r}"
-        for key, (default, known) in FIXED[family].items()
-        if config.get(key, default) not in known
+        f"{key} is {config[key]!r}"
+        for key, ours in COMPUTED[family].items()
+        if config.get(key, ours) not in (ours, SAME.get(ours, ours))
     ]
     if rope.get("rope_type", "default") != "default":
         problems.append(f"rope_parameters is {rope!r}")
@@ -279,3 +230,14 @@ def read_config(config: dict[str, Any], where: Path) -> ModelConfig:
         what = f"not the architecture that {family} was published with: {', '.join(problems)}"
         raise ForgeError(what, where=where, fix=PUBLISHED)
     return model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ForgeError(f"cannot read: {error}", where=path, fix=AGAIN) from error
+    if not isinstance(content, dict):
+        raise ForgeError("not a JSON object", where=path, fix=AGAIN)
+    return content

@@ -188,7 +188,7 @@ def read_source(
         path = checkpoint_path(*found) / MODEL_FILE
         tensors = checkpoint.load_tensors(path, masters | {EMBEDDING: rows})
     else:
-        tensors = layouts.read_folder(source)[1]
+        tensors = layouts.weights_of(layouts.read_folder(source))
     if is_new_to_chat:
         tensors[EMBEDDING] = layouts.with_markers(tensors[EMBEDDING])
     return tensors

@@ -21,13 +21,10 @@ from pipeline import chatml
 from pipeline.shards import EOT_TOKEN, load_index
 from sampler.decode import Decoder
 from sampler.draw import Sampling
-from sampler.evaluate import token_losses
 from sampler.generate import Limits, Sample, generate
 from sampler.load import Loaded, best_device, open_model
-from trainer.cross_entropy import IGNORED
-from trainer.windows import Windows, to_device
-
-AT_ONCE = 16  # windows through one forward
+from sampler.score import Answer, score
+from trainer.windows import Windows
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -41,15 +38,9 @@ def conversations(window: Tokens) -> Iterator[Tokens]:
 
 def loss(loaded: Loaded, windows: Tokens) -> tuple[float, int]:
     """Nats over the assistant's words of (n, T + 1) windows, and their number."""
-    nats, count = 0.0, 0
-    device = loaded.model.wte.weight.device
-    for first in range(0, len(windows), AT_ONCE):
-        inputs, targets = to_device(windows[first : first + AT_ONCE], device, is_chat=True)
-        is_trained = targets != IGNORED
-        losses = token_losses(loaded.model, inputs, targets.clamp(min=0))
-        nats += losses[is_trained].double().sum().item()
-        count += int(is_trained.sum())
-    return nats, count
+    asked = [Answer(window.astype(np.int64), chatml.trained(window)) for window in windows]
+    scores = score(loaded.model, asked)
+    return sum(each.nats for each in scores), sum(each.num_tokens for each in scores)
 
 
 @click.command()

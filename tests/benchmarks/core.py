@@ -18,9 +18,10 @@ import torch
 
 from pipeline.shards import EOT_TOKEN
 from pipeline.tokenizer import reference
-from sampler import core
+from sampler import core, score
 from sampler.bundle import read_bundle, texts
 from sampler.load import best_device, open_model
+from trainer.ranks import Ranks
 
 FILE = click.Path(path_type=Path, exists=True)
 
@@ -71,12 +72,14 @@ def main(model: Path, bundle: Path, nanochat: Path, items: int) -> None:
 
     tasks = read_bundle(bundle, None)
     counts = share([len(task.items) for task in tasks], items)
-    core.score(loaded.model, core.answers(tasks[0], core.encode(texts(tasks[0], 0))))
+    length = loaded.model.config.context_length
+    warm = core.answers(tasks[0], core.encode(texts(tasks[0], 0)), length)
+    score.score(loaded.model, warm)
     print(f"{'task':32} {'items':>6} {'right':>6} {'differ':>6} {'ours s':>8} {'theirs s':>8}")
     total, differ, ours_seconds, theirs_seconds = 0, 0, 0.0, 0.0
     for task, count in zip(tasks, counts, strict=True):
         began = time.perf_counter()
-        scores = core.scores(loaded.model, task, range(count))
+        scores = core.scores(loaded, task, count, Ranks())
         ours = [core.is_right(task, task.items[n], scores[n]) for n in range(count)]
         between = time.perf_counter()
         about = {

@@ -27,6 +27,7 @@ from sampler.decode import Decoder
 from sampler.draw import Sampling
 from sampler.generate import Limits, Sample, generate
 from sampler.load import open_model
+from trainer.ranks import Ranks
 
 # (folder, prompt, how many tokens, a text) -> greedy tokens, log p of all the text but its first
 Found = tuple[list[int], list[float]]
@@ -182,10 +183,8 @@ def main(
             )
         if questions is None or importlib.util.find_spec("lm_eval") is None:
             return
-        (row,) = evaluate.on_questions(
-            iter([open_model(folder, None, torch.device("cpu"))]),
-            evaluate.read_questions(questions),
-        )
+        loaded = open_model(folder, None, torch.device("cpu"))
+        row = evaluate.on_questions(evaluate.read_questions(questions), Ranks(), loaded)
         theirs = harness_accuracy(folder, questions)
         for name, value in theirs.items():
             click.echo(f"{name}: lm-eval {value:.6f}, forge-eval {row[name]:.6f}")
