@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from pipeline.command import Count, FolderTokens, ForgeCommand, cores, counted
-from pipeline.errors import ForgeError
+from pipeline.command import Count, FolderTokens, ForgeCommand, cores
+from pipeline.errors import ForgeError, counted
 from pipeline.making import A_PATH, AS_JSON, find, make, of_a_source, shown, val_fraction
 from pipeline.terminal import ProgressBar, next_commands, report
 

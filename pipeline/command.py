@@ -45,11 +45,6 @@ class FolderTokens(click.ParamType[tuple[Path, int | None]]):
         return Path(folder), Count().convert(tokens, param, ctx)
 
 
-def counted(number: int, noun: str) -> str:
-    """1 file, 2 files."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
 def cores() -> int:
     """CPUs that this process may use: the machine's, or its container's quota."""
     count = float(len(os.sched_getaffinity(0)))

@@ -29,6 +29,11 @@ class DamageError(ForgeError):
     """
 
 
+def counted(count: int, noun: str) -> str:
+    """1 file, 2 files."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 AGAIN = "run the same command again"
 KEPT = "run the same command again; finished slices are kept"
 _MEMORY = "use fewer --workers, or a machine with more memory"

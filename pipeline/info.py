@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import chat, chatml, mix, shards, tokenizer
-from pipeline.command import counted
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, counted
 from pipeline.shards import DocumentLengths, Index, Shard
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from pipeline.command import Count, cores, counted
+from pipeline.command import Count, cores
+from pipeline.errors import counted
 from pipeline.terminal import ProgressBar, report
 
 Command = Callable[..., Any]

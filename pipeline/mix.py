@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files, shards, tokenizer, verify
-from pipeline.command import counted
-from pipeline.errors import ForgeError, refusals
+from pipeline.errors import ForgeError, counted, refusals
 from pipeline.shards import Index, Shard
 
 MOST_EPOCHS = 100  # of a part: more is a mistake, and a long index

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.command import counted
+from pipeline.errors import counted
 
 
 class ProgressBar:

@@ -261,14 +261,20 @@ def test_orthogonalized_matrices_keep_their_directions_and_lose_their_sizes(
     assert values.max() < 1.3
 
 
+def no_scales(directions: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    """Instead of neuron_scales(): what is left is Muon."""
+    return torch.ones(len(directions), 1, 1, device=directions.device)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "model_config", [replace(SMALL, bias=False), MODERN], ids=["gpt2", "qwen3"]
 )
 def test_muon_is_torch_s_on_each_matrix_of_the_blocks(
-    device: str, model_config: ModelConfig
+    device: str, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is fused here are several matrices there; embeddings and gains are AdamW's."""
+    monkeypatch.setattr("trainer.optimizer.neuron_scales", no_scales)
     few = replace(model_config, vocab_size=500)
     options = replace(
         configs.load("tiny").optimizer,
@@ -276,7 +282,6 @@ def test_muon_is_torch_s_on_each_matrix_of_the_blocks(
         peak_lr=0.01,
         muon_lr=0.03,
         muon_weight_decay=0.4,
-        muon_normalize=False,
         max_norm=1e9,
     )
     config = replace(configs.load("tiny"), model=few, optimizer=options, precision="float32")
@@ -348,15 +353,17 @@ def test_neurons_are_scaled_alike_and_the_norm_stays(shape: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_update_of_muon_is_normalized_neuron_by_neuron(family: ModelConfig) -> None:
+def test_an_update_of_muon_is_normalized_neuron_by_neuron(
+    family: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first one leaves all neurons of a matrix with as large a part, as there is no past."""
     few = replace(family, vocab_size=500, bias=False)
     options = replace(configs.load("tiny").optimizer, name="muon", muon_weight_decay=0.0)
     moved = []
-    for normalizes in (True, False):
-        chosen = replace(options, muon_normalize=normalizes)
+    for scales in (neuron_scales, no_scales):
+        monkeypatch.setattr("trainer.optimizer.neuron_scales", scales)
         model = made(few)
-        optimizer = Optimizer(model, replace(configs.load("tiny"), model=few, optimizer=chosen))
+        optimizer = Optimizer(model, replace(configs.load("tiny"), model=few, optimizer=options))
         generator = torch.Generator().manual_seed(3)
         for parameter in model.parameters():
             parameter.grad.copy_(torch.randn(parameter.shape, generator=generator))

@@ -2,8 +2,9 @@
 
 import math
 
+from pipeline.errors import counted
 from pipeline.shards import SPLITS, Index
-from trainer.config import Config, counted
+from trainer.config import Config
 from trainer.memory import Cut, checkpoint_bytes
 from trainer.ranks import Ranks
 from trainer.report import duration, hardware

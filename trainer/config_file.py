@@ -5,16 +5,20 @@ import difflib
 import json
 import re
 import tomllib
-import types
-import typing
 from collections.abc import Callable
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
-from sys import float_info
-from typing import Annotated, Any, Literal
+from typing import Any, TypeVar
 
-from pipeline.errors import ForgeError
-from trainer.config import Config, ModelConfig, counted
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.errors import ForgeError, counted
+from trainer.config import Config, ModelConfig
+
+T = TypeVar("T", Config, ModelConfig)
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 
 # Keys that earlier versions had, with their defaults: ignored at these, refused at other values.
 REMOVED = {
@@ -22,11 +26,11 @@ REMOVED = {
     "batch.doubling_steps": 100,
     "schedule.count_downtime": False,
     "checkpoint.keep_every_hours": 6.0,
+    "optimizer.muon_normalize": True,
     "guard.spike_zscore": None,
     "guard.spike_window_steps": 128,
 }
 EDIT = "edit the file, or --set section.key=value"
-PLAIN = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -84,25 +88,44 @@ def load(
     for setting in settings:
         apply_setting(values, setting)
     drop_removed(values, path, name)
-    config: Config = checked(Config, values, "", name)
-    return config
+    return checked(Config, {section: {} for section in SECTIONS} | values, "", name, EDIT)
 
 
 def model_from_dict(values: dict[str, Any], where: object, fix: str = EDIT) -> ModelConfig:
     """Build and check a ModelConfig; ForgeError that lists every problem."""
-    model: ModelConfig = checked(ModelConfig, values, "model.", where, fix)
-    return model
+    return checked(ModelConfig, values, "model.", where, fix)
 
 
-def checked(cls: Any, values: dict[str, Any], prefix: str, where: object, fix: str = EDIT) -> Any:
-    """A `cls` of `values`; ForgeError that lists every problem."""
-    problems: list[str] = []
-    built = build(cls, values, prefix, problems)
-    problems = problems or built.conflicts()
+def checked(kind: type[T], values: dict[str, Any], prefix: str, where: object, fix: str) -> T:
+    """A `kind` of `values`, under the names `prefix`; ForgeError that lists every problem."""
+    problems: list[str]
+    try:
+        # As JSON, where a list may stand for a tuple and a table for a section.
+        text = json.dumps(values, default=str)
+        built = TypeAdapter(kind).validate_json(text, strict=True)
+        problems = built.conflicts()
+    except ValidationError as error:
+        by_key = groupby(error.errors(), lambda each: prefix + ".".join(map(str, each["loc"][:2])))
+        problems = [explained(key, list(errors)) for key, errors in by_key]
     if problems:
         first = f"the config has {counted(len(problems), 'problem')}:"
         raise ForgeError("\n    ".join([first, *problems]), where=where, fix=fix)
     return built
+
+
+def explained(key: str, errors: list[ErrorDetails]) -> str:
+    """What is wrong with a key; several errors are of values that may have one of several types."""
+    kind, value = errors[0]["type"], errors[0]["input"]
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "unexpected_keyword_argument":
+        known = [*SECTIONS, *(field.name for field in dataclasses.fields(Config))]
+        known += [f"{s}.{f.name}" for s, of in SECTIONS.items() for f in dataclasses.fields(of)]
+        elsewhere = [name for name in known if name.endswith(f".{key.split('.')[-1]}")]
+        close = elsewhere or difflib.get_close_matches(key, known, 1)
+        return f"{key} does not exist" + f"; did you mean {close[0]}?" * bool(close)
+    wanted = " or ".join(each["msg"].removeprefix("Input should be ") for each in errors)
+    return f"{key} must be {wanted}, not {value!r}"
 
 
 def read_toml(path: Any) -> dict[str, Any]:
@@ -145,60 +168,3 @@ def drop_removed(values: dict[str, Any], path: Any, name: str) -> None:
             found = [f", line {number}" for number, line in enumerate(lines, 1) if is_here(line)]
             what = f"{removed} = {json.dumps(value, default=str)}: this feature was removed"
             raise ForgeError(what, where="".join([name, *found]), fix="delete it, or its --set")
-
-
-def build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    """A `cls` of `values`, or None after adding to `problems`; sections are built by recursion."""
-    kinds = typing.get_type_hints(cls, include_extras=True)
-    for key in (key for key in values if key not in kinds):
-        close = [prefix + name for name in difflib.get_close_matches(key, kinds, 1)]
-        sections = {name: getattr(kinds[name], "__dataclass_fields__", ()) for name in kinds}
-        close += [f"{name}.{key}" for name, known in sections.items() if key in known]
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}"
-        problems.append(f"{prefix}{key} does not exist; {hint}")
-    built = {}
-    for field in dataclasses.fields(cls):
-        kind, name = kinds[field.name], prefix + field.name
-        if dataclasses.is_dataclass(kind):
-            value = values.get(field.name, {})
-            if isinstance(value, dict):
-                built[field.name] = build(kind, value, f"{name}.", problems)
-            else:
-                problems.append(f"{name} must be a table [{name}], not {value!r}")
-        elif field.name in values:
-            try:
-                built[field.name] = convert(values[field.name], kind)
-            except TypeError as error:
-                problems.append(f"{name} must be {error}, not {values[field.name]!r}")
-        elif field.default is dataclasses.MISSING:
-            problems.append(f"{name} is missing")
-    return None if problems else cls(**built)
-
-
-def convert(value: Any, kind: Any) -> Any:
-    """`value` as `kind`; TypeError that describes the kind if it is another one."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return args[1].checked(convert(value, args[0]))
-    if origin is Literal:
-        if value not in args:
-            raise TypeError(" or ".join(f'"{arg}"' for arg in args))
-        return value
-    if origin in (types.UnionType, typing.Union):
-        wanted = []
-        for arg in args:
-            if arg is not type(None):
-                try:
-                    return convert(value, arg)
-                except TypeError as error:
-                    wanted.append(str(error))
-        raise TypeError(" or ".join(wanted))
-    if origin is tuple:
-        if not isinstance(value, list) or len(value) != len(args):
-            raise TypeError(f"a list of {len(args)} numbers")
-        return tuple(convert(v, arg) for v, arg in zip(value, args, strict=True))
-    if kind is float and type(value) is int and abs(value) <= float_info.max:
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError(PLAIN[kind])
-    return value

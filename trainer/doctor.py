@@ -24,9 +24,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, counted
 from pipeline.shards import load_index
-from trainer.config import counted
 from trainer.ranks import Ranks, on_all, process_group
 from trainer.report import amount, peak_flops, product_flops, say
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import ForgeError
-from trainer.config import Config, counted
+from pipeline.errors import ForgeError, counted
+from trainer.config import Config
 from trainer.cross_entropy import HEAD_CHUNK
 from trainer.ranks import Ranks
 

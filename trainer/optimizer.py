@@ -59,7 +59,6 @@ class Optimizer:
         self.mean_squares = {
             shape: torch.zeros(len(self.own_starts(shape)), max(shape), device=self.device)
             for shape in self.muon_starts
-            if self.options.muon_normalize
         }
 
     def own_starts(self, shape: tuple[int, int]) -> list[int]:
@@ -120,8 +119,8 @@ class Optimizer:
     def muon(self, gradients: Tensor, lr: float, divisor: Tensor, is_sound: Tensor) -> None:
         """Muon's update (Jordan et al. 2024): momentum, made orthogonal, and weight decay.
 
-        With muon_normalize it is NorMuon's (Li et al. 2025, arXiv:2510.05491) in modded-nanogpt's
-        form: see neuron_scales(). Each rank computes those of its share. Tall matrices have an
+        With neuron_scales() it is NorMuon's (Li et al. 2025, arXiv:2510.05491) in modded-nanogpt's
+        form. Each rank computes those of its share. Tall matrices have an
         update larger by sqrt(rows / columns), so that one rate fits every shape and size.
         """
         part, momentum = self.parts["muon"], self.muon_momentum()
@@ -138,11 +137,9 @@ class Optimizer:
             spans = [slice(start, start + rows * columns) for start in starts]
             parts = [fresh[span].view(rows, columns) for span in spans]
             directions = orthogonalize(torch.stack(parts))
-            scales = lr * math.sqrt(max(1, rows / columns)) * is_sound
-            mean_squares = self.mean_squares.get((rows, columns))
-            if mean_squares is not None:
-                weight = (1 - SQUARES_BETA) * is_sound
-                scales = scales * neuron_scales(directions, mean_squares, weight)
+            mean_squares, weight = self.mean_squares[rows, columns], (1 - SQUARES_BETA) * is_sound
+            scales = neuron_scales(directions, mean_squares, weight)
+            scales *= lr * math.sqrt(max(1, rows / columns)) * is_sound
             updates = (directions * scales).float().flatten(1).unbind()
             torch._foreach_sub_([part.masters[span] for span in spans], updates)
 

@@ -39,7 +39,6 @@ from trainer.schedule import Clock
 
 METRICS_FILE = "metrics.jsonl"
 ALWAYS = {"kind": str, "step": int, "tokens": int, "seconds": int | float}
-PICTURE_FILE = "curves.svg"
 PRINT_SECONDS = 1.0  # at most one step line in this time
 CLOSE_SECONDS = 20.0  # longest wait for a tracker's last rows
 Row = dict[str, Any]
@@ -312,7 +311,7 @@ class Readme:
 
 Loss is the mean over the same {config.evaluate.num_tokens:,} validation tokens, in nats a token.
 
-![Training loss, validation loss and learning rate over tokens]({PICTURE_FILE})
+![Training loss, validation loss and learning rate over tokens](curves.svg)
 
 - Validation loss {_number(self.first, "loss")} -> {loss} at step {at}, \
 {_number(evaluated, "bits_per_byte")} bits a byte; training loss {_number(taken, "loss")}

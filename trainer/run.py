@@ -1,7 +1,7 @@
 """The run folder: whether a run may be made there or continued, and the files beside checkpoints.
 
 RUN/README.md             what a person reads first
-RUN/curves.svg            its picture (picture.py)
+RUN/curves.svg            its picture (trackers.py)
 RUN/config.toml           the resolved config
 RUN/metrics.jsonl         one object a line (report.py)
 RUN/data_index.json       index.json of the shards, as they were

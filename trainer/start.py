@@ -4,7 +4,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +26,6 @@ from trainer.config_file import flat
 from trainer.memory import checkpoint_bytes, cut_here
 from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
-from trainer.picture import Picture
 from trainer.ranks import Ranks, Shared, fill_from_first, from_first
 from trainer.report import (
     Metrics,
@@ -48,6 +46,7 @@ from trainer.step import Setup
 from trainer.windows import Data, MicroBatches, check_amount, open_data, with_epochs
 
 EMBEDDING = "wte.weight"
+OPTIONAL = ("matplotlib", "tensorboardX")  # trackers, where they are installed
 
 
 def check(command: Command) -> None:
@@ -196,7 +195,7 @@ def read_source(
 
 def trackers(config: Config) -> list[str]:
     """Libraries to pass rows to. ForgeError if the one that was asked for is not installed."""
-    asked, found = config.report.to, ["tensorboardX"] if find_spec("tensorboardX") else []
+    asked, found = config.report.to, [name for name in OPTIONAL if find_spec(name)]
     if asked and not find_spec(asked):
         fix = f"pip install {asked}, or leave report.to out"
         raise ForgeError(f"the package {asked} is not installed", where="report.to", fix=fix)
@@ -223,8 +222,7 @@ def open_report(
             write_files(run, command.config, index, found)
         past = read_metrics(run)
         readme = Readme(run, command.name, config, index, state, past)
-        picture = Picture(run, past, opened.enter_context(ThreadPoolExecutor(1)))
-        watchers.extend((metrics, Terminal(config, state, clock), readme, picture))
+        watchers.extend((metrics, Terminal(config, state, clock), readme))
         begun_at = past[0].get("started_at") if past else started_at
         name = re.sub(r"[^\w.-]", "-", f"{run.resolve().name}-{begun_at}")
         step = -1 if is_new else state.step

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, counted
 from pipeline.files import check_utf8, hold
 from trainer.backends import attention_backends
 from trainer.checkpoint import Checkpoints, State
-from trainer.config import counted
 from trainer.evaluate import sample_text, validation_loss
 from trainer.ranks import Ranks, from_first, gathered, on_all, process_group
 from trainer.report import Report, duration, peak_flops, say

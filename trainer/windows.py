@@ -20,9 +20,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline import chatml, shards
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, counted
 from pipeline.shards import Index
-from trainer.config import Config, counted
+from trainer.config import Config
 from trainer.cross_entropy import IGNORED
 from trainer.ranks import Ranks
 

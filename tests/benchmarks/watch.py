@@ -1,21 +1,18 @@
-"""What a day's watchers take from the training process: python -m tests.benchmarks.watch
+"""What a tracker takes in a day from the training process: python -m tests.benchmarks.watch
 
-Seconds of this process's CPU time, for a million steps in a day with an evaluation every thousand.
+Seconds of this process's CPU time, for a million steps in a day.
 """
 
 import random
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import click
 
-from trainer.picture import Picture, draw
 from trainer.report import PRINT_SECONDS, Tracker
 
-STEPS, EVERY, DAY = 1_000_000, 1_000, 86_400
+STEPS, DAY = 1_000_000, 86_400
 
 
 def seconds_of(action: Callable[[], object], times: int = 1) -> float:
@@ -26,7 +23,7 @@ def seconds_of(action: Callable[[], object], times: int = 1) -> float:
 
 
 @click.command()
-@click.option("--library", default="tensorboardX", help="Or wandb or trackio, if installed.")
+@click.option("--library", default="tensorboardX", help="Or matplotlib, wandb, trackio.")
 def main(library: str) -> None:
     def row(step: int) -> dict[str, object]:
         return {
@@ -36,13 +33,7 @@ def main(library: str) -> None:
         }
 
     rows = [row(step) for step in range(1, STEPS + 1)]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
-        picture = Picture(Path(folder), [], pool)
-        noting = seconds_of(lambda: [picture.note(row) for row in rows])
-        for each in rows[::EVERY]:
-            picture.note(each | {"kind": "evaluate"})
-        curves = [curve.points for curve in picture.curves.values()]
-        drawing = seconds_of(lambda: draw(*curves), 200) * STEPS / EVERY
+    with tempfile.TemporaryDirectory() as folder:
         given = {"run": folder, "name": "benchmark", "config": {}, "step": -1}
         tracker = Tracker(library, given)
         time.sleep(5.0)  # until it reads
@@ -50,9 +41,8 @@ def main(library: str) -> None:
         sending = seconds_of(lambda: [tracker(row) for row in sent]) / len(sent) * DAY
         skipping = seconds_of(lambda: [tracker(sent[0] | {"seconds": 0}) for _ in rows])
         tracker.close()
-    parts = {"picture, rows": noting, "picture, drawing": drawing, library: sending + skipping}
-    for name, seconds in parts.items():
-        click.echo(f"{name:20}{seconds:8.2f} s a day {seconds / DAY:10.5%}")
+    seconds = sending + skipping
+    click.echo(f"{library:20}{seconds:8.2f} s a day {seconds / DAY:10.5%}")
 
 
 if __name__ == "__main__":
