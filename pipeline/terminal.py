@@ -82,7 +82,7 @@ def report(
 def next_commands(folder: Path, index: Any) -> str:
     """What to type next: --check says whether the shards are enough for a config."""
     train, val = (index.total("num_tokens", split) for split in ("train", "val"))
-    look, config = "info {}", "gpt2" if min(train, val) > 2**20 else "tiny"
+    look, config = "info {}", "forge_124m" if min(train, val) > 2**20 else "forge_tiny"
     if index.chat:
         look, config = "show {} 0", "chat --from RUN"
     advice = f"forge-train {config} --data {{}} --check"

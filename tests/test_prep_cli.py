@@ -210,8 +210,8 @@ def test_the_next_command_fits_the_number_of_tokens(forge, source: Path, tmp_pat
     made = forge("prep", "tokenize", source, "--out", tmp_path / "out")
     assert "one split is empty" in made.stdout
     for train, val, says in (
-        (10**8, 2**15, "forge-train tiny --data {} --check"),
-        (10**8, 2**21, "forge-train gpt2 --data {} --check"),
+        (10**8, 2**15, "forge-train forge_tiny --data {} --check"),
+        (10**8, 2**21, "forge-train forge_124m --data {} --check"),
     ):
         assert says.format(tmp_path) in next_commands(tmp_path, holding(train, val))
     assert "--data 'my folder'" in next_commands(Path("my folder"), holding(10**8, 2**21))
