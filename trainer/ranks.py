@@ -99,8 +99,8 @@ def explained(error: RuntimeError, ranks: Ranks) -> ForgeError | None:
     where = f"rank {ranks.rank}: {''.join(lines[:1])[:160]}"
     if isinstance(error, torch.OutOfMemoryError):
         fix = (
-            "the same command with --resume --set batch.micro_batch_size=N, N below the "
-            "micro-batch that the run said at its start; tokens a step stay the same"
+            "end other programs on the GPU. A run of forge-train: the same command with --resume "
+            "--set batch.micro_batch_size=N, N below what it said at its start; tokens a step stay"
         )
         return ForgeError("out of GPU memory", where=where, fix=fix)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
