@@ -233,7 +233,7 @@ def test_other_people_s_qwen3_folders_are_read(tmp_path: Path, forge) -> None:
     turns = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     for changed, reason in (
         ({"rope_parameters": turns}, "yarn"),
-        ({"rope_parameters": {}}, "rope_theta must be a number, not None"),
+        ({"rope_parameters": {}}, "rope_theta must be a valid number, not None"),
         ({"rope_theta": "1e4"}, "rope_theta must be a number, not '1e4'"),
         ({"head_dim": None}, "head_size must be a whole number, not None"),
         ({"num_key_value_heads": 4}, "num_heads (6) must be a multiple of model.num_kv_heads (4)"),
@@ -262,7 +262,7 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
         ("n_inner", 99, "n_inner"),
         ("n_layer", 3, "h.2.attn.c_attn.bias"),
         ("n_positions", 128, "wpe.weight"),
-        ("n_layer", "four", "num_layers must be a whole number, not 'four'"),
+        ("n_layer", "four", "num_layers must be a valid integer, not 'four'"),
         ("n_head", 5, "embedding_size (32) must be a multiple of model.num_heads (5)"),
         ("n_embd", 0, "embedding_size must be a whole number of at least 1"),
         ("n_embd", None, "embedding_size must be a whole number, not None"),

@@ -205,7 +205,7 @@ def test_a_cache_changes_nothing(config: ModelConfig) -> None:
         parts = [model.hidden(inputs[:, :20], cache.for_prompts(torch.tensor([0]), 20))]
         for n in range(20, 64):
             cache.lengths.fill_(n)
-            parts.append(model.hidden(inputs[:, n : n + 1], cache.for_step(n + 1, is_even=True)))
+            parts.append(model.hidden(inputs[:, n : n + 1], cache.for_step(n + 1)))
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 

@@ -424,7 +424,7 @@ BAD_INPUT = {
         ["--set=batch.tokens_per_step=64000000"],
         "batch.tokens_per_step asks for",
     ),
-    "a seed below zero": (["--set=seed=-1"], "seed must be a whole number of at least 0"),
+    "a seed below zero": (["--set=seed=-1"], "seed must be greater than or equal to 0"),
     "decay without end": (["--set=optimizer.weight_decay=nan"], "weight_decay must be"),
     "small vocabulary": (["--set=model.vocab_size=1000"], "the model 1,000"),
 }
