@@ -234,15 +234,15 @@ def test_other_people_s_qwen3_folders_are_read(tmp_path: Path, forge) -> None:
     for changed, reason in (
         ({"rope_parameters": turns}, "yarn"),
         ({"rope_parameters": {}}, "rope_theta must be a valid number, not None"),
-        ({"rope_theta": "1e4"}, "rope_theta must be a number, not '1e4'"),
-        ({"head_dim": None}, "head_size must be a whole number, not None"),
+        ({"rope_theta": "1e4"}, "rope_theta must be a valid number, not '1e4'"),
+        ({"head_dim": None}, "head_size must be a valid integer, not None"),
         ({"num_key_value_heads": 4}, "num_heads (6) must be a multiple of model.num_kv_heads (4)"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         refused(forge, tmp_path, reason)
     del config["head_dim"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(forge, tmp_path, "head_size must be a whole number, not None")
+    refused(forge, tmp_path, "head_size must be a valid integer, not None")
 
 
 def refused(forge, folder: Path, reason: str) -> None:
@@ -264,8 +264,8 @@ def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -
         ("n_positions", 128, "wpe.weight"),
         ("n_layer", "four", "num_layers must be a valid integer, not 'four'"),
         ("n_head", 5, "embedding_size (32) must be a multiple of model.num_heads (5)"),
-        ("n_embd", 0, "embedding_size must be a whole number of at least 1"),
-        ("n_embd", None, "embedding_size must be a whole number, not None"),
+        ("n_embd", 0, "embedding_size must be greater than or equal to 1"),
+        ("n_embd", None, "embedding_size must be a valid integer, not None"),
         ("vocab_size", 40_000, "not 50257 or more"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
