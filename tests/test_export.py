@@ -235,14 +235,14 @@ def test_other_people_s_qwen3_folders_are_read(tmp_path: Path, forge) -> None:
         ({"rope_parameters": turns}, "yarn"),
         ({"rope_parameters": {}}, "rope_theta must be a valid number, not None"),
         ({"rope_theta": "1e4"}, "rope_theta must be a valid number, not '1e4'"),
-        ({"head_dim": None}, "head_size must be a valid integer, not None"),
+        ({"head_dim": None}, "of another shape"),
         ({"num_key_value_heads": 4}, "num_heads (6) must be a multiple of model.num_kv_heads (4)"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         refused(forge, tmp_path, reason)
     del config["head_dim"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(forge, tmp_path, "head_size must be a valid integer, not None")
+    refused(forge, tmp_path, "of another shape")
 
 
 def refused(forge, folder: Path, reason: str) -> None:
