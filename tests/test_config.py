@@ -68,6 +68,7 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("model.family=qwen3", "model.bias must be false"),
         ("optimizer.muon_weight_decay=-1", "muon_weight_decay must be greater than or equal to 0"),
         ("peak_lr=3e-4", "did you mean optimizer.peak_lr?"),
+        ("unlike_any=1", "unlike_any does not exist"),
         ("optimizer.peak_lr=-1", "must be greater than 0, not -1"),
         ("optimizer.muon_warmup_steps=-1", "greater than or equal to 0"),
         ("nonsense", "key=value"),

@@ -123,7 +123,7 @@ def explained(key: str, errors: list[ErrorDetails]) -> str:
         known += [f"{s}.{f.name}" for s, of in SECTIONS.items() for f in dataclasses.fields(of)]
         elsewhere = [name for name in known if name.endswith(f".{key.split('.')[-1]}")]
         close = elsewhere or difflib.get_close_matches(key, known, 1)
-        return f"{key} does not exist" + f"; did you mean {close[0]}?" * bool(close)
+        return f"{key} does not exist" + (f"; did you mean {close[0]}?" if close else "")
     wanted = " or ".join(each["msg"].removeprefix("Input should be ") for each in errors)
     return f"{key} must be {wanted}, not {value!r}"
 
