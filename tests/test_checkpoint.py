@@ -103,6 +103,15 @@ def test_damage_to_any_file_is_found_and_the_older_good_checkpoint_named(
     assert "--resume continues from step 1" in str(caught.value.fix)
 
 
+def test_damage_where_no_other_is_whole_promises_no_resume(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, files(), state(3))
+    cut(checkpoint.checkpoint_path(tmp_path, 3) / checkpoint.MODEL_FILE)
+    with pytest.raises(ForgeError) as caught:
+        checkpoint.load_state(tmp_path, 3)
+    assert "no older checkpoint is whole" in str(caught.value.fix)
+    assert "--resume" not in str(caught.value.fix)
+
+
 class Evil:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -234,18 +234,18 @@ def known_states(run: Path) -> list[State]:
 def load_state(run: Path, step: int, files: tuple[str, ...] = WHOLE) -> State:
     """state.json of a checkpoint, after checking `files` against its checksums.
 
-    ForgeError if any is damaged, which names the next older checkpoint that is whole.
+    ForgeError if any is damaged, which names the next older checkpoint that is whole, if any is.
     """
     try:
         return _state(run, step, files)
     except (OSError, ValueError) as error:
-        good = ""
+        fix = "no older checkpoint is whole: bring this one back, or begin anew with another --out"
         for older in reversed([found for found in steps(run) if found < step]):
             with suppress(OSError, ValueError):
                 _state(run, older, WHOLE)
-                good = f" from step {older}; to sample or export now, --checkpoint {older}"
+                fix = f"remove this folder, and --resume continues from step {older}; "
+                fix += f"to sample or export now, --checkpoint {older}"
                 break
-        fix = f"remove this folder, and --resume continues{good}"
         what, where = f"damaged checkpoint: {error}", checkpoint_path(run, step)
         raise ForgeError(what, where=where, fix=fix) from error
 
