@@ -63,7 +63,7 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
         raise ForgeError("that is an exported folder", where=run, fix="give a run of forge-train")
     card = model_card(loaded, loaded.state, dtype)
     prefix = f"{out.name}.partial."
-    with refusals("write the export", out, "or name another folder"):
+    with refusals("write the export", out, "name another folder"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             prefix=prefix, dir=out.parent, ignore_cleanup_errors=True

@@ -106,6 +106,16 @@ def test_a_disk_without_room_is_an_error_before_anything_is_made(
     assert 3 * 12 * parameters == pytest.approx(0.06e9, abs=0.005e9)
 
 
+def test_a_run_whose_index_is_gone_says_so(
+    run: Path, small_shards: Path, tmp_path: Path, forge
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "data_index.json").unlink()
+    result = forge("train", "tiny", "--data", small_shards, "--out", copy, "--resume", *QUICK)
+    assert result.exit_code == 1
+    assert "bring that file back, or start a new run from its weights" in result.output
+
+
 def test_a_run_says_what_of_its_model_is_another(small_shards: Path, tmp_path: Path, forge) -> None:
     arguments = ["--data", small_shards, "--out", tmp_path / "run", *QUICK]
     assert forge("train", "tiny", *arguments, "--set=schedule.max_steps=1").exit_code == 0

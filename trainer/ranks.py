@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, refusal
 
 T = TypeVar("T")
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -136,12 +136,17 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def on_all(ranks: Ranks, action: Callable[[], T]) -> list[T]:
-    """What `action` returns on each rank, on every rank. A ForgeError of one is raised on all."""
+    """What `action` returns on each rank, on every rank.
+
+    A ForgeError of one, and what its machine refuses, is raised on all.
+    """
     mine: T | ForgeError
     try:
         mine = action()
     except ForgeError as error:
         mine = error
+    except OSError as error:
+        mine = refusal(error, "read or write", f"rank {ranks.rank}")
     results: list[T | ForgeError] = [mine] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(results, mine)
