@@ -116,6 +116,27 @@ def test_a_run_whose_index_is_gone_says_so(
     assert "bring that file back, or start a new run from its weights" in result.output
 
 
+def test_a_line_with_another_key_or_type_ends_neither_a_resume_nor_an_export(
+    run: Path, small_shards: Path, tmp_path: Path, forge
+) -> None:
+    """As a bit that flipped leaves it: still JSON, and no figure that a reader looks for."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(checkpoint.checkpoint_path(copy, 8))
+    log = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for flipped in ({"loss": "x"}, {"lr": None}, {"text": 5}, {"bits_per_byte": []}):
+        lines += [row | flipped for row in lines[:9] if row.keys() & flipped]
+    for missing in ("loss", "lr", "text", "bits_per_byte", "hardware", "world_size"):
+        lines += [{k: v for k, v in row.items() if k != missing} for row in lines[:9]]
+    log.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (copy / "curves.svg").unlink()
+    exported = forge("export", copy, tmp_path / "hf")
+    assert exported.exit_code == 0, exported.output
+    result = forge("train", "tiny", "--data", small_shards, "--out", copy, "--resume", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert (copy / "curves.svg").exists()
+
+
 def test_a_run_says_what_of_its_model_is_another(small_shards: Path, tmp_path: Path, forge) -> None:
     arguments = ["--data", small_shards, "--out", tmp_path / "run", *QUICK]
     assert forge("train", "tiny", *arguments, "--set=schedule.max_steps=1").exit_code == 0

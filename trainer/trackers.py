@@ -62,7 +62,8 @@ def picture(metrics: list[Row]) -> Any:
     figure, shown = Figure(figsize=(9, 5), layout="constrained"), list[float]()
     axes = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for place, label, style, kind, key in CURVES:
-        found = [(r["tokens"], r[key]) for r in metrics if r["kind"] == kind and r[key] is not None]
+        rows_of = (row for row in metrics if row["kind"] == kind)
+        found = [(r["tokens"], r[key]) for r in rows_of if isinstance(r.get(key), float)]
         if not found:
             continue
         neighbours: list[Any] = np.array_split(np.array(found), min(len(found), MAX_POINTS))
