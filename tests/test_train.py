@@ -443,6 +443,7 @@ BAD_INPUT = {
     ),
     "a seed below zero": (["--set=seed=-1"], "seed must be greater than or equal to 0"),
     "decay without end": (["--set=optimizer.weight_decay=nan"], "weight_decay must be"),
+    "no memory for it": (["--set=model.embedding_size=4000000"], "out of memory"),
     "small vocabulary": (["--set=model.vocab_size=1000"], "the model 1,000"),
 }
 

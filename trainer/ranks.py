@@ -103,6 +103,9 @@ def explained(error: RuntimeError, ranks: Ranks) -> ForgeError | None:
             "--set batch.micro_batch_size=N, N below what it said at its start; tokens a step stay"
         )
         return ForgeError("out of GPU memory", where=where, fix=fix)
+    if "allocate memory" in str(error):  # a CPU has no OutOfMemoryError
+        fix = "take a smaller model, or a machine with more memory"
+        return ForgeError("out of memory", where=where, fix=fix)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         fix = "install a C compiler, such as gcc, if that is missing; or --resume --set compile=off"
         return ForgeError(f"torch.compile failed: {' '.join(lines[:2])}", where=where, fix=fix)
