@@ -107,6 +107,13 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         assert f"{name} is missing" in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"\xff", b"x = [", b"x = " + b"[" * 100_000])
+def test_a_file_that_is_no_toml_is_one_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.toml").write_bytes(content)
+    with pytest.raises(ForgeError, match="cannot read the config"):
+        configs.load(str(tmp_path / "x.toml"))
+
+
 def test_an_unknown_config_suggests_a_known_one() -> None:
     with pytest.raises(ForgeError, match="did you mean gpt2_medium"):
         configs.load("gpt2-medium")

@@ -57,7 +57,8 @@ def test_a_folder_with_other_things_is_no_place_for_a_run(
 
 def test_damaged_lines_of_metrics_are_left_out(tmp_path: Path) -> None:
     good = rows({"kind": "step", "step": 1}, {"kind": "step", "step": 2})
-    bad = b'\xff\xfe\x00\nnull\n5\n{"kind": "step"}\n{"kind": "step", "step": "x"}\n\0\0\n{"ki'
+    bad = b"[" * 100_000 + b"\n"
+    bad += b'\xff\xfe\x00\nnull\n5\n{"kind": "step"}\n{"kind": "step", "step": "x"}\n\0\0\n{"ki'
     (tmp_path / "metrics.jsonl").write_bytes(good.encode() + bad)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 

@@ -273,7 +273,7 @@ def _state(run: Path, step: int, files: tuple[str, ...]) -> State:
         model = model_from_dict(raw.pop("model"), path)
         plan = {k: math.inf if v is None else v for k, v in raw.pop("plan").items()}
         state = State(model=model, plan=Plan(**plan), **raw)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:  # whatever it may hold
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{STATE_FILE}: {error}") from error
     for name in files:
         if _checksum(path / name) != sums.get(name):

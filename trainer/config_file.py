@@ -132,7 +132,7 @@ def read_toml(path: Any) -> dict[str, Any]:
     """The tables of a TOML file; ForgeError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         fix = "correct it, or give the name of a config"
         raise ForgeError(f"cannot read the config: {error}", where=path, fix=fix) from error
 

@@ -146,7 +146,7 @@ def read_metrics(run: Path) -> list[Row]:
     """The rows of a run's metrics.jsonl, without damaged ones: a kill cuts the last in half."""
     rows, path = list[Row](), run / METRICS_FILE
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict) and all(isinstance(row.get(k), ALWAYS[k]) for k in ALWAYS):
                 rows.append(row)
