@@ -217,6 +217,7 @@ def test_ranks_whose_weights_differ_by_a_bit_do_not_go_on(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     assert "the weights are no longer the same on all ranks" in output
+    assert "SIGABRT" not in output  # as of threads that outlive the interpreter, now and then
     assert checkpoint.steps(tmp_path / "run") == []  # it was to be the first
 
 

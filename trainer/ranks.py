@@ -84,12 +84,14 @@ def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float) ->
     except ForgeError:
         if not is_alone:  # the first to leave has torchrun end the others, which print theirs first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not is_gpu and dist.is_initialized():  # or gloo's threads may abort the process
+            dist.destroy_process_group()
         raise
     except RuntimeError as error:
         if (known := explained(error, ranks)) is None:
             raise
         raise known from error
-    if not is_alone:  # and not after an error: it would wait for the ranks that are gone
+    if not is_alone:  # after an error NCCL would wait for the ranks that are gone
         dist.destroy_process_group()
 
 
