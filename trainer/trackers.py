@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,8 +48,9 @@ def draw_curves(run: str) -> None:
         if row["kind"] == "evaluate":
             with Path(run, "metrics.jsonl").open("rb") as file:
                 figure = picture(list(parsed(file)))
-            figure.savefig(half, format="svg", metadata={"Date": None})
-            half.replace(whole)
+            with suppress(OSError):  # a full disk: README.md, written at the same time, warns
+                figure.savefig(half, format="svg", metadata={"Date": None})
+                half.replace(whole)
 
 
 def picture(metrics: list[Row]) -> Any:
