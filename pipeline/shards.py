@@ -326,6 +326,7 @@ def load_index(folder: Path) -> Index:
             for key in keys if section != "chat" or raw["chat"] else ():
                 raw[section][key]
         _check_counts(*(shard[key] for shard in raw["shards"] for key in COUNTS))
+        _check_counts(raw["tokenizer"]["vocab_size"], (raw["chat"] or {}).get("context_length", 0))
         figures = {split: each["document_tokens"] for split, each in raw["splits"].items()}
         index = Index(
             folder=folder,

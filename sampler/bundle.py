@@ -9,6 +9,7 @@ import csv
 import json
 import random
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from pipeline.errors import ForgeError
 
 ORDER_SEED, SHOTS_SEED = 1337, 1234  # of the items, and of an item's examples
 CHOICES = {"multiple_choice": "choices", "schema": "context_options"}  # in an item of each kind
+
+MISFITS = (ValueError, LookupError, TypeError, AttributeError)  # of values in a damaged file
+UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, yaml.YAMLError)
 
 Item = dict[str, Any]
 BundleFolder = Path | zipfile.Path
@@ -73,7 +77,7 @@ def read_bundle(path: Path, max_per_task: int | None) -> list[Task]:
         rows = csv.DictReader((root / "eval_meta_data.csv").read_text("utf-8").splitlines())
         chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
         tasks = [_read_task(root, entry, chances, max_per_task) for entry in listed]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (*UNREADABLE, *MISFITS) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         what = f"cannot read the evaluation bundle: {reason}"
         raise ForgeError(what, where=path, fix="download and unpack it again") from error

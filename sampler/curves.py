@@ -103,7 +103,7 @@ def read_json(path: Path) -> Row:
     """The object in a file; an empty one if none can be read."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

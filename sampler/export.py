@@ -19,6 +19,7 @@ import torch
 from pipeline import chatml, shards, tokenizer
 from pipeline.errors import ForgeError, refusals
 from pipeline.files import check_utf8
+from sampler.curves import number, within
 from sampler.load import Loaded, open_model
 from trainer import checkpoint
 from trainer.checkpoint import CONFIG_FILE
@@ -63,7 +64,7 @@ def export(run: Path, out: Path, step: int | None, dtype: str) -> str:
         raise ForgeError("that is an exported folder", where=run, fix="give a run of forge-train")
     card = model_card(loaded, loaded.state, dtype)
     prefix = f"{out.name}.partial."
-    with refusals("write the export", out, "or name another folder"):
+    with refusals("write the export", out, "name another folder"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             prefix=prefix, dir=out.parent, ignore_cleanup_errors=True
@@ -200,16 +201,16 @@ def model_card(loaded: Loaded, state: checkpoint.State, dtype: str) -> str:
     last = {row["kind"]: row for row in rows if row["step"] <= state.step and row.get("loss", 1)}
     hub = data.get("hub") or {}
     revision = f" at {hub['revision']}" if hub else ""
-    ranks, measured = 1, ""
-    if started := last.get("start"):
-        ranks = started["world_size"]
-        measured += f"- Hardware: {started['hardware']}\n"
-    if trained := last.get("step"):
-        measured += f"- Training loss {trained['loss']:.4f} nats a token at the last step\n"
-    if evaluated := last.get("evaluate"):
+    ranks, measured = int(number(within(last, "start", "world_size")) or 1), ""
+    if hardware := within(last, "start", "hardware"):
+        measured += f"- Hardware: {hardware}\n"
+    if (loss := number(within(last, "step", "loss"))) is not None:
+        measured += f"- Training loss {loss:.4f} nats a token at the last step\n"
+    loss, bits = (number(within(last, "evaluate", key)) for key in ("loss", "bits_per_byte"))
+    if loss is not None and bits is not None:
         measured += f"""\
-- Validation loss {evaluated["loss"]:.4f} nats a token, {evaluated["bits_per_byte"]:.4f} bits a \
-byte, on held-out documents of the same data, at step {evaluated["step"]:,}
+- Validation loss {loss:.4f} nats a token, {bits:.4f} bits a byte, on held-out documents of the \
+same data, at step {last["evaluate"]["step"]:,}
 """
     launcher = f"torchrun --standalone --nproc_per_node={ranks} --no-python " if ranks > 1 else ""
     continues = "continues text; it was not trained to follow instructions or to be correct."

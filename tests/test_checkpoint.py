@@ -85,7 +85,11 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def nest(path: Path) -> None:
+    path.write_bytes(b"[" * 100_000)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, nest, Path.unlink])
 @pytest.mark.parametrize(
     "file", [checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE]
 )
@@ -101,6 +105,15 @@ def test_damage_to_any_file_is_found_and_the_older_good_checkpoint_named(
     assert file in caught.value.what
     assert str(caught.value.where).endswith("step_00000003")
     assert "--resume continues from step 1" in str(caught.value.fix)
+
+
+def test_damage_where_no_other_is_whole_promises_no_resume(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, files(), state(3))
+    cut(checkpoint.checkpoint_path(tmp_path, 3) / checkpoint.MODEL_FILE)
+    with pytest.raises(ForgeError) as caught:
+        checkpoint.load_state(tmp_path, 3)
+    assert "no older checkpoint is whole" in str(caught.value.fix)
+    assert "--resume" not in str(caught.value.fix)
 
 
 class Evil:

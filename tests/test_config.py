@@ -68,6 +68,7 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("model.family=qwen3", "model.bias must be false"),
         ("optimizer.muon_weight_decay=-1", "muon_weight_decay must be greater than or equal to 0"),
         ("peak_lr=3e-4", "did you mean optimizer.peak_lr?"),
+        ("unlike_any=1", "unlike_any does not exist"),
         ("optimizer.peak_lr=-1", "must be greater than 0, not -1"),
         ("optimizer.muon_warmup_steps=-1", "greater than or equal to 0"),
         ("nonsense", "key=value"),
@@ -104,6 +105,13 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         configs.load(str(tmp_path / "x.toml"))
     for name in ("model.num_heads", "batch.tokens_per_step", "optimizer.peak_lr"):
         assert f"{name} is missing" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"x = [", b"x = " + b"[" * 100_000])
+def test_a_file_that_is_no_toml_is_one_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.toml").write_bytes(content)
+    with pytest.raises(ForgeError, match="cannot read the config"):
+        configs.load(str(tmp_path / "x.toml"))
 
 
 def test_an_unknown_config_suggests_a_known_one() -> None:

@@ -147,11 +147,30 @@ def test_ranks_share_the_work_and_rank_0_prints_the_same_figures(
     assert len(ours) == 3
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_that_was_damaged_on_its_way_is_one_error(tmp_path: Path, compression: int) -> None:
+    zipped = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(zipped, "w", compression) as archive:
+        for file in write_bundle(tmp_path / "bundle").rglob("*.*"):
+            archive.write(file, file.relative_to(tmp_path / "bundle"))
+        start = archive.getinfo("eval_data/x/arc_easy.jsonl").header_offset
+    data = bytearray(zipped.read_bytes())
+    data[start + 30 + len("eval_data/x/arc_easy.jsonl")] ^= 0xFF  # its first byte
+    zipped.write_bytes(data)
+    with pytest.raises(ForgeError, match="cannot read the evaluation bundle"):
+        read_bundle(zipped, None)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("core.yaml", "icl_tasks: [", "cannot read the evaluation bundle"),
         ("core.yaml", "tasks: []", "'icl_tasks' is missing"),
+        (
+            "core.yaml",
+            "icl_tasks: [{label: a, icl_task_type: schema, num_fewshot: []}]",
+            "cannot read the evaluation bundle",
+        ),
         ("eval_meta_data.csv", "Eval Task,Random baseline\n", "'arc_easy' is missing"),
         ("eval_data/x/arc_easy.jsonl", '{"query": "Q"}\n' * 3, "'choices' is missing"),
         ("eval_data/x/arc_easy.jsonl", "{\n", "cannot read the evaluation bundle"),

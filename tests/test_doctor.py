@@ -6,12 +6,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import Result
 from conftest import ROOT
+
+from pipeline.shards import load_index
 
 NAMES = ["GPUs", "torch", "compiler", "speed", "P2P", "system", "--out", "--data", "ranks"]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
@@ -34,6 +37,17 @@ def test_disks_are_measured_and_nothing_is_left(
     assert re.search(r"\d GB free, \d+ MB/s written", found["--out"][1])
     assert re.search(r"\d GB free, \d+ of 256 windows from the disk", found["--data"][1])
     assert not list(tmp_path.iterdir())
+
+
+def test_shards_without_training_tokens_are_a_problem(
+    small_shards: Path, tmp_path: Path, forge: Callable[..., Result]
+) -> None:
+    index = load_index(small_shards)
+    val = replace(index, shards=index.of("val"))
+    (tmp_path / "index.json").write_text(val.to_json())
+    result = forge("train", "--doctor", "--data", tmp_path)
+    assert result.exit_code == 1
+    assert findings(result.output)["--data"] == ("problem", "no train tokens")
 
 
 @without_gpu

@@ -254,6 +254,8 @@ def refused(forge, folder: Path, reason: str) -> None:
 def test_folders_that_would_be_computed_wrong_are_refused(folder: Path, forge) -> None:
     config = json.loads((folder / "config.json").read_text())
 
+    (folder / "config.json").write_text("[" * 100_000)
+    refused(forge, folder, "cannot read")
     for key, value, reason in (
         ("model_type", "llama", "'llama'"),
         ("model_type", ["gpt2"], "['gpt2']"),

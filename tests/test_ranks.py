@@ -20,7 +20,7 @@ from test_train import MODERN, QUICK, train_alone, weights
 from pipeline.errors import ForgeError
 from trainer import checkpoint
 from trainer import run as run_folder
-from trainer.ranks import OWN_STORE, Ranks, check_own_store
+from trainer.ranks import OWN_STORE, Ranks, check_own_store, on_all
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks on one GPU")
 # One forward a step and rank, so that a planted fault is in the step that the test says.
@@ -217,6 +217,7 @@ def test_ranks_whose_weights_differ_by_a_bit_do_not_go_on(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     assert "the weights are no longer the same on all ranks" in output
+    assert "SIGABRT" not in output  # as of threads that outlive the interpreter, now and then
     assert checkpoint.steps(tmp_path / "run") == []  # it was to be the first
 
 
@@ -280,6 +281,12 @@ def test_two_machines_meet_again_after_a_rank_was_killed(
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert checkpoint.steps(run)[-1] == 40
     assert any("Resuming from step" in output for output in outputs)
+
+
+def test_what_the_machine_of_one_rank_refuses_is_raised_on_all(tmp_path: Path) -> None:
+    with pytest.raises(ForgeError, match="No such file or directory") as caught:
+        on_all(Ranks(), (tmp_path / "gone").read_bytes)
+    assert caught.value.where == str(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_PORT"])

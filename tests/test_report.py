@@ -9,6 +9,7 @@ import struct
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,23 @@ def test_the_picture_is_small_however_long_the_run_and_leaves_out_what_is_not_fi
     *training, validation = drawn.axes[0].lines
     assert [len(line.get_xdata()) for line in training] == [min(steps, 600)] * (steps > 0)
     assert list(validation.get_ydata()) == [loss for loss in losses if loss is not None]
+
+
+def test_a_picture_that_cannot_be_written_is_drawn_at_the_next_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated = step_row(1) | {"kind": "evaluate"}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(evaluated) + "\n")
+    (tmp_path / "curves.svg.partial").mkdir()  # in the way, as a full disk is
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield evaluated
+        (tmp_path / "curves.svg.partial").rmdir()
+        yield evaluated
+
+    monkeypatch.setattr(trackers, "rows", rows)
+    trackers.draw_curves(str(tmp_path))
+    assert (tmp_path / "curves.svg").is_file()
 
 
 def test_a_resumed_run_continues_its_curves_in_tensorboard(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def test_a_folder_with_other_things_is_no_place_for_a_run(
 
 def test_damaged_lines_of_metrics_are_left_out(tmp_path: Path) -> None:
     good = rows({"kind": "step", "step": 1}, {"kind": "step", "step": 2})
-    bad = b'\xff\xfe\x00\nnull\n5\n{"kind": "step"}\n{"kind": "step", "step": "x"}\n\0\0\n{"ki'
+    bad = b"[" * 100_000 + b"\n"
+    bad += b'\xff\xfe\x00\nnull\n5\n{"kind": "step"}\n{"kind": "step", "step": "x"}\n\0\0\n{"ki'
     (tmp_path / "metrics.jsonl").write_bytes(good.encode() + bad)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
@@ -104,6 +105,37 @@ def test_a_disk_without_room_is_an_error_before_anything_is_made(
     with pytest.raises(ForgeError, match="GB of disk are left"):
         check_room(tmp_path, (free + 10**6) // 3 + 10**7, 2)
     assert 3 * 12 * parameters == pytest.approx(0.06e9, abs=0.005e9)
+
+
+def test_a_run_whose_index_is_gone_says_so(
+    run: Path, small_shards: Path, tmp_path: Path, forge
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "data_index.json").unlink()
+    result = forge("train", "tiny", "--data", small_shards, "--out", copy, "--resume", *QUICK)
+    assert result.exit_code == 1
+    assert "bring that file back, or start a new run from its weights" in result.output
+
+
+def test_a_line_with_another_key_or_type_ends_neither_a_resume_nor_an_export(
+    run: Path, small_shards: Path, tmp_path: Path, forge
+) -> None:
+    """As a bit that flipped leaves it: still JSON, and no figure that a reader looks for."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(checkpoint.checkpoint_path(copy, 8))
+    log = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for flipped in ({"loss": "x"}, {"lr": None}, {"text": 5}, {"bits_per_byte": []}):
+        lines += [row | flipped for row in lines[:9] if row.keys() & flipped]
+    for missing in ("loss", "lr", "text", "bits_per_byte", "hardware", "world_size"):
+        lines += [{k: v for k, v in row.items() if k != missing} for row in lines[:9]]
+    log.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (copy / "curves.svg").unlink()
+    exported = forge("export", copy, tmp_path / "hf")
+    assert exported.exit_code == 0, exported.output
+    result = forge("train", "tiny", "--data", small_shards, "--out", copy, "--resume", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert (copy / "curves.svg").exists()
 
 
 def test_a_run_says_what_of_its_model_is_another(small_shards: Path, tmp_path: Path, forge) -> None:

@@ -104,8 +104,7 @@ def simulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(train, "speeds", lambda *_: {})
         setup = SimpleNamespace(config=config, ranks=Ranks(), device=torch.device("cpu"))
         signals = SimpleNamespace(stop="", take_save=lambda: False)
-        checkpoints = SimpleNamespace(prove=lambda: None)
-        train.run_steps(setup, state, clock, signals, lambda *_, **__: None, checkpoints)  # type: ignore[arg-type]
+        train.run_steps(setup, state, clock, signals, lambda *_, **__: None, None)  # type: ignore[arg-type]
         return SimpleNamespace(rates=rates, seconds=clock.used, saves=saves, plan=state.plan)
 
     return run

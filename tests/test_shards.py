@@ -174,6 +174,10 @@ def test_a_damaged_index_is_an_error_not_a_traceback(copy: Path) -> None:
     for key, value in (("num_tokens", "12"), ("num_documents", None), ("text_bytes", -1)):
         first = whole["shards"][0] | {key: value}
         without.append(json.dumps(whole | {"shards": [first]}))
+    for size in ("50257", -5):
+        without.append(json.dumps(whole | {"tokenizer": whole["tokenizer"] | {"vocab_size": size}}))
+    chat = {"template": "chatml", "context_length": "64", "splits": {}}
+    without.append(json.dumps(whole | {"chat": chat}))
     lengths = {"document_tokens": {"min": 1, "max": 2, "histogram": ["a"]}}
     without.append(json.dumps(whole | {"splits": {"train": lengths}}))
     deep = '{"format": "llm-forge shards", "a": ' + "[" * 100_000

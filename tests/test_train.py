@@ -279,6 +279,23 @@ def test_a_run_that_ends_on_a_skipped_step_is_no_success(
     assert "not finite" in (run / "README.md").read_text()
 
 
+def test_a_full_disk_before_is_no_reason_of_a_skipped_step(
+    small_shards: Path, tmp_path: Path, monkeypatch, forge
+) -> None:
+    """The disk refuses step 4, the update of step 7 ruins the weights, and step 8 is skipped."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(train, "learning_rate", lambda *given: 1e30 if given[2] == 7 else 1e-4)
+    result = forge("train", "tiny", "--data", small_shards, "--out", tmp_path / "run", *QUICK)
+    assert result.exit_code == 1
+    assert "WARNING: step 4: checkpoint not saved" in result.output
+    assert "the last step is not saved: a loss or a norm is not finite" in result.output
+    assert "lower optimizer.peak_lr" in result.output
+
+
 def test_a_budget_of_hours_is_kept_by_the_real_clock(small_shards: Path, tmp_path: Path) -> None:
     """Twelve seconds; then it is complete."""
     run = tmp_path / "run"
@@ -426,6 +443,7 @@ BAD_INPUT = {
     ),
     "a seed below zero": (["--set=seed=-1"], "seed must be greater than or equal to 0"),
     "decay without end": (["--set=optimizer.weight_decay=nan"], "weight_decay must be"),
+    "no memory for it": (["--set=model.embedding_size=4000000"], "out of memory"),
     "small vocabulary": (["--set=model.vocab_size=1000"], "the model 1,000"),
 }
 

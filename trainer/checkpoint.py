@@ -234,18 +234,18 @@ def known_states(run: Path) -> list[State]:
 def load_state(run: Path, step: int, files: tuple[str, ...] = WHOLE) -> State:
     """state.json of a checkpoint, after checking `files` against its checksums.
 
-    ForgeError if any is damaged, which names the next older checkpoint that is whole.
+    ForgeError if any is damaged, which names the next older checkpoint that is whole, if any is.
     """
     try:
         return _state(run, step, files)
     except (OSError, ValueError) as error:
-        good = ""
+        fix = "no older checkpoint is whole: bring this one back, or begin anew with another --out"
         for older in reversed([found for found in steps(run) if found < step]):
             with suppress(OSError, ValueError):
                 _state(run, older, WHOLE)
-                good = f" from step {older}; to sample or export now, --checkpoint {older}"
+                fix = f"remove this folder, and --resume continues from step {older}; "
+                fix += f"to sample or export now, --checkpoint {older}"
                 break
-        fix = f"remove this folder, and --resume continues{good}"
         what, where = f"damaged checkpoint: {error}", checkpoint_path(run, step)
         raise ForgeError(what, where=where, fix=fix) from error
 
@@ -273,7 +273,7 @@ def _state(run: Path, step: int, files: tuple[str, ...]) -> State:
         model = model_from_dict(raw.pop("model"), path)
         plan = {k: math.inf if v is None else v for k, v in raw.pop("plan").items()}
         state = State(model=model, plan=Plan(**plan), **raw)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:  # whatever it may hold
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{STATE_FILE}: {error}") from error
     for name in files:
         if _checksum(path / name) != sums.get(name):

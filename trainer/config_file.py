@@ -123,7 +123,7 @@ def explained(key: str, errors: list[ErrorDetails]) -> str:
         known += [f"{s}.{f.name}" for s, of in SECTIONS.items() for f in dataclasses.fields(of)]
         elsewhere = [name for name in known if name.endswith(f".{key.split('.')[-1]}")]
         close = elsewhere or difflib.get_close_matches(key, known, 1)
-        return f"{key} does not exist" + f"; did you mean {close[0]}?" * bool(close)
+        return f"{key} does not exist" + (f"; did you mean {close[0]}?" if close else "")
     wanted = " or ".join(each["msg"].removeprefix("Input should be ") for each in errors)
     return f"{key} must be {wanted}, not {value!r}"
 
@@ -132,7 +132,7 @@ def read_toml(path: Any) -> dict[str, Any]:
     """The tables of a TOML file; ForgeError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         fix = "correct it, or give the name of a config"
         raise ForgeError(f"cannot read the config: {error}", where=path, fix=fix) from error
 

@@ -202,7 +202,9 @@ def reading(data: Path | None) -> Found:
     """256 windows at random, as training reads them; those in the page cache do not count."""
     if data is None:
         return f"not given: room and speed {UNTESTED}", ""
-    shards, cold, seconds = load_index(data).of("train"), 0, 0.0
+    if not (index := load_index(data)).total("num_tokens", "train"):
+        raise ForgeError("no train tokens", fix="make shards of more text, or with --val-fraction")
+    shards, cold, seconds = index.of("train"), 0, 0.0
     for shard in random.choices(shards, [shard.num_tokens for shard in shards], k=256):
         start = random.randrange(0, max(1, 2 * shard.num_tokens - WINDOW_BYTES), 4096)
         with (data / shard.file).open("rb", buffering=0) as file:

@@ -236,7 +236,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ForgeError(f"cannot read: {error}", where=path, fix=AGAIN) from error
     if not isinstance(content, dict):
         raise ForgeError("not a JSON object", where=path, fix=AGAIN)

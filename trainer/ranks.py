@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, refusal
 
 T = TypeVar("T")
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -84,12 +84,14 @@ def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float) ->
     except ForgeError:
         if not is_alone:  # the first to leave has torchrun end the others, which print theirs first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not is_gpu and dist.is_initialized():  # or gloo's threads may abort the process
+            dist.destroy_process_group()
         raise
     except RuntimeError as error:
         if (known := explained(error, ranks)) is None:
             raise
         raise known from error
-    if not is_alone:  # and not after an error: it would wait for the ranks that are gone
+    if not is_alone:  # after an error NCCL would wait for the ranks that are gone
         dist.destroy_process_group()
 
 
@@ -103,6 +105,9 @@ def explained(error: RuntimeError, ranks: Ranks) -> ForgeError | None:
             "--set batch.micro_batch_size=N, N below what it said at its start; tokens a step stay"
         )
         return ForgeError("out of GPU memory", where=where, fix=fix)
+    if "allocate memory" in str(error):  # a CPU has no OutOfMemoryError
+        fix = "take a smaller model, or a machine with more memory"
+        return ForgeError("out of memory", where=where, fix=fix)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         fix = "install a C compiler, such as gcc, if that is missing; or --resume --set compile=off"
         return ForgeError(f"torch.compile failed: {' '.join(lines[:2])}", where=where, fix=fix)
@@ -136,12 +141,17 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def on_all(ranks: Ranks, action: Callable[[], T]) -> list[T]:
-    """What `action` returns on each rank, on every rank. A ForgeError of one is raised on all."""
+    """What `action` returns on each rank, on every rank.
+
+    A ForgeError of one, and what its machine refuses, is raised on all.
+    """
     mine: T | ForgeError
     try:
         mine = action()
     except ForgeError as error:
         mine = error
+    except OSError as error:
+        mine = refusal(error, "read or write", f"rank {ranks.rank}")
     results: list[T | ForgeError] = [mine] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(results, mine)

@@ -146,7 +146,7 @@ def read_metrics(run: Path) -> list[Row]:
     """The rows of a run's metrics.jsonl, without damaged ones: a kill cuts the last in half."""
     rows, path = list[Row](), run / METRICS_FILE
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict) and all(isinstance(row.get(k), ALWAYS[k]) for k in ALWAYS):
                 rows.append(row)
@@ -287,7 +287,7 @@ class Readme:
         loss, num_tokens = _number(evaluated, "loss"), index.total("num_tokens", "train")
         at = f"{evaluated['step']:,}" if evaluated else "-"
         revision = (index.source.get("hub") or {}).get("revision")
-        sample = last.get("sample", {}).get("text", "").replace("\n", "\n> ")
+        sample = str(last.get("sample", {}).get("text", "")).replace("\n", "\n> ")
         more = ""
         if parts := of_parts(evaluated or {}):
             more = (
@@ -338,8 +338,8 @@ def of_parts(row: Row) -> str:
 def _number(row: Row | None, key: str) -> str:
     if row is None:
         return "-"
-    value = row[key]
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+    value = row.get(key)  # of any type, in a damaged line
+    return f"{value:.4f}" if isinstance(value, float) and math.isfinite(value) else "not finite"
 
 
 def amount(count: int) -> str:

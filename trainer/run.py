@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import chatml, shards
-from pipeline.errors import ForgeError
+from pipeline.errors import ForgeError, refusals
 from pipeline.files import write_whole
 from pipeline.shards import Index
 from trainer import checkpoint, layouts
@@ -80,7 +80,10 @@ def open_run(command: Command, index: Index) -> State | None:
         what = "an earlier version of forge-train made this run, and only that can resume it"
         raise ForgeError(what, where=run, fix=anew)
     checkpoint.load_state(run, found[-1])  # its tensors are whole, too
-    if (run / DATA_FILE).read_bytes() != (index.folder / shards.INDEX_FILE).read_bytes():
+    with refusals("compare the shards with the run's", run, f"bring that file back, or {anew}"):
+        ours, theirs = run / DATA_FILE, index.folder / shards.INDEX_FILE
+        is_same = ours.read_bytes() == theirs.read_bytes()
+    if not is_same:
         what = "the run was trained on other shards, or these were extended: index.json differs"
         raise ForgeError(what, where=index.folder, fix=f"give the same folder, or {anew}")
     changes = differences(state.config, flat(command.config))

@@ -217,7 +217,7 @@ def open_report(
             found = (
                 f"# On {where}: batch.micro_batch_size was found to be {cut.micro_batch_size}.\n"
             )
-        with refusals("write the run folder", run, "or choose another --out"):
+        with refusals("write the run folder", run, "choose another --out"):
             metrics = Metrics(run, None if is_new else state.step)
             write_files(run, command.config, index, found)
         past = read_metrics(run)

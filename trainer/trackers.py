@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,8 +48,9 @@ def draw_curves(run: str) -> None:
         if row["kind"] == "evaluate":
             with Path(run, "metrics.jsonl").open("rb") as file:
                 figure = picture(list(parsed(file)))
-            figure.savefig(half, format="svg", metadata={"Date": None})
-            half.replace(whole)
+            with suppress(OSError):  # a full disk: README.md, written at the same time, warns
+                figure.savefig(half, format="svg", metadata={"Date": None})
+                half.replace(whole)
 
 
 def picture(metrics: list[Row]) -> Any:
@@ -62,7 +64,8 @@ def picture(metrics: list[Row]) -> Any:
     figure, shown = Figure(figsize=(9, 5), layout="constrained"), list[float]()
     axes = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for place, label, style, kind, key in CURVES:
-        found = [(r["tokens"], r[key]) for r in metrics if r["kind"] == kind and r[key] is not None]
+        rows_of = (row for row in metrics if row["kind"] == kind)
+        found = [(r["tokens"], r[key]) for r in rows_of if isinstance(r.get(key), float)]
         if not found:
             continue
         neighbours: list[Any] = np.array_split(np.array(found), min(len(found), MAX_POINTS))

@@ -144,9 +144,11 @@ def run_steps(
             heard.save = False
         if not inbox.waiting:  # all is read, and something else may have been done since
             inbox.restart()
-    if unsaved or not heard.is_sound:
-        what = f"the last step is not saved: {unsaved or 'a loss or a norm is not finite'}"
-        cure = "make room" if unsaved else "lower optimizer.peak_lr"
+    reason, cure = unsaved, "make room"
+    if not heard.is_sound:
+        reason, cure = "a loss or a norm is not finite", "lower optimizer.peak_lr"
+    if reason:
+        what = f"the last step is not saved: {reason}"
         raise failure(what, state.step, f"{cure}, then --resume", setup, checkpoints)
 
 
