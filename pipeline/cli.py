@@ -143,11 +143,13 @@ def merge(folder: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("out", type=A_PATH)
+@click.argument("out", type=FolderTokens(), metavar="OUT")
 @click.argument("parts", nargs=-1, required=True, metavar="DIR[:TOKENS]...", type=FolderTokens())
 @click.option("--overwrite", is_flag=True, help="Replace the mixture that OUT holds.")
 @AS_JSON
-def mix(out: Path, parts: tuple[Any, ...], overwrite: bool, as_json: bool) -> None:
+def mix(
+    out: tuple[Path, int | None], parts: tuple[Any, ...], overwrite: bool, as_json: bool
+) -> None:
     """Mix folders of shards without copying them.
 
     OUT lists the shards of each DIR, which stay where they are: their first TOKENS for training
@@ -160,11 +162,14 @@ def mix(out: Path, parts: tuple[Any, ...], overwrite: bool, as_json: bool) -> No
     """
     from pipeline import mix
 
-    made = mix.mix(out, parts, overwrite)
+    folder, wanted = out
+    if wanted is not None:
+        raise click.UsageError("OUT comes first: a new folder, without :TOKENS")
+    made = mix.mix(folder, parts, overwrite)
     if as_json:
-        click.echo(json.dumps({"folder": str(out), "parts": made.source["parts"]}))
+        click.echo(json.dumps({"folder": str(folder), "parts": made.source["parts"]}))
     else:
-        click.echo("\n".join([*mix.table(made), next_commands(out, made)]))
+        click.echo("\n".join([*mix.table(made), next_commands(folder, made)]))
 
 
 @main.command()

@@ -120,7 +120,7 @@ class Ray:
         try:
             import ray
         except ImportError as error:
-            fix = f"pip install 'llm-forge[ray]', {ON_ALL}"
+            fix = f"pip install -e '.[ray]' in the clone, {ON_ALL}"
             raise ForgeError("--ray needs Ray, which is not installed here", fix=fix) from error
         ours = {"py_modules": [str(Path(__file__).parent)]}  # all machines run this very code
         quiet: Any = {"log_to_driver": False, "logging_level": "error"}

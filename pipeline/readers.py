@@ -31,7 +31,7 @@ BOM = "\ufeff".encode()
 # Where a document's educational score may stand, in order of preference.
 SCORE_COLUMNS = ("metadata.int_score", "metadata.score", "int_score", "score")
 NO_SCORES = "leave out --min-score, or take a source with scores"
-NAME_COLUMN = "name the column of the text with --text-column"
+NAME_COLUMN = "name the column of the text with --text-column; conversations: forge-prep chat"
 REPAIR = "restore the file and run the same command again, or leave it out with --on-error skip"
 
 Document = Any  # a text in UTF-8, which may be None, or a conversation: chat.Messages

@@ -291,8 +291,10 @@ def no_index(folder: Path) -> ForgeError:
     elif any(name.endswith(".bin") for name in names):
         fix = "if others made its token files: forge-prep index DIR (--raw for nanoGPT's)"
     else:
-        what = f"no {'such ' * (not folder.is_dir())}folder of shards"
-        fix = "make one of text: forge-prep tokenize SOURCE --out DIR"
+        what = f"{'not a' if folder.exists() else 'no such'} folder of shards"
+        fix = (
+            "make one of text: forge-prep tokenize SOURCE; of conversations: forge-prep chat SOURCE"
+        )
         fix = f"give the folder of shards itself, such as {below.parent}" if below else fix
     return ForgeError(what, where=folder, fix=fix)
 

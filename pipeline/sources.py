@@ -16,6 +16,7 @@ from pipeline.chat import ChatOptions
 from pipeline.errors import KEPT, ForgeError, refusals
 from pipeline.files import files_in
 from pipeline.hub import resolve_hub
+from pipeline.shards import INDEX_FILE, is_ours
 from pipeline.tokenizer import EOT_TEXT
 
 KINDS = {
@@ -173,6 +174,10 @@ def resolve(
     else:
         fix = "give a path, or a hub dataset id of the form owner/name"
         raise ForgeError("no such file, folder or glob", where=name, fix=fix)
+    for each in found:
+        if each.name == INDEX_FILE and is_ours(each):
+            fix = f"train on it: forge-train CONFIG --data {each.parent}"
+            raise ForgeError("SOURCE is a folder of shards, not of text", where=name, fix=fix)
     names = [str(path.relative_to(root)) for path in found]
     kind, chosen, others = choose(names, name, nothing, root)
     local = tuple(describe_file(root / each, each) for each in chosen)

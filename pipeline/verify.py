@@ -194,7 +194,7 @@ def check_ours(folder: Path, begun: dict[str, Any]) -> None:
         raise ForgeError(
             "the folder holds other files: neither shards nor an unfinished run of forge-prep",
             where=folder,
-            fix="choose another --out; an earlier version finishes a run that it began",
+            fix="choose another --out; what an earlier version began, that version finishes",
         )
     listed = {shard.file for shard in index.shards} if index else set()
     if name := next(filter(shards.SHARD_NAME.fullmatch, names - listed), None):

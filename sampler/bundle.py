@@ -96,7 +96,8 @@ def _root(path: Path) -> BundleFolder:
     except (OSError, zipfile.BadZipFile) as error:
         raise ForgeError(f"cannot open the bundle: {error}", where=path) from error
     fix = "give the folder or .zip with core.yaml, eval_meta_data.csv and eval_data/"
-    raise ForgeError("not an evaluation bundle: no core.yaml", where=path, fix=fix)
+    what = "not an evaluation bundle: no core.yaml" if path.exists() else "no such file or folder"
+    raise ForgeError(what, where=path, fix=fix)
 
 
 def _read_task(

@@ -72,7 +72,7 @@ def read_run(path: Path, name: str) -> Run:
     log = path / METRICS_FILE
     if not log.is_file():
         what = f"no run of forge-train: it has no {METRICS_FILE}"
-        raise ForgeError(what, where=path, fix="give a run's folder, or wait until it begins")
+        raise ForgeError(what, where=path, fix="give the --out of a forge-train that has begun")
     with refusals("read the run", log):
         num_lines = sum(1 for line in log.read_bytes().splitlines() if line.strip())
         found = read_metrics(path)

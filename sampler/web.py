@@ -68,7 +68,7 @@ def import_gradio() -> Any:
         import gradio
     except ImportError as error:
         what = f"--web needs gradio: {error}"
-        raise ForgeError(what, fix="pip install 'llm-forge[web]'") from error
+        raise ForgeError(what, fix="pip install -e '.[web]' in the clone") from error
     return gradio
 
 
@@ -158,7 +158,8 @@ def serve(session: Session, seed: int, host: str, port: int) -> None:
             app_kwargs={"middleware": [Middleware(SelfOnly, is_local=host in LOOPBACK)]},
         )
     except (OSError, ValueError) as error:
-        what, where = f"cannot serve the page: {error}", f"{host}:{port}"
+        reason = str(error).partition(". ")[0]  # what follows is advice for other programs
+        what, where = f"cannot serve the page: {reason}", f"{host}:{port}"
         raise ForgeError(what, where=where, fix="another --port or --host") from error
     tell(f"http://{host}:{port} - Ctrl-C ends it.")
     try:

@@ -224,7 +224,7 @@ def test_where_ray_is_not_installed_the_error_names_the_extra(
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ForgeError, match="Ray") as caught:
         prepare.tokenize(source, tmp_path / "out", OPTIONS, Ray("auto"))
-    assert "llm-forge[ray]" in str(caught.value.fix)
+    assert ".[ray]" in str(caught.value.fix)
     assert not (tmp_path / "out").exists()
 
 

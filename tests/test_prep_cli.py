@@ -74,7 +74,7 @@ def test_tokenize_json_is_one_object_and_nothing_else(forge, source: Path, tmp_p
         (["info", "nowhere"], "no such folder of shards"),
         (["verify", "nowhere"], "no such folder of shards"),
         (["show", "nowhere", "0"], "no such folder of shards"),
-        (["info", "."], "no folder of shards"),
+        (["info", "."], "not a folder of shards"),
     ],
 )
 def test_a_missing_source_or_folder_is_exit_code_1(

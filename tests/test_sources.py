@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -497,3 +498,17 @@ def test_a_file_that_vanishes_is_an_error_with_its_name(tmp_path: Path) -> None:
         error = failure(list, readers.read_documents(kind, Reading(path, Options()), part))
         assert "cannot read a source file" in error.what
         assert str(error.where) == str(path)
+
+
+@pytest.mark.parametrize("named", ["", "index.json", "*.json"])
+def test_a_folder_of_shards_is_no_source_and_stays_as_it_is(
+    named: str, small_shards: Path, tmp_path: Path, forge
+) -> None:
+    """Neither its --overwrite into itself nor a new folder."""
+    made = Path(shutil.copytree(small_shards, tmp_path / "made"))
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    for out in (made, tmp_path / "other"):
+        result = forge("prep", "tokenize", str(made / named), "--out", out, "--overwrite")
+        assert result.exit_code == 1
+        assert "SOURCE is a folder of shards" in result.output
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before

@@ -199,7 +199,7 @@ def read_model(folder: Path) -> ModelConfig:
             "give a run of forge-train (its --out), one of its checkpoints, or a folder in "
             "transformers' GPT-2 or Qwen3 layout (hf download NAME --local-dir FOLDER)"
         )
-        what = "no model there" if folder.exists() else "no such folder"
+        what = "no model there" if folder.exists() else f"no such folder in {Path.cwd()}"
         raise ForgeError(what, where=folder, fix=fix)
     config = read_json(where)
     family = config.get("model_type")

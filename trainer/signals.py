@@ -7,19 +7,22 @@ import sys
 import time
 from typing import Any
 
-SAME_PRESS_SECONDS = 1.0  # torchrun passes on the Ctrl-C that the terminal has already sent
+SAME_PRESS_SECONDS = 1.0  # under torchrun
+STOPPING = b"\nStopping after this step, with a checkpoint. Ctrl-C again leaves without one.\n"
 
 
 class Signals:
     """SIGINT, SIGTERM, SIGHUP: save after the current step and leave. SIGUSR1: save.
 
-    A second SIGINT ends the process at once; checkpoints are whole or absent all the same.
+    A second SIGINT ends the process at once; checkpoints are whole or absent all the same. Under
+    torchrun, which passes on what the terminal has sent already, one press comes twice.
     """
 
     def __init__(self) -> None:
         self.stop = ""  # the signal's name
         self.stopped_at = 0.0
         self.save = False
+        self.same_press = SAME_PRESS_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
         self.before: dict[signal.Signals, Any] = {}
 
     def take_save(self) -> bool:
@@ -44,7 +47,9 @@ class Signals:
             self.save = True
         elif not self.stop:
             self.stop, self.stopped_at = signal.Signals(number).name, now
-        elif number == signal.SIGINT and now - self.stopped_at > SAME_PRESS_SECONDS:
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                os.write(sys.stderr.fileno(), STOPPING)
+        elif number == signal.SIGINT and now - self.stopped_at > self.same_press:
             os.write(sys.stderr.fileno(), b"Leaving now, without saving.\n")
             os._exit(128 + signal.SIGINT)
 

@@ -8,6 +8,7 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from shlex import quote
 
 import torch
 
@@ -77,7 +78,8 @@ def train(command: Command, started: float | None = None) -> None:
             report("stop", state.step, signal=signals.stop or "on another rank")
         if ranks.is_first:
             stopped = f"Stopped at step {state.step}; the same command with --resume continues."
-            say(f"Done in {duration(clock.used)}: {run}" if is_complete else stopped)
+            done = f"Done in {duration(clock.used)}. Let it write: forge-sample {quote(str(run))}"
+            say(done if is_complete else stopped)
 
 
 def save_source(setup: Setup, state: State, checkpoints: Checkpoints) -> None:

@@ -109,7 +109,9 @@ def open_data(config: Config, folder: Path) -> Data:
     context_length = config.model.context_length
     if index.chat and index.chat["context_length"] != context_length:
         what = f"conversations packed for {index.chat['context_length']:,} tokens of context, "
-        fix = f"pack them again: forge-prep chat --context-length {context_length}"
+        fix = (
+            f"pack them again: forge-prep chat SOURCE --context-length {context_length} --overwrite"
+        )
         raise ForgeError(f"{what}and the model has {context_length:,}", where=folder, fix=fix)
     vocabulary = shards.read_vocabulary(folder / shards.VOCABULARY_FILE)
     vocabulary += [b""] * (num_ids - len(vocabulary))  # chat's markers
