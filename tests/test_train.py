@@ -233,9 +233,12 @@ def test_a_request_to_save_before_the_first_step_is_kept(
     assert [row["step"] for row in metrics_of(tmp_path / "run", "checkpoint")] == [1, 2]
 
 
-def test_a_second_sigint_leaves_at_once(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    """But not within a second: torchrun passes on the Ctrl-C that the terminal has sent."""
+def test_under_torchrun_a_sigint_after_a_second_leaves_at_once(
+    monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    """But not within one: torchrun passes on the Ctrl-C that the terminal has sent."""
     codes: list[int] = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(os, "_exit", codes.append)
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)

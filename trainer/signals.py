@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 SAME_PRESS_SECONDS = 1.0  # under torchrun
+STDERR = 2
 STOPPING = b"\nStopping after this step, with a checkpoint. Ctrl-C again leaves without one.\n"
 
 
@@ -48,9 +49,9 @@ class Signals:
         elif not self.stop:
             self.stop, self.stopped_at = signal.Signals(number).name, now
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                os.write(sys.stderr.fileno(), STOPPING)
+                os.write(STDERR, STOPPING)
         elif number == signal.SIGINT and now - self.stopped_at > self.same_press:
-            os.write(sys.stderr.fileno(), b"Leaving now, without saving.\n")
+            os.write(STDERR, b"Leaving now, without saving.\n")
             os._exit(128 + signal.SIGINT)
 
 
