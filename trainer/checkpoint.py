@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00001000/
         model.safetensors       weights, float32, by model.py's names
-        optimizer.safetensors   optimizer.py's state: AdamW's moments, Muon's momentum
+        optimizer.safetensors   optimizer.py's state: moments, and the numbers of sound steps
         state.json              State, and checksums (xxh3_64): of both files and of the rest of
                                 this one
 

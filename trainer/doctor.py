@@ -203,7 +203,8 @@ def reading(data: Path | None) -> Found:
     if data is None:
         return f"not given: room and speed {UNTESTED}", ""
     if not (index := load_index(data)).total("num_tokens", "train"):
-        raise ForgeError("no train tokens", fix="make shards of more text, or with --val-fraction")
+        fix = "make shards of more text, or with another --val-fraction"
+        raise ForgeError("no train tokens", fix=fix)
     shards, cold, seconds = index.of("train"), 0, 0.0
     for shard in random.choices(shards, [shard.num_tokens for shard in shards], k=256):
         start = random.randrange(0, max(1, 2 * shard.num_tokens - WINDOW_BYTES), 4096)
