@@ -57,7 +57,7 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("batch.tokens_per_step=1000", "multiple of model.context_length"),
         ("optimizer.peak_lr=0", "greater than 0"),
         ("optimizer.peak_lr=nan", "a finite number"),
-        ("batch.micro_batch_size=-1", "must be 'auto' or greater than or equal to 1, not -1"),
+        ("batch.micro_batch_size=-1", "must be 'auto' or be greater than or equal to 1, not -1"),
         ("schedule.max_steps=0", "greater than or equal to 1, not 0"),
         ("schedule.decay_fraction=0", "greater than 0, not 0"),
         ("schedule.decay_fraction=1.5", "less than or equal to 1"),

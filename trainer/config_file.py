@@ -124,8 +124,8 @@ def explained(key: str, errors: list[ErrorDetails]) -> str:
         elsewhere = [name for name in known if name.endswith(f".{key.split('.')[-1]}")]
         close = elsewhere or difflib.get_close_matches(key, known, 1)
         return f"{key} does not exist" + (f"; did you mean {close[0]}?" if close else "")
-    wanted = " or ".join(each["msg"].removeprefix("Input should be ") for each in errors)
-    return f"{key} must be {wanted}, not {value!r}"
+    wanted = " or ".join(re.sub("^(Input|Tuple) should ", "", each["msg"]) for each in errors)
+    return f"{key} must {wanted}, not {value!r}"
 
 
 def read_toml(path: Any) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class Tracker:
     """
 
     def __init__(self, library: str, given: Row) -> None:
-        self.library, self.sent_at, self.is_said = library, -math.inf, False
+        self.library, self.sent_at, self.is_said, self.ends_at = library, -math.inf, False, 0.0
         file = Path(__file__).with_name("trackers.py")
         command = [sys.executable, "-P", str(file), library, json.dumps(given)]
         stdin, self.pipe = os.pipe()
@@ -243,10 +243,14 @@ class Tracker:
                 say(f"WARNING: {self.library} {reason}: rows are left out; training continues")
             self.is_said = True
 
+    def end(self) -> None:
+        os.close(self.pipe)  # no more rows come: the library may begin to finish
+        self.ends_at = time.monotonic() + CLOSE_SECONDS
+
     def close(self) -> None:
-        os.close(self.pipe)
+        """Wait for the library, after end()."""
         try:
-            self.child.wait(CLOSE_SECONDS)
+            self.child.wait(max(0.0, self.ends_at - time.monotonic()))
         except subprocess.TimeoutExpired:
             say(f"WARNING: {self.library} was ended: it took longer than {CLOSE_SECONDS:.0f} s")
             os.killpg(self.child.pid, signal.SIGKILL)
