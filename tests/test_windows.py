@@ -1,6 +1,7 @@
 """Laws of the window order: a pure function of (seed, position), shared out among the ranks."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,15 @@ from pipeline.errors import ForgeError
 from trainer import config_file
 from trainer.config import Config
 from trainer.ranks import Ranks
-from trainer.windows import MicroBatches, Windows, permute, step_positions, windows_at
+from trainer.windows import (
+    MicroBatches,
+    Windows,
+    for_data,
+    open_data,
+    permute,
+    step_positions,
+    windows_at,
+)
 
 CPU = torch.device("cpu")
 
@@ -77,6 +86,16 @@ def test_each_token_is_a_target_once_an_epoch(windows: Windows) -> None:
         assert np.array_equal(read[at : at + count, :-1].ravel(), tokens[: count * 64])
         at += count
     assert at == windows.num_windows
+
+
+def test_an_evaluation_takes_no_more_than_the_val_split_has(small_shards: Path) -> None:
+    """And says so: config.toml and README.md of the run have that number."""
+    config = steps_of(4)
+    data = open_data(config, small_shards)
+    whole = 64 * data.val.num_windows
+    for asked, taken in ((64, 64), (10 * whole, whole)):
+        wanted = replace(config, evaluate=replace(config.evaluate, num_tokens=asked))
+        assert for_data(wanted, data).evaluate.num_tokens == taken
 
 
 def test_reading_ahead_gives_what_the_arguments_say(windows: Windows) -> None:

@@ -225,7 +225,7 @@ class Config:
     def num_steps(self) -> int | None:
         """Steps of the run at most; None if only the clock ends it.
 
-        max_epochs counts once the data is known: windows.with_epochs().
+        max_epochs counts once the data is known: windows.for_data().
         """
         max_steps, max_tokens = self.schedule.max_steps, self.schedule.max_tokens
         by_tokens = max_tokens and -(-max_tokens // self.batch.tokens_per_step)

@@ -43,7 +43,7 @@ from trainer.report import (
 from trainer.run import Command, check_room, knows_chat, write_files
 from trainer.schedule import Clock, first_plan
 from trainer.step import Setup
-from trainer.windows import Data, MicroBatches, check_amount, open_data, with_epochs
+from trainer.windows import Data, MicroBatches, check_amount, for_data, open_data
 
 EMBEDDING = "wte.weight"
 OPTIONAL = ("matplotlib", "tensorboardX")  # trackers, where they are installed
@@ -53,7 +53,7 @@ def check(command: Command) -> None:
     """Print the plan on rank 0. ForgeError that names all that keeps it from being trained."""
     config, ranks, problems = command.config, Ranks.from_environment(), list[str]()
     data, device = open_data(config, command.data), ranks.device()
-    config = with_epochs(config, data)
+    config = for_data(config, data)
 
     def show() -> None:
         cut = cut_here(config, ranks, device)

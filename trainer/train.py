@@ -24,7 +24,7 @@ from trainer.schedule import Clock, learning_rate
 from trainer.signals import Signals
 from trainer.start import load_weights, new_state, open_report, prepare, trackers
 from trainer.step import Inbox, Setup, StepResult, Votes, train_step
-from trainer.windows import check_amount, open_data, with_epochs
+from trainer.windows import check_amount, for_data, open_data
 
 ENDING_SECONDS = 5.0  # longest wait for a killed process to release the run
 
@@ -44,7 +44,7 @@ def train(command: Command, started: float | None = None) -> None:
         opened.enter_context(process_group(ranks, device, config.guard.timeout_seconds))
         opened.enter_context(attention_backends(device))
         data = on_all(ranks, lambda: open_data(config, command.data))[ranks.rank]
-        config = with_epochs(config, data)
+        config = for_data(config, data)
         command = replace(command, config=config)
         check_machines(run, data.index, ranks)
         check_amount(config, data)

@@ -122,32 +122,31 @@ def open_data(config: Config, folder: Path) -> Data:
     return Data(index, train, val, [part for part in parts if part.num_windows], vocabulary)
 
 
-def with_epochs(config: Config, data: Data) -> Config:
-    """The config with schedule.max_epochs as max_steps, unless that is smaller."""
-    schedule, per_step = config.schedule, config.windows_per_step()
-    if schedule.max_epochs is None:
-        return config
-    steps = math.ceil(schedule.max_epochs * data.train.num_windows / per_step)
-    steps = max(1, min(steps, schedule.max_steps or steps))
-    return replace(config, schedule=replace(schedule, max_steps=steps))
+def for_data(config: Config, data: Data) -> Config:
+    """The config with schedule.max_epochs as max_steps, unless that is smaller.
+
+    And with an evaluation on all of the val split, where that has less than was asked for.
+    """
+    schedule, num_tokens = config.schedule, data.val.num_windows * config.model.context_length
+    if schedule.max_epochs is not None:
+        steps = math.ceil(schedule.max_epochs * data.train.num_windows / config.windows_per_step())
+        steps = max(1, min(steps, schedule.max_steps or steps))
+        schedule = replace(schedule, max_steps=steps)
+    num_tokens = min(num_tokens, config.evaluate.num_tokens)
+    evaluation = replace(config.evaluate, num_tokens=num_tokens)
+    return replace(config, schedule=schedule, evaluate=evaluation)
 
 
 def check_amount(config: Config, data: Data) -> None:
     """ForgeError unless there are windows for a step and for an evaluation."""
-    problems, length = [], config.model.context_length
-    for windows, num_tokens, key in (
-        (data.train, config.batch.tokens_per_step, "batch.tokens_per_step"),
-        (data.val, config.evaluate.num_tokens, "evaluate.num_tokens"),
-    ):
-        if windows.num_windows * length < num_tokens:
-            problems.append(
-                f"{key} asks for {counted(num_tokens // length, 'window')}, and the "
-                f"{windows.split} split has {windows.num_windows:,}: it can be at most "
-                f"{windows.num_windows * length}"
-            )
-    if problems:
-        fix = "lower it with --set; or make shards of more text, or with another --val-fraction"
-        raise ForgeError("\n".join(problems), where=data.index.folder, fix=fix)
+    for windows, wanted in ((data.train, config.windows_per_step()), (data.val, 1)):
+        if windows.num_windows < wanted:
+            most = windows.num_windows * config.model.context_length
+            what = f"{counted(wanted, 'window')} of {config.model.context_length:,} tokens are "
+            what += f"needed, and the {windows.split} split has {windows.num_windows:,}"
+            fix = "make shards of more text, or with another --val-fraction"
+            fix = f"lower batch.tokens_per_step to {most:,} or less; or {fix}" if most else fix
+            raise ForgeError(what, where=data.index.folder, fix=fix)
 
 
 def permute(numbers: Ids, size: int, key: tuple[int, int]) -> Ids:
