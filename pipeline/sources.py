@@ -174,12 +174,12 @@ def resolve(
     else:
         fix = "give a path, or a hub dataset id of the form owner/name"
         raise ForgeError("no such file, folder or glob", where=name, fix=fix)
-    for each in found:
-        if each.name == INDEX_FILE and is_ours(each):
-            fix = f"train on it: forge-train CONFIG --data {each.parent}"
-            raise ForgeError("SOURCE is a folder of shards, not of text", where=name, fix=fix)
     names = [str(path.relative_to(root)) for path in found]
     kind, chosen, others = choose(names, name, nothing, root)
+    for file in (root / each for each in chosen):
+        if file.name == INDEX_FILE and is_ours(file):
+            fix = f"train on it: forge-train CONFIG --data {file.parent}"
+            raise ForgeError("SOURCE is a folder of shards, not of text", where=name, fix=fix)
     local = tuple(describe_file(root / each, each) for each in chosen)
     return Source(path.name or name, kind, root.resolve(), local, not_read=others)
 

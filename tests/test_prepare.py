@@ -705,7 +705,7 @@ def test_an_earlier_versions_unfinished_folder_is_refused_and_its_finished_one_l
     (finished / ".work" / "plan.json").write_text(json.dumps(plan))
     before = stamps(finished)
     for overwrite in (False, True):
-        with pytest.raises(ForgeError, match="an earlier version finishes a run that it began"):
+        with pytest.raises(ForgeError, match="what an earlier version began"):
             tokenize(source, finished, Options(), overwrite=overwrite)
     assert stamps(finished) == before
 
