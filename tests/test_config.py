@@ -62,7 +62,7 @@ def test_all_problems_are_reported_together_with_what_was_meant() -> None:
         ("schedule.decay_fraction=0", "greater than 0, not 0"),
         ("schedule.decay_fraction=1.5", "less than or equal to 1"),
         ("optimizer.betas=[0.9,1]", "betas must be less than 1, not 1"),
-        ("optimizer.betas=[0.9]", "betas"),
+        ("optimizer.betas=[0.9]", "betas has too few values"),
         ("model.vocab_size=70000", "less than or equal to 65536"),
         ("model.num_kv_heads=2", 'only for model.family = "qwen3"'),
         ("model.family=qwen3", "model.bias must be false"),
@@ -207,3 +207,9 @@ def test_a_removed_key_is_ignored_at_its_default_and_else_its_line_is_named(tmp_
     assert str(caught.value.where) == f"{path}, line {line}"
     with pytest.raises(ForgeError, match="was removed"):
         configs.load("tiny", ("schedule.count_downtime=true",))
+
+
+def test_a_key_that_was_removed_is_no_change_to_a_run_that_had_its_default() -> None:
+    now = configs.flat(configs.load("tiny"))
+    assert not configs.differences(now | {"optimizer.muon_normalize": True}, now)
+    assert configs.differences(now | {"optimizer.muon_normalize": False}, now)

@@ -49,7 +49,8 @@ def to_toml(config: Config) -> str:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The keys of two flat() configs that differ, one per line."""
+    """The keys of two flat() configs that differ, one per line; REMOVED ones have their default."""
+    before, after = REMOVED | before, REMOVED | after
     return [
         f"{key}: {before.get(key, 'none')} -> {after.get(key, 'none')}"
         for key in {**before, **after}
@@ -117,7 +118,8 @@ def explained(key: str, errors: list[ErrorDetails]) -> str:
     """What is wrong with a key; several errors are of values that may have one of several types."""
     kind, value = errors[0]["type"], errors[0]["input"]
     if kind == "missing":
-        return f"{key} is missing"
+        is_of_a_list = isinstance(errors[0]["loc"][-1], int)
+        return f"{key} has too few values" if is_of_a_list else f"{key} is missing"
     if kind == "unexpected_keyword_argument":
         known = [*SECTIONS, *(field.name for field in dataclasses.fields(Config))]
         known += [f"{s}.{f.name}" for s, of in SECTIONS.items() for f in dataclasses.fields(of)]
