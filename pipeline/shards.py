@@ -292,9 +292,7 @@ def no_index(folder: Path) -> ForgeError:
         fix = "if others made its token files: forge-prep index DIR (--raw for nanoGPT's)"
     else:
         what = f"{'not a' if folder.exists() else 'no such'} folder of shards"
-        fix = (
-            "make one of text: forge-prep tokenize SOURCE; of conversations: forge-prep chat SOURCE"
-        )
+        fix = "make one: forge-prep tokenize SOURCE (text) or chat SOURCE (conversations)"
         fix = f"give the folder of shards itself, such as {below.parent}" if below else fix
     return ForgeError(what, where=folder, fix=fix)
 

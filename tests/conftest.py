@@ -1,10 +1,12 @@
 """Real text in small amounts: Python's own documentation, as shards and as files."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +110,17 @@ def modern_run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     sizes = ("family=qwen3", "bias=false", "num_kv_heads=1", "head_size=24", "mlp_size=80")
     settings = [f"--set=model.{size}" for size in sizes]
     return trained(small_shards, folder, *settings, "--set=optimizer.name=muon")
+
+
+@contextmanager
+def files_up_to(num_bytes: int) -> Iterator[None]:
+    """A write beyond that size of a file fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def trained(data: Path, folder: Path, *settings: str) -> Path:

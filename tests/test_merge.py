@@ -187,7 +187,7 @@ def test_a_merge_killed_at_any_moment_is_finished_by_the_next(
 
 
 def kill_at(moment: int, patch: pytest.MonkeyPatch) -> None:
-    """Let only so many changes to the disk happen."""
+    """Let `moment` changes to the disk happen, and fail the next one."""
     done = itertools.count()
 
     def change(real: Callable[..., Any], *args: Any, **how: Any) -> Any:

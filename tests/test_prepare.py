@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 from benchmarks import kill_prep
-from conftest import HOSTILE, ROOT
+from conftest import HOSTILE, ROOT, files_up_to
 
 from pipeline import foreign, merge, prepare, readers, shards, sources, tokenizer, verify
 from pipeline.engines import Processes
@@ -961,22 +961,13 @@ def test_a_first_run_that_failed_does_not_bind_the_second(
 # The machine
 
 
-@pytest.fixture
-def smallest_files() -> Iterator[None]:
-    """Files end at 1.5 MB: a write beyond it fails as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_write_that_fails_in_a_worker_is_an_error_and_leaves_nothing_half_done(
-    tmp_path: Path, documents, make_shards, request: pytest.FixtureRequest
+    tmp_path: Path, documents, make_shards
 ) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text(json.dumps({"text": " ".join(documents) * 15}) + "\n")
-    request.getfixturevalue("smallest_files")
-    with pytest.raises(ForgeError, match="cannot write: File too large") as caught:
+    said = pytest.raises(ForgeError, match="cannot write: File too large")
+    with files_up_to(1_500_000), said as caught:
         make_shards(source, tmp_path / "out", val_fraction=0.0)
     assert "finished slices are kept" in str(caught.value.fix)
     assert not list((tmp_path / "out").rglob("*.partial"))

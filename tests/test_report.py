@@ -89,8 +89,7 @@ def test_a_resumed_run_continues_its_curves_in_tensorboard(tmp_path: Path) -> No
         for step in range(max(done, 0) + 1, last + 1):
             tracker(step_row(step, loss=step + max(done, 0)))
         tracker({"kind": "sample", "step": last, "text": "A *text*\nof two lines", "seconds": 0.0})
-        tracker.end()
-        tracker.close()
+        report.close([tracker])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(n, n) for n in range(1, 6)] + [(n, n + 5) for n in range(6, 10)]
@@ -106,8 +105,7 @@ def test_a_tracker_that_hangs_neither_slows_a_run_nor_outlives_it(
     tracker = Tracker("wandb", {"run": str(tmp_path), "name": "run", "config": {}, "step": -1})
     for step in range(2000):
         tracker(step_row(step))
-    tracker.end()
-    tracker.close()
+    report.close([tracker])
     assert tracker.child.wait(10) == -9
     said = capfd.readouterr().out.splitlines()
     assert [line.split(":")[1] for line in said] == [" wandb does not keep up", " wandb was ended"]

@@ -1,13 +1,13 @@
 """Laws of the format."""
 
 import json
-import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import files_up_to
 
 from pipeline import info, shards, verify
 from pipeline.errors import ForgeError
@@ -18,15 +18,6 @@ def write(path: Path, tokens: list[int]) -> str:
     writer = ShardWriter(path)
     writer.write(np.array(tokens, np.uint16))
     return writer.commit()
-
-
-@pytest.fixture
-def smallest_files() -> Iterator[None]:
-    """Files end at 4 KB: a write beyond it fails as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_shard_is_an_llm_c_token_file_byte_for_byte(tmp_path: Path) -> None:
@@ -51,9 +42,12 @@ def test_a_shard_that_is_not_committed_is_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("smallest_files")
 def test_a_shard_that_a_full_disk_refuses_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="File too large"), ShardWriter(tmp_path / "x.bin") as writer:
+    with (
+        files_up_to(4_000),
+        pytest.raises(OSError, match="File too large"),
+        ShardWriter(tmp_path / "x.bin") as writer,
+    ):
         writer.write(np.zeros(2_000, np.uint16))
     assert list(tmp_path.iterdir()) == []
 

@@ -1,31 +1,42 @@
 """What a press of Ctrl-C does."""
 
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
-from conftest import ROOT
 
-PRESSED_TWICE = """
-import os, signal
 from trainer.signals import Signals
-with Signals() as asked:
-    os.kill(os.getpid(), signal.SIGINT)
-    assert asked.stop == "SIGINT"
-    os.kill(os.getpid(), signal.SIGINT)
-"""
 
 
-@pytest.mark.parametrize(("launcher", "code"), [({}, 130), ({"TORCHELASTIC_RUN_ID": "x"}, 0)])
+@pytest.fixture
+def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The exit codes with which the process would have ended."""
+    found: list[int] = []
+    monkeypatch.setattr(os, "_exit", found.append)
+    return found
+
+
 def test_ctrl_c_is_acknowledged_and_a_second_one_leaves_at_once(
-    launcher: dict[str, str], code: int
+    codes: list[int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """torchrun passes on the first one: it comes twice, and must not count as the second."""
-    command = [sys.executable, "-c", PRESSED_TWICE]
-    done = subprocess.run(
-        command, env=os.environ | launcher, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code
-    assert done.stderr.count("Stopping after this step") == 1
-    assert ("Leaving now" in done.stderr) == (code == 130)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (signals.stop, codes) == ("SIGINT", [])
+        assert "Stopping after this step" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [130]
+    assert "without saving" in capfd.readouterr().err
+
+
+def test_under_torchrun_the_same_press_may_come_twice_within_a_second(
+    codes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun passes on the Ctrl-C that the terminal has sent."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (signals.stop, codes) == ("SIGINT", [])
+        signals.stopped_at -= 1.1
+        os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [130]

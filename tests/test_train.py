@@ -23,7 +23,6 @@ from trainer import start as starting
 from trainer.model import GPT2
 from trainer.ranks import Ranks
 from trainer.run import Command
-from trainer.signals import Signals
 from trainer.windows import open_data
 
 QUICK = [
@@ -231,23 +230,6 @@ def test_a_request_to_save_before_the_first_step_is_kept(
     signal_at_start(signal.SIGUSR1, monkeypatch)
     train_alone(small_shards, tmp_path / "run", "--set=schedule.max_steps=2")
     assert [row["step"] for row in metrics_of(tmp_path / "run", "checkpoint")] == [1, 2]
-
-
-def test_under_torchrun_a_sigint_after_a_second_leaves_at_once(
-    monkeypatch: pytest.MonkeyPatch, capfd
-) -> None:
-    """But not within one: torchrun passes on the Ctrl-C that the terminal has sent."""
-    codes: list[int] = []
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(os, "_exit", codes.append)
-    with Signals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert (signals.stop, codes) == ("SIGINT", [])
-        signals.stopped_at -= 1.1
-        os.kill(os.getpid(), signal.SIGINT)
-        assert codes == [130]
-    assert "without saving" in capfd.readouterr().err
 
 
 WILD = ["--set=schedule.warmup_steps=0", "--set=optimizer.peak_lr=1e30"]

@@ -106,9 +106,8 @@ def find(path: Path, step: int | None = None) -> tuple[Path, int] | None:
         return None
     found = steps(path)
     if not found:
-        raise ForgeError(
-            "the run has no checkpoint yet", where=path, fix="wait for it, or --resume"
-        )
+        fix = "wait for it, or --resume"
+        raise ForgeError("the run has no checkpoint yet", where=path, fix=fix)
     if step is not None and step not in found:
         fix = f"--checkpoint {' or '.join(map(str, found))}"
         raise ForgeError(f"the run has no checkpoint of step {step}", where=path, fix=fix)

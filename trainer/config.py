@@ -5,17 +5,17 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, with_config
+from pydantic import ConfigDict, Field, StrictBool, with_config
 
 from pipeline.shards import VOCAB_SIZE
 
 KNOWN_KEYS = ConfigDict(extra="forbid", allow_inf_nan=False)  # for pydantic: config_file.py
-Count = Annotated[int, Field(ge=1, le=2**53)]  # floats are exact up to here
-CountOrZero = Annotated[int, Field(ge=0, le=2**53)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(strict=True, ge=1, le=2**53)]  # floats are exact up to here
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+NotNegative = Annotated[float, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 ENDS = ("max_steps", "max_tokens", "max_epochs", "budget_hours")  # of the schedule
 
 
@@ -33,8 +33,10 @@ class ModelConfig:
     embedding_size: Count
     family: Literal["gpt2", "qwen3"] = "gpt2"
     context_length: Count = 1024
-    vocab_size: Annotated[int, Field(ge=1, le=2**16)] = VOCAB_SIZE  # token ids are 16 bits
-    bias: bool = True  # GPT-2 has biases in every linear layer and LayerNorm; qwen3 has none
+    vocab_size: Annotated[int, Field(strict=True, ge=1, le=2**16)] = (
+        VOCAB_SIZE  # token ids are 16 bits
+    )
+    bias: StrictBool = True  # GPT-2 has biases in every linear layer and LayerNorm; qwen3 has none
     # Only for qwen3; head_dim(), kv_heads() and mlp_dim() give their defaults.
     num_kv_heads: Count | None = None  # heads of keys and values, each for a group of num_heads
     head_size: Count | None = None
@@ -105,20 +107,17 @@ class ModelConfig:
         return 6 * weights + 12 * self.num_layers * width * self.context_length
 
 
-@with_config(KNOWN_KEYS)
 @dataclass(frozen=True)
 class BatchConfig:
     tokens_per_step: Count
     micro_batch_size: Literal["auto"] | Count = "auto"  # windows in one forward of a rank
 
 
-@with_config(KNOWN_KEYS)
 @dataclass(frozen=True)
 class OptimizerConfig:
     peak_lr: Positive
-    name: Literal["adamw", "muon"] = (
-        "adamw"  # muon: NorMuon for the blocks' matrices, AdamW for the rest
-    )
+    # muon: NorMuon for the blocks' matrices, AdamW for the rest.
+    name: Literal["adamw", "muon"] = "adamw"
     muon_lr: Positive = 0.02  # Muon's peak rate; the schedule scales it like peak_lr, AdamW's
     # Times Muon's own rate; weight_decay is AdamW's, times peak_lr. This is for a day's steps: the
     # best one is proportional to tokens_per_step, and falls with the length of a run (Bergsma et
@@ -137,21 +136,20 @@ class OptimizerConfig:
         return f"NorMuon at {self.muon_lr:g} for the blocks' matrices, {adamw} for the rest"
 
 
-@with_config(KNOWN_KEYS)
 @dataclass(frozen=True)
 class ScheduleConfig:
     warmup_steps: CountOrZero
     max_steps: Count | None = None  # the run ends at the first of these
     max_tokens: Count | None = None
-    max_epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = None  # of the shards
+    # Of the shards.
+    max_epochs: Annotated[float, Field(strict=True, gt=0, le=1_000_000)] | None = None
     budget_hours: Positive | None = None  # wall clock, with the last evaluation and checkpoint
     shape: Literal["auto", "cosine", "wsd"] = "auto"  # auto: wsd with budget_hours, else cosine
     final_lr_fraction: Share = 0.1  # of peak_lr, where the cosine ends
     # Of all steps: the last ones, over which wsd falls to zero.
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    decay_fraction: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.2
 
 
-@with_config(KNOWN_KEYS)
 @dataclass(frozen=True)
 class EvaluateConfig:
     every_steps: Count = 250
@@ -159,28 +157,25 @@ class EvaluateConfig:
     sample_tokens: CountOrZero = 64  # of the text sampled at each evaluation
 
 
-@with_config(KNOWN_KEYS)
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: Count = 1000
     keep_last: Count = 2  # besides the newest, which nothing has shown to be good yet
 
 
-@with_config(KNOWN_KEYS)
 @dataclass(frozen=True)
 class GuardConfig:
     max_skipped_steps: Count = 10  # in a row; then the run stops
     # Longest wait in a collective, rank 0's checkpoints included; torch counts milliseconds.
-    timeout_seconds: Annotated[float, Field(gt=0, le=1_000_000)] = 300.0
+    timeout_seconds: Annotated[float, Field(strict=True, gt=0, le=1_000_000)] = 300.0
 
 
-@with_config(KNOWN_KEYS)
 @dataclass(frozen=True)
 class ReportConfig:
     to: Literal["wandb", "trackio"] | None = None  # where figures are sent, besides the run folder
 
 
-@with_config(KNOWN_KEYS)
+@with_config(KNOWN_KEYS)  # and all sections
 @dataclass(frozen=True)
 class Config:
     """One run. Sections are the TOML file's tables."""
@@ -193,7 +188,7 @@ class Config:
     checkpoint: CheckpointConfig
     guard: GuardConfig
     report: ReportConfig
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 1337
     # auto: full on a GPU, off on a CPU. Nothing is compiled where fused.py's kernels run (qwen3 in
     # bfloat16, Triton).
     compile: Literal["auto", "full", "off"] = "auto"

@@ -101,9 +101,7 @@ def checked(kind: type[T], values: dict[str, Any], prefix: str, where: object, f
     """A `kind` of `values`, under the names `prefix`; ForgeError that lists every problem."""
     problems: list[str]
     try:
-        # As JSON, where a list may stand for a tuple and a table for a section.
-        text = json.dumps(values, default=str)
-        built = TypeAdapter(kind).validate_json(text, strict=True)
+        built = TypeAdapter(kind).validate_python(values)
         problems = built.conflicts()
     except ValidationError as error:
         by_key = groupby(error.errors(), lambda each: prefix + ".".join(map(str, each["loc"][:2])))

@@ -120,8 +120,8 @@ class Optimizer:
         """Muon's update (Jordan et al. 2024): momentum, made orthogonal, and weight decay.
 
         With neuron_scales() it is NorMuon's (Li et al. 2025, arXiv:2510.05491) in modded-nanogpt's
-        form. Each rank computes those of its share. Tall matrices have an
-        update larger by sqrt(rows / columns), so that one rate fits every shape and size.
+        form. Each rank computes those of its share. Tall matrices have an update larger by
+        sqrt(rows / columns), so that one rate fits every shape and size.
         """
         part, momentum = self.parts["muon"], self.muon_momentum()
         average = part.moments["momentum"]

@@ -101,8 +101,8 @@ def explained(error: RuntimeError, ranks: Ranks) -> ForgeError | None:
     where = f"rank {ranks.rank}: {''.join(lines[:1])[:160]}"
     if isinstance(error, torch.OutOfMemoryError):
         fix = (
-            "end other programs on the GPU. A run of forge-train: the same command with --resume "
-            "--set batch.micro_batch_size=N, N below what it said at its start; tokens a step stay"
+            "end other programs on the GPU. For forge-train: the same command with --resume --set "
+            "batch.micro_batch_size=N, N below what it said at its start; the steps stay the same"
         )
         return ForgeError("out of GPU memory", where=where, fix=fix)
     if "allocate memory" in str(error):  # a CPU has no OutOfMemoryError

@@ -223,7 +223,7 @@ class Tracker:
     """
 
     def __init__(self, library: str, given: Row) -> None:
-        self.library, self.sent_at, self.is_said, self.ends_at = library, -math.inf, False, 0.0
+        self.name, self.sent_at, self.is_said = library, -math.inf, False
         file = Path(__file__).with_name("trackers.py")
         command = [sys.executable, "-P", str(file), library, json.dumps(given)]
         stdin, self.pipe = os.pipe()
@@ -240,20 +240,21 @@ class Tracker:
         except OSError as error:
             reason = "does not keep up" if isinstance(error, BlockingIOError) else "has ended"
             if not self.is_said:
-                say(f"WARNING: {self.library} {reason}: rows are left out; training continues")
+                say(f"WARNING: {self.name} {reason}: rows are left out; training continues")
             self.is_said = True
 
-    def end(self) -> None:
-        os.close(self.pipe)  # no more rows come: the library may begin to finish
-        self.ends_at = time.monotonic() + CLOSE_SECONDS
 
-    def close(self) -> None:
-        """Wait for the library, after end()."""
+def close(trackers: Sequence[Tracker]) -> None:
+    """Let all libraries finish, side by side, and end those that take too long."""
+    for tracker in trackers:
+        os.close(tracker.pipe)
+    deadline = time.monotonic() + CLOSE_SECONDS
+    for tracker in trackers:
         try:
-            self.child.wait(max(0.0, self.ends_at - time.monotonic()))
+            tracker.child.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            say(f"WARNING: {self.library} was ended: it took longer than {CLOSE_SECONDS:.0f} s")
-            os.killpg(self.child.pid, signal.SIGKILL)
+            say(f"WARNING: {tracker.name} was ended: it took longer than {CLOSE_SECONDS:.0f} s")
+            os.killpg(tracker.child.pid, signal.SIGKILL)
 
 
 class Readme:
@@ -294,9 +295,7 @@ class Readme:
         sample = str(last.get("sample", {}).get("text", "")).replace("\n", "\n> ")
         more = ""
         if parts := of_parts(evaluated or {}):
-            more = (
-                f"- Validation loss of each part: {parts}; the whole weighs them by train tokens\n"
-            )
+            more = f"- Validation loss of each part: {parts}; in all weighted by train tokens\n"
         if now["step"] < stop:
             more += "- Not complete: the same command with `--resume` continues it\n"
         if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:

@@ -34,6 +34,7 @@ from trainer.report import (
     Row,
     Terminal,
     Tracker,
+    close,
     duration,
     hardware,
     product_flops,
@@ -227,14 +228,11 @@ def open_report(
         name = re.sub(r"[^\w.-]", "-", f"{run.resolve().name}-{begun_at}")
         step = -1 if is_new else state.step
         given = {"run": str(run), "name": name, "config": flat(config), "step": step}
-        ends = list[Callable[[], None]]()
+        begun = list[Tracker]()
+        opened.callback(close, begun)
         for library in trackers(config):
-            tracker = Tracker(library, given)
-            opened.callback(tracker.close)
-            ends.append(tracker.end)
-            watchers.append(tracker)
-        for end in ends:  # all at once, before any is waited for
-            opened.callback(end)
+            begun.append(Tracker(library, given))
+        watchers.extend(begun)
         opened.callback(say, "", end="")  # erases the line that renews itself
         if not is_new:
             say(f"Resuming from step {state.step}, after {duration(state.seconds)} of training.")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import click
 
-from trainer.report import PRINT_SECONDS, Tracker
+from trainer.report import PRINT_SECONDS, Tracker, close
 
 STEPS, DAY = 1_000_000, 86_400
 
@@ -40,8 +40,7 @@ def main(library: str) -> None:
         sent = [row | {"seconds": n * PRINT_SECONDS} for n, row in enumerate(rows[:200])]
         sending = seconds_of(lambda: [tracker(row) for row in sent]) / len(sent) * DAY
         skipping = seconds_of(lambda: [tracker(sent[0] | {"seconds": 0}) for _ in rows])
-        tracker.end()
-        tracker.close()
+        close([tracker])
     seconds = sending + skipping
     click.echo(f"{library:20}{seconds:8.2f} s a day {seconds / DAY:10.5%}")
 
