@@ -51,7 +51,7 @@ check: $(READY)
 # The GPU's kernels first, in Triton's interpreter. Two tests at a time, of one thread each, where
 # there is no GPU that they would share, and of a file one at a time.
 test: check
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) tests/test_kernels.py tests/test_fused.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) tests/test_kernels.py tests/test_fused.py tests/test_int8.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) --dist loadfile --no-loadscope-reorder
 
 bench: $(READY)

@@ -559,6 +559,37 @@ def test_every_fallback_learns_what_float32_learns(
     assert all(weight.dtype == torch.float32 for weight in weights(tmp_path / "run").values())
 
 
+@pytest.mark.parametrize(("gain", "chosen"), [(1.05, "int8"), (1.04, "float32")])
+def test_integers_are_taken_where_they_gain_and_then_for_the_whole_run(
+    gain: float, chosen: str, small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, used = tmp_path / "run", [False]
+    monkeypatch.setattr("trainer.int8.available", lambda *_: True)
+    monkeypatch.setattr("trainer.int8.speedup", lambda *_: gain)
+    monkeypatch.setattr("trainer.int8.use", lambda model, on: used.append(on))
+    options = ["--set=schedule.max_steps=4", "--set=checkpoint.every_steps=2"]
+    train_alone(small_shards, run, *options)
+    assert used[-1] == (chosen == "int8")
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    monkeypatch.setattr("trainer.int8.speedup", lambda *_: 1 / gain)  # nobody asks again
+    train_alone(small_shards, run, *options, "--resume")
+    assert used[-1] == (chosen == "int8")
+    state = json.loads((run / "checkpoints" / "step_00000004" / "state.json").read_text())
+    assert state["precision"] == chosen
+    assert [row["precision"] for row in metrics_of(run, "start")] == [chosen, chosen]
+
+
+@pytest.mark.parametrize("check", [["--check"], []])
+def test_integers_are_refused_where_nothing_can_multiply_them(
+    check: list[str], small_shards: Path, tmp_path: Path, forge
+) -> None:
+    out, asked = tmp_path / "run", ["--set", "precision=int8"]
+    result = forge("train", "forge_tiny", "--data", small_shards, "--out", out, *asked, *check)
+    assert result.exit_code == 1
+    assert "int8 is for a GPU" in result.output
+    assert not (out / "metrics.jsonl").exists()
+
+
 def test_an_evaluation_computes_no_gradients(
     small_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,3 +226,65 @@ def norm_and_sum(
         tl.store(d + at, gradient.to(d.dtype.element_ty), mask=fits)
         gain_total += below * normal
     tl.store(sums + chunk * size + columns, gain_total, mask=fits)
+
+
+# Products of 8-bit integers, for int8.py. All sizes are multiples of a tile's.
+
+
+@triton.jit
+def largest(x, row_tops, column_tops, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The largest |number| of each row and column of x (num_rows, width); both are zero before.
+
+    What is not a number counts as infinite. Programs may come in any order.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    value = tl.load(x + rows.to(tl.int64)[:, None] * width + columns[None, :]).to(tl.float32)
+    value = tl.where(value == value, tl.abs(value), float("inf"))
+    tl.atomic_max(row_tops + rows, tl.max(value, 1), sem="relaxed")
+    tl.atomic_max(column_tops + columns, tl.max(value, 0), sem="relaxed")
+
+
+@triton.jit
+def round_both(
+    x, row_tops, column_tops, by_rows, by_columns, num_rows, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x (num_rows, width) as integers from -127 to 127: by_rows, of the same shape, in units of
+    row_tops / 127, and by_columns, transposed, in units of column_tops / 127."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    down, across = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    value = tl.load(x + down * width + across).to(tl.float32)
+    of_rows = 127.0 / tl.maximum(tl.load(row_tops + rows), 1e-30)
+    of_columns = 127.0 / tl.maximum(tl.load(column_tops + columns), 1e-30)
+    rounded = tl.floor(value * of_rows[:, None] + 0.5)
+    tl.store(by_rows + down * width + across, rounded.to(tl.int8))
+    rounded = tl.floor(value * of_columns[None, :] + 0.5)
+    tl.store(by_columns + across * num_rows + down, rounded.to(tl.int8))
+
+
+@triton.jit
+def multiply(
+    a, b, a_tops, b_tops, out, num_rows, num_columns, size,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out (num_rows, num_columns) = a (num_rows, size) b (num_columns, size)^T, of integers in
+    units of a_tops / 127 and b_tops / 127 of their rows. GROUP rows of tiles share b's in cache."""
+    program, across = tl.program_id(0), num_columns // COLUMNS
+    first = program // (GROUP * across) * GROUP
+    height = tl.minimum(num_rows // ROWS - first, GROUP)
+    inside = program % (GROUP * across)
+    rows = (first + inside % height) * ROWS + tl.arange(0, ROWS)
+    columns = inside // height * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    a += rows.to(tl.int64)[:, None] * size + depth[None, :]
+    b += columns.to(tl.int64)[None, :] * size + depth[:, None]
+    total = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for _ in range(0, size, DEPTH):
+        total = tl.dot(tl.load(a), tl.load(b), total, out_dtype=tl.int32)
+        a += DEPTH
+        b += DEPTH
+    scale = tl.load(a_tops + rows)[:, None] * tl.load(b_tops + columns)[None, :] / (127.0 * 127.0)
+    at = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+    tl.store(out + at, (total.to(tl.float32) * scale).to(out.dtype.element_ty))

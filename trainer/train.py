@@ -22,7 +22,14 @@ from trainer.report import Report, duration, peak_flops, say
 from trainer.run import Command, check_machines, open_run
 from trainer.schedule import Clock, learning_rate
 from trainer.signals import Signals
-from trainer.start import load_weights, new_state, open_report, prepare, trackers
+from trainer.start import (
+    choose_precision,
+    load_weights,
+    new_state,
+    open_report,
+    prepare,
+    trackers,
+)
 from trainer.step import Inbox, Setup, StepResult, Votes, train_step
 from trainer.windows import check_amount, for_data, open_data
 
@@ -63,6 +70,8 @@ def train(command: Command, started: float | None = None) -> None:
             return
         setup = prepare(command, data, device, state, ranks)
         load_weights(setup, command, state, is_new)
+        if is_new and config.precision == "auto":
+            choose_precision(setup, state)
         clock = Clock(config, started, state.seconds)
         checkpoints = Checkpoints(run, config.checkpoint)
         signals = opened.enter_context(Signals())
