@@ -213,3 +213,17 @@ def test_a_key_that_was_removed_is_no_change_to_a_run_that_had_its_default() -> 
     now = configs.flat(configs.load("tiny"))
     assert not configs.differences(now | {"optimizer.muon_normalize": True}, now)
     assert configs.differences(now | {"optimizer.muon_normalize": False}, now)
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--max-steps", "--set schedule.max_steps=..."),
+        ("--peak_lr=1e-3", "--set optimizer.peak_lr=..."),
+        ("--dat", "--data"),
+    ],
+)
+def test_an_option_that_is_a_key_is_pointed_to_set(option: str, meant: str, forge) -> None:
+    result = forge("train", "tiny", option)
+    assert result.exit_code == 2
+    assert meant in result.output

@@ -50,6 +50,18 @@ def test_shards_without_training_tokens_are_a_problem(
     assert findings(result.output)["--data"] == ("problem", "no train tokens")
 
 
+def test_a_missing_shard_is_named(
+    small_shards: Path, tmp_path: Path, forge: Callable[..., Result]
+) -> None:
+    (tmp_path / "index.json").write_bytes((small_shards / "index.json").read_bytes())
+    result = forge("train", "--doctor", "--data", tmp_path)
+    assert result.exit_code == 1
+    kind, what = findings(result.output)["--data"]
+    assert (kind, what.endswith(".bin")) == ("problem", True)
+    assert "restore the file" in result.output
+    assert "\nmend 1 problem first; " in result.output
+
+
 @without_gpu
 def test_what_cannot_be_tested_says_so(forge: Callable[..., Result]) -> None:
     result = forge("train", "--doctor")

@@ -22,7 +22,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL = ModelConfig(
-    num_layers=2,
+    num_layers=1,
     num_heads=2,
     num_kv_heads=1,
     head_size=128,

@@ -12,7 +12,23 @@ from pipeline.errors import ForgeError
 from trainer.signals import end_with_launcher
 
 
-@click.command(cls=ForgeCommand, context_settings={"help_option_names": ["-h", "--help"]})
+class TrainCommand(ForgeCommand):
+    """Knows the keys of a config, which people try as options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from trainer.config_file import similar
+
+            keys = similar(error.option_name.lstrip("-").replace("-", "_"))
+            if not keys or error.possibilities:
+                raise
+            meant = " or ".join(f"--set {key}=..." for key in keys)
+            raise click.UsageError(f"{error.message} Did you mean {meant}?", ctx) from None
+
+
+@click.command(cls=TrainCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", required=False)
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of shards (forge-prep).")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder to make.")

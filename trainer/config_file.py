@@ -119,13 +119,18 @@ def explained(key: str, errors: list[ErrorDetails]) -> str:
         is_of_a_list = isinstance(errors[0]["loc"][-1], int)
         return f"{key} has too few values" if is_of_a_list else f"{key} is missing"
     if kind == "unexpected_keyword_argument":
-        known = [*SECTIONS, *(field.name for field in dataclasses.fields(Config))]
-        known += [f"{s}.{f.name}" for s, of in SECTIONS.items() for f in dataclasses.fields(of)]
-        elsewhere = [name for name in known if name.endswith(f".{key.split('.')[-1]}")]
-        close = elsewhere or difflib.get_close_matches(key, known, 1)
+        close = similar(key)
         return f"{key} does not exist" + (f"; did you mean {close[0]}?" if close else "")
     wanted = " or ".join(re.sub("^(Input|Tuple) should ", "", each["msg"]) for each in errors)
     return f"{key} must {wanted}, not {value!r}"
+
+
+def similar(key: str) -> list[str]:
+    """Keys with the same last part, or else the one that is most alike, if any is."""
+    known = [*SECTIONS, *(field.name for field in dataclasses.fields(Config))]
+    known += [f"{s}.{f.name}" for s, of in SECTIONS.items() for f in dataclasses.fields(of)]
+    elsewhere = [name for name in known if name.endswith(f".{key.split('.')[-1]}")]
+    return elsewhere or difflib.get_close_matches(key, known, 1)
 
 
 def read_toml(path: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import ForgeError, counted
-from pipeline.shards import load_index
+from pipeline.shards import check_header, load_index
 from trainer.ranks import Ranks, on_all, process_group
 from trainer.report import amount, peak_flops, product_flops, say
 
@@ -54,11 +54,15 @@ def examine(data: Path | None, out: Path | None) -> bool:
         ("--data", partial(reading, data), "copy the shards to another disk"),
         ("ranks", partial(exchange, ranks), P2P),
     ]
-    return False not in [tell(*check) for check in checks]
+    kinds = [tell(*check) for check in checks]
+    problems, notes = kinds.count("problem"), kinds.count("note")
+    verdict = f"mend {counted(problems, 'problem')} first" if problems else "a run can work here"
+    say(f"{verdict}; {counted(notes, 'note')} to look at" if notes else verdict)
+    return not problems
 
 
-def tell(name: str, check: Callable[[], Found], cure: str) -> bool:
-    """Print what a check finds; returns whether it worked. A hang ends the process with code 1."""
+def tell(name: str, check: Callable[[], Found], cure: str) -> str:
+    """Print what a check finds; returns its kind. A hang ends the process with code 1."""
 
     def show(kind: str, what: str, fix: str) -> None:
         say(f"{kind:8} {name:9} {what}" + f"\n{'':19}{fix}" * bool(fix))
@@ -74,11 +78,13 @@ def tell(name: str, check: Callable[[], Found], cure: str) -> bool:
         kind = "note" if fix or UNTESTED in what else "ok"
     except (ForgeError, OSError, RuntimeError, AssertionError) as error:  # torch asserts, too
         what, kind = str(error).strip().partition("\n")[0], "problem"
+        if where := getattr(error, "where", None):
+            what += f": {where}"
         fix = getattr(error, "fix", None) or cure
     finally:
         timer.cancel()
     show(kind, what, fix)
-    return kind != "problem"
+    return kind
 
 
 def ask(query: str, *fields: str) -> list[list[str]]:
@@ -207,6 +213,7 @@ def reading(data: Path | None) -> Found:
         raise ForgeError("no train tokens", fix=fix)
     shards, cold, seconds = index.of("train"), 0, 0.0
     for shard in random.choices(shards, [shard.num_tokens for shard in shards], k=256):
+        check_header(data / shard.file)
         start = random.randrange(0, max(1, 2 * shard.num_tokens - WINDOW_BYTES), 4096)
         with (data / shard.file).open("rb", buffering=0) as file:
             number = file.fileno()

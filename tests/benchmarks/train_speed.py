@@ -6,8 +6,8 @@
 "forge" is forge-train itself with all that it does (real windows, evaluation, metrics); "plain" is
 the recipe that most trainers use: autocast over float32 weights, fused AdamW, F.cross_entropy over
 a vocabulary padded to 50304, torch.compile, the same windows. Without --data the tokens are random.
-Other arms: "forge unfused" (without trainer/fused.py), and a second "forge" to see what the compile
-cache saves.
+Other arms: "bf16" and "int8", forge-train in that precision; "forge unfused" (without
+trainer/fused.py), and a second "forge" to see what the compile cache saves.
 
 The times of the first step, from the start of the process, are those of a run of a single step,
 which comes before: in a longer one a step's figures are read only when the next one is queued. With
@@ -38,6 +38,7 @@ from trainer.ranks import Ranks
 from trainer.report import product_flops, read_metrics
 from trainer.windows import MicroBatches, open_data
 
+PRECISIONS = {"bf16": "bfloat16", "int8": "int8"}
 ROOT = Path(__file__).parent.parent.parent
 MICRO_BATCHES = {  # fast on a large card
     "gpt2": 96,
@@ -118,6 +119,7 @@ def forge(
         "--set=checkpoint.every_steps=100000",
     ]
     options += [NO_BIAS] if "without" in arm else []
+    options += [f"--set=precision={PRECISIONS[arm]}"] if arm in PRECISIONS else []
     options += [f"--set={setting}" for setting in settings]
     command = [sys.executable, *program, config, f"--data={data}", *options]
     rows, begin = train(command, 1, tree, more)
