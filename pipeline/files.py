@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ from pathlib import Path
 from pipeline.errors import ForgeError, refusal, refusals
 
 OTHER_FOLDER = "choose another folder (--out)"
+# What other people's files are for, by their lower-case names.
+TRAINING = "(?<![a-z])train(ing)?(?![a-z])"
+NOT_TRAINING = "(?<![a-z])(test|eval|dev|heldout|holdout)[a-z]*(?![a-z])"
+VALIDATION = "(?<![a-z])val(id(ation)?)?(?![a-z])"
 
 
 def partial_name(path: Path) -> Path:
@@ -114,3 +119,11 @@ def files_in(folder: Path) -> Iterator[Path]:
             raise ForgeError(what, where=root, fix="remove the link, or name files with a glob")
         paths = (Path(root, name) for name in names if not name.startswith("."))
         yield from (path for path in paths if path.is_file() or not path.exists())  # broken links
+
+
+def for_training(names: list[str]) -> list[str]:
+    """The names without those of tests and validation, where any is named for training."""
+    if not any(re.search(TRAINING, name.lower()) for name in names):
+        return names
+    others = re.compile(f"{NOT_TRAINING}|{VALIDATION}")
+    return [n for n in names if re.search(TRAINING, n.lower()) or not others.search(n.lower())]

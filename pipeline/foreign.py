@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline import files, shards, tokenizer, verify
 from pipeline.errors import ForgeError, refusals
+from pipeline.files import NOT_TRAINING, VALIDATION
 from pipeline.shards import DocumentLengths, Index, ShardWriter, Tokens
 
 RAW_SHARD_TOKENS = 100_000_000
@@ -22,8 +23,6 @@ RAW_KIND, THEIR_KIND = "raw tokens", "token files"
 SAMPLE_TOKENS = 4096
 MIN_ALIKE = 0.8  # of a sample's tokens; GPT-2's own are all alike, characters 0.6, others less
 THEIRS = "these are not GPT-2's tokens: tokenize the text itself with forge-prep tokenize"
-NOT_TRAINING = "(?<![a-z])(test|eval|dev|heldout|holdout)[a-z]*(?![a-z])"
-VALIDATION = "(?<![a-z])val(id(ation)?)?(?![a-z])"
 
 
 def index_folder(folder: Path, raw: bool) -> Index:

@@ -107,7 +107,7 @@ def find(source: str, given: dict[str, Any]) -> Any:
             raise click.UsageError(f"--{name} is for a hub dataset, and {source} is not one")
     if others := found.not_read:
         more = f" and {len(others) - 3} more" * (len(others) > 3)
-        click.echo(f"Not read, of other kinds: {', '.join(others[:3])}{more}", err=True)
+        click.echo(f"Not read: {', '.join(others[:3])}{more}", err=True)
     return found
 
 

@@ -14,7 +14,7 @@ import xxhash
 
 from pipeline.chat import ChatOptions
 from pipeline.errors import KEPT, ForgeError, refusals
-from pipeline.files import files_in
+from pipeline.files import files_in, for_training
 from pipeline.hub import resolve_hub
 from pipeline.shards import INDEX_FILE, is_ours
 from pipeline.tokenizer import EOT_TEXT
@@ -124,7 +124,7 @@ class Source:
     root: Path  # local folder of the files, or where those of a hub dataset are downloaded to
     files: tuple[SourceFile, ...]
     hub: dict[str, str] | None = None  # dataset, config, split, revision (a commit)
-    not_read: tuple[str, ...] = ()  # files beside them whose ending is not known
+    not_read: tuple[str, ...] = ()  # files beside them of other kinds, or for tests
 
     def record(self) -> dict[str, Any]:
         """What index.json says of it."""
@@ -175,7 +175,9 @@ def resolve(
         fix = "give a path, or a hub dataset id of the form owner/name"
         raise ForgeError("no such file, folder or glob", where=name, fix=fix)
     names = [str(path.relative_to(root)) for path in found]
-    kind, chosen, others = choose(names, name, nothing, root)
+    used = for_training(names) if path.is_dir() else names
+    kind, chosen, others = choose(used, name, nothing, root)
+    others += tuple(sorted(set(names) - set(used)))
     for file in (root / each for each in chosen):
         if file.name == INDEX_FILE and is_ours(file):
             fix = f"train on it: forge-train CONFIG --data {file.parent}"

@@ -274,9 +274,9 @@ def test_files_of_other_kinds_are_named_and_hidden_ones_are_not_read(forge, tmp_
     made = forge("prep", "tokenize", folder, "--out", tmp_path / "out", "--json")
     assert json.loads(made.stdout)["num_documents"] == 1
     assert json.loads(made.stdout)["num_files_not_read"] == 1
-    assert made.stderr == "Not read, of other kinds: b.jsonl.xz\n"
+    assert made.stderr == "Not read: b.jsonl.xz\n"
     made = forge("prep", "tokenize", folder / "*", "--out", tmp_path / "glob")
-    assert made.stderr == "Not read, of other kinds: b.jsonl.xz\n"
+    assert made.stderr == "Not read: b.jsonl.xz\n"
 
 
 @pytest.mark.parametrize("option", ["--split", "--revision"])

@@ -229,6 +229,29 @@ def test_a_folder_is_read_in_the_order_of_names_at_any_depth(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (["train-00000.parquet", "test-00000.parquet"], ["test-00000.parquet"]),
+        (
+            ["test/0.parquet", "train/0.parquet", "val/0.parquet"],
+            ["test/0.parquet", "val/0.parquet"],
+        ),
+        (["train/test-driving.parquet", "latest.parquet", "train.parquet"], []),
+        (["tests.parquet", "notes.parquet"], []),
+    ],
+)
+def test_files_for_tests_are_left_out_beside_files_for_training(
+    names: list[str], left_out: list[str], tmp_path: Path, make_parquet
+) -> None:
+    for name in names:
+        make_parquet(tmp_path / name, ["text"])
+    found = sources.resolve(str(tmp_path))
+    assert list(found.not_read) == left_out
+    assert {file.name for file in found.files} == {*names} - {*left_out}
+    assert len(sources.resolve(f"{tmp_path}/**/*.parquet").files) == len(names)  # asked for
+
+
+@pytest.mark.parametrize(
     ("make", "name", "says"),
     [
         (lambda d: None, "nowhere.parquet", "no such file, folder or glob"),
