@@ -148,6 +148,23 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_made(
     assert not (tmp_path / "run").exists()
 
 
+def test_steps_are_counted_to_the_end_that_the_clock_will_make(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config_file.load(
+        "forge_tiny", ("schedule.budget_hours=0.1", "evaluate.every_steps=60")
+    )
+    state = State(config.model, "float32", "", {}, first_plan(config))
+    clock = Clock(config, time.perf_counter() - 100)
+    watch = Terminal(config, state, clock)
+    watch(step_row(50))
+    clock.steps.extend([2.0] * 20)  # 260 seconds are left for 130 steps, or fewer
+    watch({"kind": "checkpoint", "step": 50, "save_seconds": 0.5})
+    unknown, known = (line.split()[1] for line in capsys.readouterr().out.splitlines())
+    assert unknown == "50/330"
+    assert 140 <= int(known.removeprefix("50/~")) <= 180
+
+
 def test_on_a_terminal_a_line_renews_itself_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_file.load("tiny")
     state = State(config.model, "float32", "", {}, first_plan(config))

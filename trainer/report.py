@@ -169,7 +169,7 @@ class Terminal:
         self.printed_at = 0.0
 
     def __call__(self, row: Row) -> None:
-        kind, at = row["kind"], f"step {row['step']}/{self.num_steps}"
+        kind, at = row["kind"], f"step {row['step']}/{self.num_steps(row['step'])}"
         if kind == "step":
             self.step(row)
         elif kind == "skip":
@@ -188,7 +188,8 @@ class Terminal:
             return None
         self.printed_at = now
         used, left = self.clock.used, self.seconds_left(row["step"])
-        at = f"{row['step']:>{len(self.num_steps)}}/{self.num_steps}"
+        num_steps = self.num_steps(row["step"])
+        at = f"{row['step']:>{len(num_steps)}}/{num_steps}"
         eta = f"eta {'?' if left == math.inf else duration(left)}"
         mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:5.1%}"
         speed = f"{row['tokens_per_second']:>9,.0f} tok/s{mfu}"
@@ -202,18 +203,18 @@ class Terminal:
         columns = shutil.get_terminal_size().columns  # now; a line that fills them would wrap
         return say(line[: columns - 1], end="")
 
-    @property
-    def num_steps(self) -> str:
-        stop = self.state.plan.stop
+    def num_steps(self, step: int) -> str:
+        """Of the whole run; about, to tens, where the clock will end it before its plan does."""
+        stop, by_clock = self.state.plan.stop, step + self.clock.steps_left(step)
+        if by_clock < stop:
+            return f"~{round(by_clock, -1):.0f}"
         return "?" if stop == math.inf else f"{stop:.0f}"
 
     def seconds_left(self, step: int) -> float:
-        left = math.inf
-        if self.clock.steps:
-            left = (self.state.plan.stop - step) * statistics.median(self.clock.steps)
-        if (hours := self.config.schedule.budget_hours) is not None:
-            left = min(left, hours * 3600 - self.clock.used)
-        return max(0.0, left)
+        hours, timed = self.config.schedule.budget_hours, self.clock.steps
+        by_clock = math.inf if hours is None else hours * 3600 - self.clock.used
+        by_plan = (self.state.plan.stop - step) * statistics.median(timed) if timed else math.inf
+        return max(0.0, min(by_clock, by_plan))
 
 
 class Tracker:
