@@ -71,8 +71,14 @@ def tokenize(
         if overwrite:
             verify.clear(folder)
         plan["source"] = source.record()
-        verify.begin(folder, plan)
-        run.run(on_progress)
+        try:
+            verify.begin(folder, plan)
+            run.run(on_progress)
+        except Exception:
+            is_begun = any(run.work.glob("[0-9]*.json"))
+            if not is_begun and not source.hub:  # whose downloads are worth keeping
+                verify.forget(folder)
+            raise
         made = merge.make_index(folder, plan, [*run.kept, *run.settled], run.kept_shards)
         index = verify.publish(made)
     new = [shard for record in run.made.values() for shard in record.shards]

@@ -943,7 +943,7 @@ def test_overwrite_keeps_the_shards_until_the_new_source_is_known_to_be_good(
     assert verify.verify(index, 1, lambda count: None) == []
 
 
-def test_a_first_run_that_failed_does_not_bind_the_second(
+def test_a_first_run_that_failed_leaves_nothing_and_does_not_bind_the_second(
     tmp_path: Path, make_parquet, make_shards
 ) -> None:
     """The error says to name the column, and then naming it works."""
@@ -954,6 +954,7 @@ def test_a_first_run_that_failed_does_not_bind_the_second(
     (tmp_path / "x.jsonl").write_text('{"body": "one"}\n{"body": 2}\n')
     with pytest.raises(ForgeError, match="not a string"):
         make_shards(tmp_path / "x.jsonl", out, text_column="body")
+    assert not out.exists()
     assert make_shards(source, out, text_column="body").total("num_documents") == 1
 
 
