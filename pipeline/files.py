@@ -5,7 +5,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -90,6 +91,13 @@ def _lock(descriptor: int, operation: int, folder: Path, program: str, deadline:
                     fix=f"let it finish, or stop it; or {OTHER_FOLDER}",
                 ) from None
             time.sleep(0.1)
+
+
+def own_names(folders: Iterable[str]) -> dict[str, str]:
+    """What to call each folder: its own name, or the path where another has the same name."""
+    names = {folder: Path(folder).name for folder in folders}
+    counts = Counter(names.values())
+    return {folder: name if counts[name] == 1 else folder for folder, name in names.items()}
 
 
 def check_utf8(path: Path) -> None:

@@ -153,10 +153,11 @@ def table(index: Index) -> list[str]:
     if not (rows := index.source.get("parts")):
         return []
     total = sum(row["train_tokens"] for row in rows)
-    width = max(4, *(len(row["folder"]) for row in rows))
+    names = files.own_names(row["folder"] for row in rows)
+    width = max(4, *map(len, names.values()))
     lines = [f"{'part':{width}}{'train tokens':>18}{'share':>9}{'epochs':>9}{'val tokens':>16}"]
     for row in rows:
         counts = f"{row['train_tokens']:>18,}{row['train_tokens'] / total:>9.2%}"
         counts += f"{row['epochs']:>9.2f}{row['val_tokens']:>16,}"
-        lines.append(f"{row['folder']:{width}}{counts}")
+        lines.append(f"{names[row['folder']]:{width}}{counts}")
     return lines

@@ -10,7 +10,7 @@ import pytest
 from conftest import CONTEXT, metrics_of
 from test_train import QUICK
 
-from pipeline import info, mix, shards, verify
+from pipeline import files, info, mix, shards, verify
 from pipeline.errors import ForgeError
 from trainer import config_file
 from trainer.evaluate import validation_loss
@@ -89,12 +89,18 @@ def test_each_entry_comes_once_an_epoch(mixed: Path) -> None:
 def test_info_and_show_know_a_mixture(mixed: Path, notes: Path, forge) -> None:
     index = shards.load_index(mixed)
     shown = forge("prep", "info", mixed).stdout
-    assert f"{index.parts[0]:{max(map(len, index.parts))}}            40,000" in shown
+    names = [Path(part).name for part in index.parts]
+    assert f"\n{names[0]:{max(map(len, names))}}            40,000" in shown
     assert "2.50" in shown
     assert "document length" not in shown
     number = index.of("train")[0].num_documents - 1  # is cut, like the prefix
     shard, start, tokens = info.find_document(index, "train", number)
     assert start + len(tokens) == shard.num_tokens == 40_000
+
+
+def test_parts_of_one_name_are_called_by_their_paths() -> None:
+    names = files.own_names(["../notes", "../old/notes", "../books"])
+    assert list(names.values()) == ["../notes", "../old/notes", "books"]
 
 
 def test_the_same_command_changes_nothing_and_another_needs_overwrite(
@@ -261,10 +267,10 @@ def test_a_run_reports_each_part_and_forge_eval_measures_it(
     assert trained.exit_code == 0, trained.output
     parts = metrics_of(run, "evaluate")[-1]["parts"]
     assert tuple(parts) == shards.load_index(mixed).parts
-    said = ", ".join(f"{name} {loss:.4f}" for name, loss in parts.items())
+    said = ", ".join(f"{Path(part).name} {loss:.4f}" for part, loss in parts.items())
     assert f"  {said}\n" in trained.output
     assert f"each part: {said};" in (run / "README.md").read_text()
-    assert f"by part           40,000 of {next(iter(parts))} (" in trained.output
+    assert f"by part           40,000 of {Path(next(iter(parts))).name} (" in trained.output
     measured = forge("eval", run, "--data", mixed, "--num-tokens", 320, "--json")
     rows = [json.loads(line) for line in measured.stdout.splitlines()]
     assert {row["part"]: row["loss"] for row in rows} == pytest.approx(parts, abs=1e-4)

@@ -3,6 +3,7 @@
 import math
 
 from pipeline.errors import counted
+from pipeline.files import own_names
 from pipeline.shards import SPLITS, Index
 from trainer.config import Config
 from trainer.memory import Cut, checkpoint_bytes
@@ -55,8 +56,11 @@ def describe(
         "validation tokens": f"{val_tokens:,}",
     }
     if parts := index.source.get("parts"):  # of a mixture
-        amounts = ("{train_tokens:,} of {folder} ({epochs:.2f} epochs)".format(**p) for p in parts)
-        rows["training tokens by part"] = ", ".join(amounts)
+        names = own_names(part["folder"] for part in parts).values()
+        rows["training tokens by part"] = ", ".join(
+            f"{part['train_tokens']:,} of {name} ({part['epochs']:.2f} epochs)"
+            for part, name in zip(parts, names, strict=True)
+        )
     found = [f"note: {note}" for note in notes(config, train_tokens)]
     if product:
         shares = " to ".join(f"{share:.0%}" for share in STEP_SHARE)

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from pipeline.files import write_whole
+from pipeline.files import own_names, write_whole
 from pipeline.shards import Index
 from trainer import checkpoint
 from trainer.checkpoint import State
@@ -272,8 +272,7 @@ class Readme:
 
     def note(self, row: Row) -> None:
         self.last[row["kind"]] = row
-        if row["kind"] == "evaluate":
-            self.first = self.first or row
+        self.first = self.first or self.last.get("evaluate")
 
     def __call__(self, row: Row) -> None:
         self.note(row)
@@ -336,7 +335,8 @@ Files: `config.toml` (resolved), `metrics.jsonl`, `data_index.json` (of the shar
 
 def of_parts(row: Row) -> str:
     """The loss of each part, if the data are a mixture."""
-    return ", ".join(f"{name} {_number(row['parts'], name)}" for name in row.get("parts", ()))
+    names = own_names(row.get("parts", ())).items()
+    return ", ".join(f"{name} {_number(row['parts'], part)}" for part, name in names)
 
 
 def _number(row: Row | None, key: str) -> str:
