@@ -220,6 +220,8 @@ def test_a_key_that_was_removed_is_no_change_to_a_run_that_had_its_default() -> 
     [
         ("--max-steps", "--set schedule.max_steps=..."),
         ("--peak_lr=1e-3", "--set optimizer.peak_lr=..."),
+        ("--seed", "--set seed=..."),  # a key is meant, however like an option it is
+        ("--batch-size", "No such option '--batch-size'.\n"),  # [batch] is no key to set
         ("--dat", "--data"),
     ],
 )

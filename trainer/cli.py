@@ -19,10 +19,11 @@ class TrainCommand(ForgeCommand):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            from trainer.config_file import similar
+            from trainer.config_file import SECTIONS, similar
 
-            keys = similar(error.option_name.lstrip("-").replace("-", "_"))
-            if not keys or error.possibilities:
+            name = error.option_name.lstrip("-").replace("-", "_")
+            keys = [key for key in similar(name) if key not in SECTIONS]
+            if not keys or (error.possibilities and not keys[0].endswith(name)):
                 raise
             meant = " or ".join(f"--set {key}=..." for key in keys)
             raise click.UsageError(f"{error.message} Did you mean {meant}?", ctx) from None
