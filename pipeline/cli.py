@@ -53,7 +53,8 @@ def tokenize(source: str, split_on: str | None, **given: Any) -> None:
 
     SOURCE is a .parquet, .jsonl, .json (JSON Lines; also .gz, .zst) or .txt file, a folder or a
     quoted glob of such files, or the id of a hub dataset. Each line of JSON Lines is a document. A
-    .txt file is one document, unless --split-on cuts it.
+    .txt file is one document, unless --split-on cuts it. Where a folder has files named for
+    training, those named for validation or tests are not read; a glob reads all that it names.
 
     After a stop or a kill, the same command resumes, and ends with the same bytes. When the source
     has more files, or --max-tokens is larger, it extends a finished folder.

@@ -175,9 +175,9 @@ def resolve(
         fix = "give a path, or a hub dataset id of the form owner/name"
         raise ForgeError("no such file, folder or glob", where=name, fix=fix)
     names = [str(path.relative_to(root)) for path in found]
-    used = for_training(names) if path.is_dir() else names
-    kind, chosen, others = choose(used, name, nothing, root)
-    others += tuple(sorted(set(names) - set(used)))
+    kind, of_kind, others = choose(names, name, nothing, root)
+    chosen = for_training(of_kind) if path.is_dir() else of_kind
+    others = (*sorted(set(of_kind) - set(chosen)), *others)  # a message names the first ones
     for file in (root / each for each in chosen):
         if file.name == INDEX_FILE and is_ours(file):
             fix = f"train on it: forge-train CONFIG --data {file.parent}"

@@ -277,6 +277,11 @@ def test_files_of_other_kinds_are_named_and_hidden_ones_are_not_read(forge, tmp_
     assert made.stderr == "Not read: b.jsonl.xz\n"
     made = forge("prep", "tokenize", folder / "*", "--out", tmp_path / "glob")
     assert made.stderr == "Not read: b.jsonl.xz\n"
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_text('{"text": "more text"}\n')
+    made = forge("prep", "tokenize", folder, "--out", tmp_path / "of three", "--json")
+    assert json.loads(made.stdout)["num_documents"] == 2
+    assert made.stderr == "Not read: test.jsonl, b.jsonl.xz\n"
 
 
 @pytest.mark.parametrize("option", ["--split", "--revision"])
