@@ -109,16 +109,17 @@ def test_zeros_stay_zeros(given: tuple[Tensor, ...]) -> None:
     assert not dw.any()
 
 
-def test_only_learning_is_done_by_integers() -> None:
+def test_a_layer_computes_as_ever_while_paused_and_afterwards() -> None:
     model = made(MODEL).requires_grad_()
     layer = model.h[0].attn.o_proj
-    x = torch.randn(2, 128, 256, device=DEVICE)
-    int8.use(model, True)
-    assert not torch.equal(layer(x), F.linear(x, layer.weight))
-    with torch.no_grad():
-        assert torch.equal(layer(x), F.linear(x, layer.weight))
-    int8.use(model, False)
-    assert torch.equal(layer(x), F.linear(x, layer.weight))
+    x = torch.randn(1, 128, 256, device=DEVICE)
+    exact = F.linear(x, layer.weight)
+    for on in (True, False):
+        int8.use(model, on)
+        assert torch.equal(layer(x), exact) != on
+        with int8.paused(model):
+            assert torch.equal(layer(x), exact)
+        assert torch.equal(layer(x), exact) != on
 
 
 def test_a_model_learns_nearly_the_same_and_keeps_less_for_the_way_back() -> None:

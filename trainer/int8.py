@@ -4,7 +4,7 @@ Each side of a product is rounded to the nearest of 255 steps, with a scale for 
 the sum over the inner dimension is one of integers. As the three products of a layer have three
 inner dimensions, an array is rounded once along its rows and once along its columns. The choice of
 rows and of no random rounding is torchao's (its prototype of quantized training). Weights, sums,
-attention and the head stay as they are, and validation computes in bfloat16.
+attention and the head stay as they are, and validation and samples compute in bfloat16.
 """
 
 # torch has no types for Function.apply.
@@ -12,11 +12,12 @@ attention and the head stay as they are, and validation computes in bfloat16.
 
 import functools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer import fused
 from trainer.config import Config
@@ -79,21 +80,34 @@ class Product(torch.autograd.Function):
         return dx, dw
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x) (..., C) -> (..., D); as ever where nothing is learned."""
-    if not torch.is_grad_enabled():
-        return F.linear(x, layer.weight)
+def linear(layer: Linear, x: Tensor) -> Tensor:
+    """layer(x): (..., C) -> (..., D)."""
     flat: Tensor = Product.apply(x.reshape(-1, x.shape[-1]), layer.weight)
     return flat.view(*x.shape[:-1], -1)
 
 
+def linear_layers(model: LanguageModel) -> list[Linear]:
+    """Those of the blocks."""
+    return [layer for layer in model.h.modules() if isinstance(layer, Linear)]
+
+
 def use(model: LanguageModel, on: bool) -> None:
     """Compute the linear layers of the blocks by integers from now on, or as ever again."""
-    for layer in model.h.modules():
-        if isinstance(layer, Linear):
-            layer.__dict__.pop("forward", None)
-            if on:
-                layer.forward = functools.partial(linear, layer)  # type: ignore[method-assign]
+    for layer in linear_layers(model):
+        layer.__dict__.pop("forward", None)
+        if on:
+            layer.forward = functools.partial(linear, layer)  # type: ignore[method-assign]
+
+
+@contextmanager
+def paused(model: LanguageModel) -> Iterator[None]:
+    """As ever inside, for validation and samples."""
+    is_on = any("forward" in layer.__dict__ for layer in linear_layers(model))
+    use(model, False)
+    try:
+        yield
+    finally:
+        use(model, is_on)
 
 
 def available(config: Config, device: torch.device, windows: int) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.errors import ForgeError, counted
 from pipeline.files import check_utf8, hold
+from trainer import int8
 from trainer.backends import attention_backends
 from trainer.checkpoint import Checkpoints, State
 from trainer.evaluate import sample_text, validation_loss
@@ -215,11 +216,13 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
     began = time.perf_counter()
     config, model, device = setup.config, setup.model, setup.device
     size = setup.cut.micro_batch_size
-    loss, bits, parts = validation_loss(model, setup.data, config, size, setup.ranks)
+    with int8.paused(model):
+        loss, bits, parts = validation_loss(model, setup.data, config, size, setup.ranks)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     text, num_tokens = "", config.evaluate.sample_tokens
     if setup.ranks.is_first and num_tokens and state.step and math.isfinite(loss):
-        text = sample_text(model, setup.data, num_tokens, state.step)
+        with int8.paused(model):
+            text = sample_text(model, setup.data, num_tokens, state.step)
     took = time.perf_counter() - began
     if state.step:  # the one before the first step compiles
         clock.evaluation = took
