@@ -119,16 +119,11 @@ def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
 
 
 def _read_message(raw: Any) -> dict[str, str]:
-    if not isinstance(raw, dict):
-        raise LeftOutError("malformed")
-    role: Any = None
-    content: Any = None
-    if "role" in raw and "content" in raw:
-        role, content = raw["role"], raw["content"]
-    elif "from" in raw and "value" in raw:
-        role, content = raw["from"], raw["value"]
-    if not isinstance(role, str):
-        raise LeftOutError("malformed")
+    match raw:
+        case {"role": str(role), "content": content} | {"from": str(role), "value": content}:
+            pass
+        case _:
+            raise LeftOutError("malformed")
     if role not in NAMES_OF_ROLES:
         raise LeftOutError("unknown_role")
     try:
