@@ -42,8 +42,8 @@ class Downloads:
                 self.fetched[file] = Future()
                 # A daemon: Ctrl-C does not wait for gigabytes.
                 threading.Thread(target=self._run, args=(file,), daemon=True).start()
-        done = all(self.fetched[file].done() for file in wanted)
-        return done and all(self.fetched[file].result() is None for file in wanted)
+        fetched = [self.fetched[file] for file in wanted]
+        return all(each.done() and each.result() is None for each in fetched)
 
     def _run(self, file: SourceFile) -> None:
         try:
