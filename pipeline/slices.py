@@ -28,6 +28,8 @@ from pipeline.sources import Slice
 
 Encoded = tuple[bytes, npt.NDArray[Any], int]  # text, tokens behind <|endoftext|>, text bytes
 
+# One for all slices of a process: it is quicker with words that it has met.
+_encoder = cache(tokenizer.BulkEncoder)
 MOST_LISTED = 20  # damaged places of a slice: the others are only counted
 
 
@@ -69,12 +71,6 @@ class Record:
         """What index.json keeps of it: nothing that another machine or another day would change."""
         own = asdict(self)
         return {key: own[key] for key in own if key not in ("made_of", "limit", "shards")}
-
-
-@cache
-def _encoder(vocabulary_file: Path) -> tokenizer.BulkEncoder:
-    """One for all slices of a process: it is quicker with words that it has met."""
-    return tokenizer.BulkEncoder(vocabulary_file)
 
 
 def tokenize_slice(job: Job, on_batch: Callable[[int, int], None] | None = None) -> Record:
