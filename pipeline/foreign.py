@@ -93,22 +93,19 @@ def convert(folder: Path, work: Path) -> Iterator[tuple[shards.Shard, DocumentLe
         what = "a shard is there already, and is not replaced"
         raise ForgeError(what, where=there, fix="move it elsewhere")
     for split, tokens in raw.items():
+        # The separator behind each document goes in front: that of the last has no place.
+        end = len(tokens) - int(tokens[-1] == shards.EOT_TOKEN)
         start = number = 0
-        while start < len(tokens):
-            # A separator is the last token of the documents; it becomes the first.
-            stop = verify.next_document(tokens, start + RAW_SHARD_TOKENS)
-            is_last = stop >= len(tokens) - 1
-            body = tokens[start : len(tokens) if is_last else stop]
-            if is_last and body[-1] == shards.EOT_TOKEN:
-                body = body[:-1]
+        while start <= end:
+            stop = min(end, verify.next_document(tokens, start + RAW_SHARD_TOKENS))
             path = work / shards.shard_name(split, number)
             with ShardWriter(path) as writer:
                 writer.write(np.array([shards.EOT_TOKEN], np.uint16))
-                for chunk in range(0, len(body), CHUNK_TOKENS):
-                    writer.write(body[chunk : chunk + CHUNK_TOKENS])
+                for chunk in range(start, stop, CHUNK_TOKENS):
+                    writer.write(tokens[chunk : min(stop, chunk + CHUNK_TOKENS)])
                 writer.commit()
             yield verify.measure(path, split)[:2]
-            start, number = len(tokens) if is_last else stop + 1, number + 1
+            start, number = stop + 1, number + 1
 
 
 def read_raw(path: Path) -> Tokens:
