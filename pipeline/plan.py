@@ -10,14 +10,7 @@ import pyarrow.parquet as pq
 from pipeline import sources
 from pipeline.errors import DamageError, refusals
 from pipeline.hub import open_on_hub
-from pipeline.readers import (
-    OnDamage,
-    check_score,
-    columns_bytes,
-    damage,
-    find_columns,
-    score_column,
-)
+from pipeline.readers import OnDamage, columns_bytes, damage, find_columns, find_score
 from pipeline.sources import Options, Part, Slice, Source, SourceFile
 
 FOOTERS_AT_ONCE = 16
@@ -89,8 +82,7 @@ class Plan:
 
     def _close(self) -> None:
         if self._parts:
-            each = Slice(self._number, tuple(self._parts), self.options)
-            self.slices[self._number] = each
+            self.slices[self._number] = Slice(self._number, tuple(self._parts), self.options)
 
     def _parts_of(self, file: SourceFile) -> list[Part]:
         if self.source.kind != "parquet":
@@ -111,12 +103,8 @@ def row_groups(source: Source, file: SourceFile, options: Options) -> list[Part]
     in_whole = damage("not a whole parquet file", where)
     with refusals("read a source file", where), in_whole, opened as readable:
         metadata = pq.read_metadata(readable)
-    schema = metadata.schema.to_arrow_schema()
-    wanted = find_columns(schema, options, where)
-    columns = {metadata.schema.column(c).path: c for c in range(metadata.num_columns)}
+    wanted = find_columns(metadata.schema.to_arrow_schema(), options, where)
     if options.min_score is not None:
-        score = score_column(list(columns), where)
-        kind = metadata.schema.column(columns[score]).physical_type
-        check_score(kind in ("INT32", "INT64", "FLOAT", "DOUBLE"), score, kind, where)
+        find_score(metadata, where)
     sizes = [columns_bytes(metadata.row_group(g), wanted) for g in range(metadata.num_row_groups)]
     return [Part(file, g, g + 1, size) for g, size in enumerate(sizes)]

@@ -118,11 +118,9 @@ def read_parquet(at: Reading, part: Part) -> Iterator[Batch]:
     columns = find_columns(file.schema_arrow, at.options, at)
     score, kept = [], None
     if at.options.min_score is not None:
-        names = [file.metadata.schema.column(c).path for c in range(file.metadata.num_columns)]
-        score = [score_column(names, at)]
-        is_flat = score[0] in file.schema_arrow.names
-        path = score[0] if is_flat else tuple(score[0].split("."))
-        kept = pc.field(path) >= at.options.min_score
+        name = find_score(file.metadata, at)
+        path = name if name in file.schema_arrow.names else tuple(name.split("."))
+        score, kept = [name], pc.field(path) >= at.options.min_score
     at.unit = "row group"
     with file:
         for at.number in range(part.start, part.stop):
@@ -202,6 +200,15 @@ def find_columns(schema: pa.Schema, options: Options, where: object) -> tuple[st
     return columns
 
 
+def find_score(metadata: pq.FileMetaData, where: object) -> str:
+    """The column of the score of a parquet file, by its full path. ForgeError unless numbers."""
+    leaves = map(metadata.schema.column, range(metadata.num_columns))
+    kinds = {leaf.path: leaf.physical_type for leaf in leaves}
+    score = score_column(list(kinds), where)
+    check_score(kinds[score] in ("INT32", "INT64", "FLOAT", "DOUBLE"), score, kinds[score], where)
+    return score
+
+
 def check_score(is_number: bool, column: str, kind: str, where: object) -> None:
     if not is_number:
         what = f"the score {column!r} holds {kind}, not a number"
@@ -236,24 +243,19 @@ def batches(documents: Iterable[tuple[Document, int]], raw: io.BufferedReader) -
 
 def read_jsonl(raw: io.BufferedReader, at: Reading) -> Iterator[tuple[Document, int]]:
     """The document of each line whose score is high enough, and the line's size."""
-    at.unit, least = "line", at.options.min_score
+    at.unit = "line"
     for line in decompressed_lines(raw, at):
         at.number += 1
         if line.isspace():
             continue
         try:
-            row = parse_line(line)
-            documents = documents_of(row, at)
-            is_low = least is not None and score_of(row, at) < least
+            documents = documents_of(parse_line(line), at)
         except ForgeError as error:
             fix = f"{error.fix}; --on-error skip leaves such lines out"
             at.on_damage(DamageError(error.what, where=str(at), fix=fix))
-            continue
-        if is_low:
-            at.skipped["low_score"] += 1
-            continue
-        for document in documents:
-            yield document, len(line)
+        else:
+            for document in documents:
+                yield document, len(line)
 
 
 def decompressed_lines(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
@@ -282,7 +284,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def documents_of(row: dict[str, Any], at: Reading) -> list[Document]:
-    """The text of a line's object, or its conversation, if it is one to train on."""
+    """The text of a line's object, or its conversation; none if it is not to be trained on."""
     if how := at.options.chat:
         return [*conversations([row], chat.find_columns(row, how.columns, at), at)]
     column = at.options.text_column
@@ -294,19 +296,23 @@ def documents_of(row: dict[str, Any], at: Reading) -> list[Document]:
         what = f"column {column!r} holds {type(text).__name__}, not a string"
         raise ForgeError(what, fix=NAME_COLUMN)
     try:
-        return [None if text is None else text.encode()]
+        document = None if text is None else text.encode()
     except UnicodeEncodeError as error:  # half a character, escaped
         what = f"invalid UTF-8: {error.reason}"
         raise ForgeError(what, fix="write it again in UTF-8") from error
+    least = at.options.min_score
+    if least is not None and score_of(row, at) < least:
+        at.skipped["low_score"] += 1
+        return []
+    return [document]
 
 
 def score_of(row: dict[str, Any], at: Reading) -> float:
     """A document's score, below all others where it has none."""
-    inner = row.get("metadata")
-    inner = inner if isinstance(inner, dict) else {}
-    flat = row | {f"metadata.{key}": value for key, value in inner.items()}
-    column = next((column for column in SCORE_COLUMNS if column in flat), "")
-    score = flat.get(column)
+    if isinstance(inner := row.get("metadata"), dict):
+        row = row | {f"metadata.{key}": value for key, value in inner.items()}
+    column = next((column for column in SCORE_COLUMNS if column in row), "")
+    score = row.get(column)
     if score is None:
         return -math.inf
     check_score(isinstance(score, int | float), column, type(score).__name__, at)
