@@ -89,7 +89,6 @@ def is_whole(path: Path, wanted: SourceFile) -> bool:
     is_git = len(wanted.checksum) != 64
     digest = hashlib.sha1(b"blob %d\0" % wanted.bytes) if is_git else hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
+        hashlib.file_digest(file, lambda: digest)
         same = digest.hexdigest() == wanted.checksum or not wanted.checksum
         return same and file.tell() == wanted.bytes

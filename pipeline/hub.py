@@ -50,10 +50,9 @@ def on_the_hub(where: str) -> Iterator[None]:
     """Makes trouble with the network a ForgeError; Arrow's errors are the file's, and pass."""
     try:
         yield
-    except (pa.ArrowException, MemoryError):
-        raise
     except Exception as error:  # a dozen unrelated types
-        if type(error) is OSError:  # Arrow's as well; the network's are subclasses, or none
+        # A plain OSError is Arrow's as well: the network's are subclasses of it, or no OSError.
+        if isinstance(error, pa.ArrowException | MemoryError) or type(error) is OSError:
             raise
         what = f"cannot read from the hub: {type(error).__name__}: {error}"
         fix = "check the network and HF_TOKEN and run the same command again"
