@@ -16,7 +16,7 @@ import click
 
 from pipeline.command import Count, cores
 from pipeline.errors import counted
-from pipeline.terminal import ProgressBar, report
+from pipeline.terminal import progress_bar, report, show_progress
 
 Command = Callable[..., Any]
 A_PATH = click.Path(path_type=Path)
@@ -125,8 +125,9 @@ def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
     engine: engines.Engine = engines.Processes(given["workers"] or cores())
     if given["ray"]:
         engine = engines.Ray(given["ray"], given["workers"])
-    with ProgressBar() as bar, redirect_stdout(sys.stderr):  # Ray speaks there of lost machines
-        how = {"keep_downloads": given["keep_downloads"], "on_progress": bar.update}
+    with progress_bar() as bar, redirect_stdout(sys.stderr):  # Ray speaks there of lost machines
+        on_progress = functools.partial(show_progress, bar)
+        how = {"keep_downloads": given["keep_downloads"], "on_progress": on_progress}
         how |= {"skip_errors": given["on_error"] == "skip"}
         if part:
             num_slices = prepare.tokenize_part(found, folder, options, engine, part, **how)
