@@ -14,7 +14,7 @@ import xxhash
 
 from pipeline.chat import ChatOptions
 from pipeline.errors import KEPT, ForgeError, refusals
-from pipeline.files import files_in, for_training
+from pipeline.files import check_utf8, files_in, for_training
 from pipeline.hub import resolve_hub
 from pipeline.shards import INDEX_FILE, is_ours
 from pipeline.tokenizer import EOT_TEXT
@@ -213,8 +213,7 @@ def choose(
 
 
 def describe_file(path: Path, name: str) -> SourceFile:
-    if name.encode("utf-8", "ignore").decode() != name:
-        raise ForgeError("a file's name is not UTF-8", where=repr(name), fix="rename the file")
+    check_utf8(Path(name))
     with refusals("read a source file", path), path.open("rb") as file:
         modified = os.fstat(file.fileno()).st_mtime_ns
         size = file.seek(0, 2)

@@ -315,7 +315,7 @@ def test_links_are_followed_once(tmp_path: Path, make_parquet) -> None:
 def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path, make_parquet) -> None:
     path = make_parquet(tmp_path / "a.parquet", ["a"])
     path.rename(tmp_path / b"caf\xe9.parquet".decode("utf-8", "surrogateescape"))
-    with pytest.raises(ForgeError, match="not UTF-8"):
+    with pytest.raises(ForgeError, match="not valid UTF-8"):
         sources.resolve(str(tmp_path))
 
 
