@@ -130,12 +130,9 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
             problems.append(f"{shards.VOCABULARY_FILE}: changed")
     except OSError as error:
         problems.append(f"{shards.VOCABULARY_FILE}: cannot be read: {error.strerror}")
-
-    def check(shard: Shard) -> list[str]:
-        return check_shard(index, shard, on_bytes)
-
+    listed_once = dict.fromkeys(index.shards)  # a mixture may repeat some
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(check, dict.fromkeys(index.shards))  # once: a mixture may repeat them
+        found = pool.map(lambda shard: check_shard(index, shard, on_bytes), listed_once)
         return problems + [problem for some in found for problem in some]
 
 
@@ -206,10 +203,9 @@ def check_ours(folder: Path, begun: dict[str, Any]) -> None:
 def clear(folder: Path) -> None:
     """Remove the shards of a finished folder. The index goes last: it says that they are ours."""
     if (folder / shards.INDEX_FILE).exists():
-        names = [path.name for path in folder.iterdir()]
-        listed = [*filter(shards.SHARD_NAME.fullmatch, names)]  # as check_ours() found
-        for name in (*listed, shards.VOCABULARY_FILE, shards.INDEX_FILE):
-            (folder / name).unlink(missing_ok=True)
+        made = [path for path in folder.iterdir() if shards.SHARD_NAME.fullmatch(path.name)]
+        for path in (*made, folder / shards.VOCABULARY_FILE, folder / shards.INDEX_FILE):
+            path.unlink(missing_ok=True)
 
 
 def forget(folder: Path) -> None:
@@ -225,8 +221,6 @@ def begin(folder: Path, plan: dict[str, Any]) -> Path:
     """Make `.work/` in a folder, with the plan of what is made there, and return it."""
     work = folder / shards.WORK_FOLDER
     work.mkdir(exist_ok=True)
-    for leftover in work.glob("*.partial"):
-        leftover.unlink()
     marked = {"format": shards.INDEX_FORMAT, "version": shards.INDEX_VERSION} | plan
     write_whole(work / PLAN_FILE, (json.dumps(marked) + "\n").encode())
     return work
@@ -301,9 +295,10 @@ def is_enough(index: Index, plan: dict[str, Any]) -> bool:
         made["options"] = index.options | sizes
     found = differences(made, plan)
     before, wanted = index.options["max_tokens"], plan["options"]["max_tokens"]
-    old, now, has = before or math.inf, wanted or math.inf, index.total("num_tokens", "train")
-    if index.slices:  # a shard of chat has one token more
-        has = sum(row["num_train_tokens"] for row in index.slices)
+    old, now = before or math.inf, wanted or math.inf
+    # The slices say it, as a shard of chat has one token more; an older version has none.
+    has = sum(row["num_train_tokens"] for row in index.slices)
+    has = has or index.total("num_tokens", "train")
     if now < old and now <= has:
         found.append(f"options max_tokens: {before!r}, now {wanted!r}")
     refuse(found, index.folder)
