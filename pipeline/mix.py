@@ -37,15 +37,11 @@ def mix(folder: Path, parts: Sequence[tuple[Path, int | None]], overwrite: bool 
                 raise ForgeError(what, where=index.folder, fix="ask for more, or leave it out")
             entries += [entry(index, shard, place) for shard in (*train, *index.of("val"))]
             rows.append(describe(index, train, place))
-        chat = indexes[0].chat
+        chat, name = indexes[0].chat, " + ".join(index.source["name"] for index in indexes)
         made = Index(
             folder=folder,
             tokenizer=indexes[0].tokenizer,
-            source={
-                "name": " + ".join(index.source["name"] for index in indexes),
-                "kind": shards.MIXTURE,
-                "parts": rows,
-            },
+            source={"name": name, "kind": shards.MIXTURE, "parts": rows},
             options={},
             skipped={"null_documents": 0, "empty_documents": 0},  # the parts' indexes say it, and
             document_tokens={},  # the lengths of their documents

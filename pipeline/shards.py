@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline.errors import ForgeError, refusal, refusals
+from pipeline.errors import ForgeError, refusals
 from pipeline.files import partial_name
 
 MAGIC = 20240520
@@ -307,12 +307,10 @@ def is_ours(path: Path) -> bool:
 def load_index(folder: Path) -> Index:
     """The checked index.json of a folder. ForgeError if it is absent, damaged or another format."""
     path = folder / INDEX_FILE
-    try:
+    with refusals("read the index", path):
+        if not path.exists():
+            raise no_index(folder)
         data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise no_index(folder) from None
-    except OSError as error:
-        raise refusal(error, "read the index", path) from error
     if not is_ours(path):
         what, fix = "another program made this index.json", "give a folder of forge-prep's shards"
         raise ForgeError(what, where=path, fix=fix)

