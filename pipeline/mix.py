@@ -118,9 +118,7 @@ def first_tokens(index: Index, wanted: int | None) -> Iterator[Shard]:
 
 def cut(index: Index, shard: Shard, num_tokens: int) -> Shard:
     """The first tokens of a shard, counted anew. ForgeError if it is damaged."""
-    if problems := verify.check_shard(index, shard, lambda count: None):
-        fix = "run forge-prep verify on its folder"
-        raise ForgeError("; ".join(problems), where=index.folder, fix=fix)
+    verify.require_sound(index, shard)
     return verify.measure(index.folder / shard.file, "train", most=num_tokens).shard
 
 

@@ -107,6 +107,13 @@ def check_shard(index: Index, shard: Shard, on_bytes: Callable[[int], None]) -> 
     return [f"{shard.file}: {problem}" for problem in problems]
 
 
+def require_sound(index: Index, shard: Shard) -> None:
+    """ForgeError if anything is wrong with a shard, which is read whole."""
+    if problems := check_shard(index, shard, lambda count: None):
+        fix = "run forge-prep verify on its folder"
+        raise ForgeError("; ".join(problems), where=index.folder, fix=fix)
+
+
 def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[str]:
     """Check every byte of a folder against its index; the list of problems, empty when sound.
 
