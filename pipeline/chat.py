@@ -70,23 +70,16 @@ def describe_skipped(counts: Mapping[str, int]) -> list[str]:
 
 
 class LeftOutError(Exception):
-    """A conversation that is not trained on; `reason` is one of REASONS."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(REASONS[reason])
-        self.reason = reason
+    """A conversation that is not trained on. Its text is one of REASONS."""
 
 
 def find_columns(names: Iterable[str], wanted: tuple[str, ...], where: object) -> tuple[str, ...]:
-    """The layout of a file or row: the `wanted` columns, or the first of LAYOUTS that is there.
-
-    ForgeError if there is none.
-    """
-    names = list(names)
-    for columns in (wanted,) if wanted else LAYOUTS:
+    """The `wanted` columns, or the first of LAYOUTS that is there. ForgeError if there is none."""
+    names, layouts = list(names), (wanted,) if wanted else LAYOUTS
+    for columns in layouts:
         if set(columns) <= set(names):
             return columns
-    known = " or ".join(" + ".join(columns) for columns in ((wanted,) if wanted else LAYOUTS))
+    known = " or ".join(" + ".join(columns) for columns in layouts)
     what = f"no conversations: no columns {known}; there are: {', '.join(names)}"
     raise ForgeError(what, where=where, fix=NAME_COLUMNS)
 
@@ -183,10 +176,7 @@ def join(documents: Iterable[npt.NDArray[Any]]) -> Tokens:
 
 
 def lay_out(conversations: Sequence[Tokens], context_length: int) -> Tokens:
-    """Windows of packed conversations, which come without <|endoftext|>, and padding.
-
-    (num_windows, context_length).
-    """
+    """Packed conversations behind <|endoftext|>, and padding: (num_windows, context_length)."""
     packed = pack([1 + len(tokens) for tokens in conversations], context_length)
     windows = np.full((len(packed), context_length), chatml.IM_END, np.uint16)
     for window, numbers in zip(windows, packed, strict=True):

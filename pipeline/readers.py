@@ -105,7 +105,7 @@ def conversations(
         try:
             yield chat.read_messages(row, columns)
         except chat.LeftOutError as left_out:
-            at.skipped[left_out.reason] += 1
+            at.skipped[str(left_out)] += 1
 
 
 # ---------------------------------------------------------------------------------------------

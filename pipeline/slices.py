@@ -177,7 +177,7 @@ def _encoded_conversations(
         try:
             tokens = chat.fit(whole, options)
         except LeftOutError as left_out:
-            skipped[left_out.reason] += 1
+            skipped[str(left_out)] += 1
             continue
         skipped["cut"] += len(tokens) < len(whole)
         text_bytes = int(verify.token_lengths()[tokens].sum())
