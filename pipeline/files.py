@@ -20,7 +20,10 @@ VALIDATION = "(?<![a-z])val(id(ation)?)?(?![a-z])"
 
 
 def partial_name(path: Path) -> Path:
-    """Where to write what will be `path`: no other process, on any machine, writes there."""
+    """Where to write what will be `path`: no other process, on any machine, writes there.
+
+    So a writer that outlived its parent never touches the file of the one that replaced it.
+    """
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
 
 

@@ -72,12 +72,8 @@ def describe(paths: list[Path]) -> Iterator[tuple[shards.Shard, DocumentLengths]
         fix = "text becomes shards with forge-prep tokenize"
         raise ForgeError(what, where=paths[0] if paths else None, fix=fix)
     for path in used:
-        try:
-            num_tokens = shards.check_header(path)
-        except ForgeError as error:
-            fix = "restore the file; nanoGPT's train.bin and val.bin, without header, need --raw"
-            raise ForgeError(error.what, where=path, fix=fix) from error
-        tokens = shards.map_shard(path, num_tokens)
+        fix = "restore the file; nanoGPT's train.bin and val.bin, without header, need --raw"
+        tokens = shards.map_shard(path, shards.check_header(path, fix))
         check_tokens(tokens, path)
         if verify.next_document(tokens, 0) == len(tokens):
             what = "no <|endoftext|> in the whole file: it has no documents"

@@ -109,10 +109,7 @@ def begin_part(folder: Path, part: tuple[int, int], plan: dict[str, Any]) -> Non
 
 
 def merge(folder: Path) -> Outcome:
-    """Finish a folder whose parts are all made. ForgeError names those that are missing.
-
-    Nothing is left to do for a folder that is finished.
-    """
+    """Finish a folder whose parts are all made. ForgeError names those that are missing."""
     started = time.perf_counter()
     with files.hold(folder, "forge-prep"), refusals("write", folder, KEPT):
         verify.finish_publishing(folder)  # of a call that was killed

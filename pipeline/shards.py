@@ -62,6 +62,7 @@ RELIED_ON = {
     "chat": ("template", "context_length", "splits"),  # None for text
 }
 COUNTS = ("num_tokens", "num_documents", "text_bytes")  # of a shard
+MADE_ANEW = "restore the file, or make the folder again: forge-prep tokenize --overwrite"
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin")
 
 Tokens = npt.NDArray[np.uint16]
@@ -183,11 +184,7 @@ def encode_header(num_tokens: int) -> bytes:
 
 
 class ShardWriter:
-    """Writes one shard: whole under its name, or not at all.
-
-    Tokens go to NAME.<random>.partial, which commit() renames. So a writer that outlived its parent
-    never touches the file of the one that replaced it, not even from another machine.
-    """
+    """Writes one shard: whole under its name, once commit() renames it, or not at all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -228,9 +225,8 @@ class ShardWriter:
         self._file.close()  # fails on a full disk
 
 
-def check_header(path: Path) -> int:
+def check_header(path: Path, fix: str = MADE_ANEW) -> int:
     """Number of tokens of the shard at `path`; ForgeError unless header and size agree."""
-    fix = "restore the file, or make the folder again: forge-prep tokenize --overwrite"
     with refusals("read a shard", path, fix), path.open("rb") as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(HEADER.size)
     magic, version, num_tokens = HEADER.unpack(head.ljust(HEADER.size, b"\0"))

@@ -106,11 +106,7 @@ def token_bytes() -> tuple[bytes, ...]:
 
 
 class BulkEncoder:
-    """gigatoken behind the one call that we need.
-
-    `vocabulary_file` is a path to r50k_base.tiktoken. It knows no special token at all, so text
-    cannot make one.
-    """
+    """gigatoken, with a file r50k_base.tiktoken: no special token is in it, so text makes none."""
 
     def __init__(self, vocabulary_file: Path) -> None:
         self.vocabulary_file = vocabulary_file
