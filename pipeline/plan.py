@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pipeline import sources
 from pipeline.errors import DamageError, refusals
 from pipeline.hub import open_on_hub
-from pipeline.readers import OnDamage, columns_bytes, damage, find_columns, find_score
+from pipeline.readers import columns_bytes, damage, find_columns, find_score
 from pipeline.sources import Options, Part, Slice, Source, SourceFile
 
 FOOTERS_AT_ONCE = 16
@@ -27,12 +27,12 @@ class Plan:
         self,
         source: Source,
         options: Options,
-        on_damage: OnDamage,
+        skip_errors: bool = False,
         number: int = 0,
         file: str = "",
         row_group: int = 0,
     ) -> None:
-        self.source, self.options, self.on_damage = source, options, on_damage
+        self.source, self.options, self.skip_errors = source, options, skip_errors
         names = [each.name for each in source.files]
         self.first_file = names.index(file) if file else 0
         self.first_group = row_group
@@ -90,7 +90,8 @@ class Plan:
         try:
             return row_groups(self.source, file, self.options)
         except DamageError as found:
-            self.on_damage(found)
+            if not self.skip_errors:
+                raise
             return [Part(file, 0, 0, 0, found.what)]
 
 

@@ -1,6 +1,6 @@
 """Reads the documents of a parquet, JSON Lines (.gz, .zst) or .txt file: texts or conversations.
 
-Damage (a bad line, row, row group or file) goes to `on_damage`, which raises it or leaves it out.
+Damage is a bad line, row, row group or file. It ends the reading, or is left out and counted.
 """
 
 import io
@@ -9,7 +9,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from pipeline.sources import Options, Part
 
 BATCH_BYTES = 8 * 2**20
 BATCH_ROWS = 1024
+MOST_LISTED = 20  # damaged places of a slice: the others are only counted
 BOM = "\ufeff".encode()
 # Where a document's educational score may stand, in order of preference.
 SCORE_COLUMNS = ("metadata.int_score", "metadata.score", "int_score", "score")
@@ -35,12 +36,6 @@ NAME_COLUMN = "name the column of the text with --text-column; conversations: fo
 REPAIR = "restore the file and run the same command again, or leave it out with --on-error skip"
 
 Document = Any  # a text in UTF-8, which may be None, or a conversation: chat.Messages
-OnDamage = Callable[[DamageError], None]
-
-
-def stop(found: DamageError) -> None:
-    """The `on_damage` that leaves nothing out."""
-    raise found
 
 
 @dataclass
@@ -49,20 +44,28 @@ class Reading:
 
     path: Path
     options: Options
-    on_damage: OnDamage = stop
-    skipped: Counter[str] = field(default_factory=Counter)  # low_score, or one of chat.REASONS
+    skip_errors: bool = False  # leave out what is damaged
+    skipped: Counter[str] = field(default_factory=Counter)  # low_score, damaged, chat.REASONS
+    damaged: list[str] = field(default_factory=list)  # the first places
     unit: str = ""  # line, row group or document
     number: int = 0
 
     def __str__(self) -> str:
         return f"{self.path}, {self.unit} {self.number}" if self.unit else str(self.path)
 
+    def leave_out(self, found: DamageError) -> None:
+        if not self.skip_errors:
+            raise found
+        self.skipped["damaged"] += 1
+        if len(self.damaged) < MOST_LISTED:
+            self.damaged.append(f"{found.where}: {found.what}")
+
     @contextmanager
     def leaves_out(self) -> Iterator[None]:
         try:
             yield
         except DamageError as found:
-            self.on_damage(found)
+            self.leave_out(found)
 
 
 class Batch(NamedTuple):
@@ -164,7 +167,7 @@ def sound_rows(batch: pa.RecordBatch, at: Reading, first: int) -> pa.RecordBatch
             is_sound.append(False)
             what, where = f"invalid UTF-8: {error.reason}", f"{at}, row {first + number + 1}"
             fix = "write it again in UTF-8, or leave it out with --on-error skip"
-            at.on_damage(DamageError(what, where=where, fix=fix))
+            at.leave_out(DamageError(what, where=where, fix=fix))
     return batch.filter(pa.array(is_sound))
 
 
@@ -252,7 +255,7 @@ def read_jsonl(raw: io.BufferedReader, at: Reading) -> Iterator[tuple[Document, 
             documents = documents_of(parse_line(line), at)
         except ForgeError as error:
             fix = f"{error.fix}; --on-error skip leaves such lines out"
-            at.on_damage(DamageError(error.what, where=str(at), fix=fix))
+            at.leave_out(DamageError(error.what, where=str(at), fix=fix))
         else:
             for document in documents:
                 yield document, len(line)
@@ -265,7 +268,7 @@ def decompressed_lines(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
             yield from lines_of(raw, at.path.name)
     except DamageError as found:
         what = f"{found.what}; line {at.number:,} is the last that could be read"
-        at.on_damage(DamageError(what, where=found.where, fix=found.fix))
+        at.leave_out(DamageError(what, where=found.where, fix=found.fix))
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -336,6 +339,6 @@ def read_txt(raw: io.BufferedReader, at: Reading) -> Iterator[tuple[Document, in
             what = f"invalid UTF-8: {error.reason} at byte {error.start:,}"
             fix = "convert the file to UTF-8, for example with iconv, "
             fix += "or leave it out with --on-error skip"
-            at.on_damage(DamageError(what, where=str(at), fix=fix))
+            at.leave_out(DamageError(what, where=str(at), fix=fix))
         else:
             yield piece, len(piece)
