@@ -170,10 +170,9 @@ def make_index(
     lengths, none = [record.document_tokens for record in records], DocumentLengths()
     of_chat = None
     if context_length:
+        held = {split: chat.total(each.chat[split] for each in records) for split in shards.SPLITS}
         of_chat = {"template": chatml.NAME, "context_length": context_length}
-        of_chat |= {"num_cut": skipped["cut"], "splits": {}}
-        for split in shards.SPLITS:
-            of_chat["splits"][split] = chat.total(record.chat[split] for record in records)
+        of_chat |= {"num_cut": skipped["cut"], "splits": held}
     return Index(
         folder=folder,
         tokenizer=plan["tokenizer"],

@@ -97,7 +97,7 @@ def check_out(folder: Path) -> bytes:
 def first_tokens(index: Index, wanted: int | None) -> Iterator[Shard]:
     """The train shards of a folder, in order, up to `wanted` tokens, and from the first on again.
 
-    The last is cut there; of conversations, where a window ends.
+    The last is cut there, and counted anew; of conversations, where a window ends.
     """
     available = index.total("num_tokens", "train")
     left = available if wanted is None else wanted
@@ -110,16 +110,11 @@ def first_tokens(index: Index, wanted: int | None) -> Iterator[Shard]:
         else:
             left -= (left - 1) % index.chat["context_length"] if index.chat else 0
             if left > 1:
-                yield cut(index, shard, left)
+                verify.require_sound(index, shard)
+                yield verify.measure(index.folder / shard.file, "train", most=left).shard
         left -= shard.num_tokens
         if left <= 0:
             return
-
-
-def cut(index: Index, shard: Shard, num_tokens: int) -> Shard:
-    """The first tokens of a shard, counted anew. ForgeError if it is damaged."""
-    verify.require_sound(index, shard)
-    return verify.measure(index.folder / shard.file, "train", most=num_tokens).shard
 
 
 def entry(index: Index, shard: Shard, place: str) -> Shard:

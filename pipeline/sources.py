@@ -73,9 +73,6 @@ class SourceFile:
     checksum: str
     modified: int = field(default=0, compare=False)
 
-    def record(self) -> dict[str, Any]:
-        return {"name": self.name, "bytes": self.bytes, "checksum": self.checksum}
-
     def check_unchanged(self, path: Path) -> None:
         """ForgeError if the local file at `path` is not the one that was found."""
         with refusals("read a source file", path):
@@ -128,7 +125,7 @@ class Source:
 
     def record(self) -> dict[str, Any]:
         """What index.json says of it."""
-        files = [file.record() for file in self.files]
+        files = [{"name": f.name, "bytes": f.bytes, "checksum": f.checksum} for f in self.files]
         return {"name": self.name, "kind": self.kind, "hub": self.hub, "files": files}
 
     def ordered(self, known: Sequence[str]) -> "Source":
