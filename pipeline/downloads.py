@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,10 @@ class Downloads:
         """Whether the files of a slice are here; starts to fetch them, and some of `later`."""
         wanted = [part.file for part in each.parts if not part.damage]
         files = dict.fromkeys(wanted)
-        for part in chain.from_iterable(other.parts for other in later):
+        for file in (part.file for other in later for part in other.parts if not part.damage):
             if len(files) >= len(wanted) + FILES_AHEAD:
                 break
-            files |= {} if part.damage else {part.file: None}
+            files[file] = None
         for file in files:
             if file not in self.fetched:
                 self.fetched[file] = Future()
@@ -78,10 +77,10 @@ class Downloads:
 
     def release_before(self, file: SourceFile) -> None:
         """Remove the files in front of `file`: nobody needs them any more."""
-        done = [each for each in self.fetched if self.places[each] < self.places[file]]
-        for each in [] if self.keep else done:
-            self.fetched.pop(each).result()
-            (self.source.root / each.name).unlink(missing_ok=True)
+        for each in list(self.fetched):
+            if not self.keep and self.places[each] < self.places[file]:
+                self.fetched.pop(each).result()
+                (self.source.root / each.name).unlink(missing_ok=True)
 
 
 def is_whole(path: Path, wanted: SourceFile) -> bool:

@@ -267,16 +267,16 @@ def finish_publishing(folder: Path) -> None:
 
 def differences(made: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     """The options in which a run differs from what is wanted now; files and max_tokens apart."""
-    holds = [
-        "chat" if "context_length" in each["options"] else "text" for each in (made, plan) if made
-    ]
+    if not made:
+        return []
+    holds = ["chat" if "context_length" in each["options"] else "text" for each in (made, plan)]
     if len(set(holds)) > 1:
         return ["it holds {}, now {}".format(*holds)]
     wanted = [("options", key, now) for key, now in plan["options"].items() if key != "max_tokens"]
     wanted += [("source", key, plan["source"][key]) for key in ("kind", "hub")]
     wanted += [("tokenizer", "sha256", plan["tokenizer"]["sha256"])]
     found = []
-    for section, key, now in wanted if made else ():
+    for section, key, now in wanted:
         before = made[section].get(key, getattr(Options, key, None))
         if key == "hub" and before and now:  # a newer commit may have more files
             before, now = before | {"revision": ""}, now | {"revision": ""}
