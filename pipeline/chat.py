@@ -129,8 +129,7 @@ def _read_message(raw: Any) -> dict[str, str]:
 def fit(tokens: Tokens, options: ChatOptions) -> Tokens:
     """A conversation that fits into a window: all of it, or with `long` "cut" its beginning.
 
-    It is cut behind the last end of an assistant's turn that fits. Raises LeftOutError if it is
-    left out.
+    It is cut behind the last assistant's turn that fits. Raises LeftOutError if it is left out.
     """
     if len(tokens) <= options.context_length:
         return tokens

@@ -17,11 +17,7 @@ from pipeline.terminal import next_commands, progress_bar, report
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-class ForgeGroup(click.Group):
-    command_class = ForgeCommand
-
-
-@click.group(cls=ForgeGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llm-forge")
 def main() -> None:
     """Turn text into shards of tokens, once; then train from them as often as you like.
@@ -33,6 +29,7 @@ def main() -> None:
     """
 
 
+main.command_class = ForgeCommand
 DIR = click.argument("folder", metavar="DIR", type=A_PATH)
 
 
@@ -135,8 +132,7 @@ def chat(source: str, context_length: int, long: str, columns: str, **given: Any
 def merge(folder: Path, as_json: bool) -> None:
     """Finish a folder that was made in parts.
 
-    When a part of tokenize or chat --part is missing, it says which. The bytes are those of one
-    run.
+    It names the parts of tokenize or chat --part that are missing. The bytes are those of one run.
     """
     from pipeline.merge import merge
 
