@@ -35,11 +35,11 @@ def token_lengths() -> npt.NDArray[np.int64]:
 
 
 class Measured(NamedTuple):
-    """What the bytes of a shard say. `first` and `largest` are tokens, -1 if it has none."""
+    """What the bytes of a shard say. `largest` is a token, -1 if it has none."""
 
     shard: Shard  # as an index lists it
     lengths: DocumentLengths
-    first: int
+    starts_document: bool  # with its first token; an empty one, too
     largest: int
 
 
@@ -53,13 +53,12 @@ def measure(
     """Read a shard, or its first `most` tokens. Without `counts_text` (slow), text_bytes are 0."""
     num_tokens = shards.check_header(path)
     num_tokens = num_tokens if most is None else min(most, num_tokens)
-    digest, first, largest, position, text_bytes = xxhash.xxh3_64(), -1, -1, 0, 0
+    digest, largest, position, text_bytes = xxhash.xxh3_64(), -1, 0, 0
     starts = [np.empty(0, np.int64)]
     with refusals("read a shard", path), path.open("rb") as file:
         file.seek(shards.HEADER.size)
         while chunk := file.read(shards.TOKEN_BYTES * min(CHUNK_TOKENS, num_tokens - position)):
             tokens = np.frombuffer(chunk, "<u2")
-            first = int(tokens[0]) if position == 0 else first
             largest = max(largest, int(tokens.max()))
             starts.append(np.flatnonzero(tokens == shards.EOT_TOKEN) + position)
             digest.update(chunk)
@@ -69,7 +68,7 @@ def measure(
     bounds = np.concatenate([*starts, [num_tokens]])
     counts = (num_tokens, len(bounds) - 1, text_bytes, digest.hexdigest())
     shard = Shard(path.name, split, *counts, 0, shards.head_checksum(path))
-    return Measured(shard, DocumentLengths.of(np.diff(bounds) - 1), first, largest)
+    return Measured(shard, DocumentLengths.of(np.diff(bounds) - 1), bounds[0] == 0, largest)
 
 
 def next_document(tokens: shards.Tokens, near: int) -> int:
@@ -100,7 +99,7 @@ def check_shard(index: Index, shard: Shard, on_bytes: Callable[[int], None]) -> 
         problems.append(f"token {found.largest} is outside the vocabulary of {vocab_size}")
     if (found.shard.num_tokens - 1) % context_length:
         problems.append(f"not windows of {context_length} tokens, and one token more")
-    if found.first not in (shards.EOT_TOKEN, -1) and whole_documents:
+    if whole_documents and not found.starts_document:
         problems.append("does not start with <|endoftext|>")
     if not problems and shard.head_checksum not in ("", found.shard.head_checksum):
         problems.append("the index has another checksum of its head")
