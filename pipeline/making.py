@@ -122,9 +122,11 @@ def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
         raise click.UsageError(what)
     if part and given["overwrite"]:
         raise click.UsageError("--overwrite with --part would remove what the other parts made")
-    engine: engines.Engine = engines.Processes(given["workers"] or cores())
+    engine: engines.Engine
     if given["ray"]:
         engine = engines.Ray(given["ray"], given["workers"])
+    else:
+        engine = engines.Processes(given["workers"] or cores())
     with progress_bar() as bar, redirect_stdout(sys.stderr):  # Ray speaks there of lost machines
         on_progress = functools.partial(show_progress, bar)
         how = {"keep_downloads": given["keep_downloads"], "on_progress": on_progress}
