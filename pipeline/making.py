@@ -90,9 +90,8 @@ def of_a_source(command: Command) -> Command:
 
 def val_fraction(default: float, what: str) -> Callable[[Command], Command]:
     says = f"Share of the {what} held out, by the hash of their text."
-    return shown(
-        "--val-fraction", default=default, type=click.FloatRange(0, 1, max_open=True), help=says
-    )
+    share = click.FloatRange(0, 1, max_open=True)
+    return shown("--val-fraction", default=default, type=share, help=says)
 
 
 def find(source: str, given: dict[str, Any]) -> Any:

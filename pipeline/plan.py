@@ -19,8 +19,8 @@ FOOTERS_AT_ONCE = 16
 class Plan:
     """The slices of a source, by number, cut as far as needed; the last may grow until `whole`.
 
-    It may begin behind the slices of a finished folder: with slice `number`, whose first part is
-    row group `row_group` of the file called `file`.
+    It may begin behind the slices of a finished folder: with slice `number`, whose `first` part is
+    a row group of a file.
     """
 
     def __init__(
@@ -29,13 +29,11 @@ class Plan:
         options: Options,
         skip_errors: bool = False,
         number: int = 0,
-        file: str = "",
-        row_group: int = 0,
+        first: tuple[str, int] = ("", 0),
     ) -> None:
         self.source, self.options, self.skip_errors = source, options, skip_errors
-        names = [each.name for each in source.files]
-        self.first_file = names.index(file) if file else 0
-        self.first_group = row_group
+        file, self.first_group = first
+        self.first_file = [each.name for each in source.files].index(file) if file else 0
         self.num_files = self.first_file  # that are cut, or lie in front
         self.slices: dict[int, Slice] = {}
         self.bytes = 0

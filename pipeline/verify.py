@@ -297,8 +297,7 @@ def is_enough(index: Index, plan: dict[str, Any]) -> bool:
     """
     made = {"source": index.source, "options": index.options, "tokenizer": index.tokenizer}
     if not index.slices:  # an older version's: its shards had sizes of their own
-        sizes = {"shard_tokens": plan["options"]["shard_tokens"]}
-        made["options"] = index.options | sizes
+        made["options"] = index.options | {"shard_tokens": plan["options"]["shard_tokens"]}
     found = differences(made, plan)
     before, wanted = index.options["max_tokens"], plan["options"]["max_tokens"]
     old, now = before or math.inf, wanted or math.inf

@@ -474,7 +474,7 @@ def test_a_plan_is_the_same_from_any_slice_on(tmp_path: Path, make_parquet) -> N
     assert len(whole) > 5
     for number, each in enumerate(whole):
         first = each.parts[0]
-        rest = Plan(source, options, False, number, first.file.name, first.start)
+        rest = Plan(source, options, False, number, (first.file.name, first.start))
         rest.reach(math.inf)
         assert list(rest.slices.values()) == whole[number:]
 
