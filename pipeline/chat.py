@@ -70,23 +70,16 @@ def describe_skipped(counts: Mapping[str, int]) -> list[str]:
 
 
 class LeftOutError(Exception):
-    """A conversation that is not trained on; `reason` is one of REASONS."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(REASONS[reason])
-        self.reason = reason
+    """A conversation that is not trained on. Its text is one of REASONS."""
 
 
 def find_columns(names: Iterable[str], wanted: tuple[str, ...], where: object) -> tuple[str, ...]:
-    """The layout of a file or row: the `wanted` columns, or the first of LAYOUTS that is there.
-
-    ForgeError if there is none.
-    """
-    names = list(names)
-    for columns in (wanted,) if wanted else LAYOUTS:
+    """The `wanted` columns, or the first of LAYOUTS that is there. ForgeError if there is none."""
+    names, layouts = list(names), (wanted,) if wanted else LAYOUTS
+    for columns in layouts:
         if set(columns) <= set(names):
             return columns
-    known = " or ".join(" + ".join(columns) for columns in ((wanted,) if wanted else LAYOUTS))
+    known = " or ".join(" + ".join(columns) for columns in layouts)
     what = f"no conversations: no columns {known}; there are: {', '.join(names)}"
     raise ForgeError(what, where=where, fix=NAME_COLUMNS)
 
@@ -119,16 +112,11 @@ def read_messages(row: Mapping[str, Any], columns: tuple[str, ...]) -> Messages:
 
 
 def _read_message(raw: Any) -> dict[str, str]:
-    if not isinstance(raw, dict):
-        raise LeftOutError("malformed")
-    role: Any = None
-    content: Any = None
-    if "role" in raw and "content" in raw:
-        role, content = raw["role"], raw["content"]
-    elif "from" in raw and "value" in raw:
-        role, content = raw["from"], raw["value"]
-    if not isinstance(role, str):
-        raise LeftOutError("malformed")
+    match raw:
+        case {"role": str(role), "content": content} | {"from": str(role), "value": content}:
+            pass
+        case _:
+            raise LeftOutError("malformed")
     if role not in NAMES_OF_ROLES:
         raise LeftOutError("unknown_role")
     try:
@@ -141,8 +129,7 @@ def _read_message(raw: Any) -> dict[str, str]:
 def fit(tokens: Tokens, options: ChatOptions) -> Tokens:
     """A conversation that fits into a window: all of it, or with `long` "cut" its beginning.
 
-    It is cut behind the last end of an assistant's turn that fits. Raises LeftOutError if it is
-    left out.
+    It is cut behind the last assistant's turn that fits. Raises LeftOutError if it is left out.
     """
     if len(tokens) <= options.context_length:
         return tokens
@@ -188,10 +175,7 @@ def join(documents: Iterable[npt.NDArray[Any]]) -> Tokens:
 
 
 def lay_out(conversations: Sequence[Tokens], context_length: int) -> Tokens:
-    """Windows of packed conversations, which come without <|endoftext|>, and padding.
-
-    (num_windows, context_length).
-    """
+    """Packed conversations behind <|endoftext|>, and padding: (num_windows, context_length)."""
     packed = pack([1 + len(tokens) for tokens in conversations], context_length)
     windows = np.full((len(packed), context_length), chatml.IM_END, np.uint16)
     for window, numbers in zip(windows, packed, strict=True):

@@ -11,17 +11,13 @@ import click
 from pipeline.command import Count, FolderTokens, ForgeCommand, cores
 from pipeline.errors import ForgeError, counted
 from pipeline.making import A_PATH, AS_JSON, find, make, of_a_source, shown, val_fraction
-from pipeline.terminal import ProgressBar, next_commands, report
+from pipeline.terminal import next_commands, progress_bar, report
 
 # Before numpy: its BLAS, which nothing here calls, would spin with a thread a core in each process.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-class ForgeGroup(click.Group):
-    command_class = ForgeCommand
-
-
-@click.group(cls=ForgeGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llm-forge")
 def main() -> None:
     """Turn text into shards of tokens, once; then train from them as often as you like.
@@ -33,6 +29,7 @@ def main() -> None:
     """
 
 
+main.command_class = ForgeCommand
 DIR = click.argument("folder", metavar="DIR", type=A_PATH)
 
 
@@ -135,8 +132,7 @@ def chat(source: str, context_length: int, long: str, columns: str, **given: Any
 def merge(folder: Path, as_json: bool) -> None:
     """Finish a folder that was made in parts.
 
-    When a part of tokenize or chat --part is missing, it says which. The bytes are those of one
-    run.
+    It names the parts of tokenize or chat --part that are missing. The bytes are those of one run.
     """
     from pipeline.merge import merge
 
@@ -225,8 +221,8 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     index = shards.load_index(folder)
     listed = set(index.shards)  # a mixture may repeat some
     total = shards.TOKEN_BYTES * sum(shard.num_tokens for shard in listed)
-    with ProgressBar(total) as bar:
-        problems = verify(index, workers or cores(), bar.add)
+    with progress_bar(total) as bar:
+        problems = verify(index, workers or cores(), bar.update)
     if as_json:
         facts = {"folder": str(folder), "num_shards": len(listed), "num_bytes": total}
         click.echo(json.dumps(facts | {"problems": problems}))
@@ -237,9 +233,8 @@ def verify(folder: Path, workers: int | None, as_json: bool) -> None:
     if not as_json:
         click.echo(f"Sound: {counted(len(listed), 'shard')}, {total / 1e9:.3f} GB.")
         if (folder / shards.WORK_FOLDER).exists():
-            click.echo(
-                "An unfinished run lies here, too: its forge-prep tokenize command finishes it."
-            )
+            unfinished = "An unfinished run lies here, too"
+            click.echo(f"{unfinished}: its forge-prep tokenize command finishes it.")
 
 
 @main.command()
@@ -254,12 +249,10 @@ def index(folder: Path, raw: bool) -> None:
     they are; or, with --raw, nanoGPT's train.bin and val.bin, which are copied into shards.
     """
     from pipeline import foreign
+    from pipeline.merge import Outcome
 
     made = foreign.index_folder(folder, raw)
-    train, val = (made.total("num_tokens", split) for split in ("train", "val"))
-    shard_count = counted(len(made.shards), "shard")
-    click.echo(f"{train:,} train + {val:,} val tokens in {shard_count}.")
-    click.echo(next_commands(folder, made))
+    report(folder, Outcome(made, up_to_date=False), as_json=False)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ class Count(click.ParamType[int]):
     name = "count"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        if isinstance(value, int):
-            return value
         plain = re.sub(r"_|(?<=\d),(?=\d{3}(?!\d))", "", str(value).lower())  # of thousands
         match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\d\d?)?)([kmbt]?)", plain)
         number = round(float(match[1]) * COUNT_UNITS[match[2]]) if match else 0

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,17 @@ class Downloads:
         """Whether the files of a slice are here; starts to fetch them, and some of `later`."""
         wanted = [part.file for part in each.parts if not part.damage]
         files = dict.fromkeys(wanted)
-        for part in chain.from_iterable(other.parts for other in later):
+        for file in (part.file for other in later for part in other.parts if not part.damage):
             if len(files) >= len(wanted) + FILES_AHEAD:
                 break
-            files |= {} if part.damage else {part.file: None}
+            files[file] = None
         for file in files:
             if file not in self.fetched:
                 self.fetched[file] = Future()
                 # A daemon: Ctrl-C does not wait for gigabytes.
                 threading.Thread(target=self._run, args=(file,), daemon=True).start()
-        done = all(self.fetched[file].done() for file in wanted)
-        return done and all(self.fetched[file].result() is None for file in wanted)
+        fetched = [self.fetched[file] for file in wanted]
+        return all(each.done() and each.result() is None for each in fetched)
 
     def _run(self, file: SourceFile) -> None:
         try:
@@ -78,10 +77,10 @@ class Downloads:
 
     def release_before(self, file: SourceFile) -> None:
         """Remove the files in front of `file`: nobody needs them any more."""
-        done = [each for each in self.fetched if self.places[each] < self.places[file]]
-        for each in [] if self.keep else done:
-            self.fetched.pop(each).result()
-            (self.source.root / each.name).unlink(missing_ok=True)
+        for each in list(self.fetched):
+            if not self.keep and self.places[each] < self.places[file]:
+                self.fetched.pop(each).result()
+                (self.source.root / each.name).unlink(missing_ok=True)
 
 
 def is_whole(path: Path, wanted: SourceFile) -> bool:
@@ -89,7 +88,6 @@ def is_whole(path: Path, wanted: SourceFile) -> bool:
     is_git = len(wanted.checksum) != 64
     digest = hashlib.sha1(b"blob %d\0" % wanted.bytes) if is_git else hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
+        hashlib.file_digest(file, lambda: digest)
         same = digest.hexdigest() == wanted.checksum or not wanted.checksum
         return same and file.tell() == wanted.bytes

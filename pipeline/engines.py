@@ -9,10 +9,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,13 @@ class Processes:
         return self.num_workers
 
     def submit(self, job: Job) -> Future[Record]:
-        with _ctrl_c_blocked(), refusals("start the workers", job.work.parent, KEPT):
-            future = self.pool.submit(_make_here, job)
+        # Processes that this starts inherit the blocked SIGINT; this one gets it afterwards.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with refusals("start the workers", job.work.parent, KEPT):
+                future = self.pool.submit(tokenize_slice, job, _add)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.processes = list((self.pool._processes or {}).values())
         return future
 
@@ -70,16 +74,6 @@ class Processes:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    """Block SIGINT in the processes that are started inside; this one gets it afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 _done: Any  # in a worker process: Processes.done
 
 
@@ -93,10 +87,6 @@ def _die_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
     os._exit(1)
-
-
-def _make_here(job: Job) -> Record:
-    return tokenize_slice(job, _add)
 
 
 def _add(source_bytes: int, tokens: int) -> None:

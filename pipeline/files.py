@@ -20,7 +20,10 @@ VALIDATION = "(?<![a-z])val(id(ation)?)?(?![a-z])"
 
 
 def partial_name(path: Path) -> Path:
-    """Where to write what will be `path`: no other process, on any machine, writes there."""
+    """Where to write what will be `path`: no other process, on any machine, writes there.
+
+    So a writer that outlived its parent never touches the file of the one that replaced it.
+    """
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
 
 
@@ -85,11 +88,9 @@ def _lock(descriptor: int, operation: int, folder: Path, program: str, deadline:
             return fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise ForgeError(
-                    f"another {program} is writing this folder",
-                    where=folder,
-                    fix=f"let it finish, or stop it; or {OTHER_FOLDER}",
-                ) from None
+                what = f"another {program} is writing this folder"
+                fix = f"let it finish, or stop it; or {OTHER_FOLDER}"
+                raise ForgeError(what, where=folder, fix=fix) from None
             time.sleep(0.1)
 
 
@@ -101,15 +102,10 @@ def own_names(folders: Iterable[str]) -> dict[str, str]:
 
 
 def check_utf8(path: Path) -> None:
-    """ForgeError if the path is not valid UTF-8, which safetensors requires."""
-    try:
-        os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ForgeError(
-            "the folder's path is not valid UTF-8",
-            where=path,
-            fix="rename the folder, or the one above it with the invalid character",
-        ) from error
+    """ForgeError if the path is not valid UTF-8, which safetensors and index.json require."""
+    if os.fsencode(path).decode("utf-8", "ignore") != str(path):
+        fix = "rename the folder or file whose name has the invalid character"
+        raise ForgeError("the path is not valid UTF-8", where=repr(str(path)), fix=fix)
 
 
 def files_in(folder: Path) -> Iterator[Path]:

@@ -72,12 +72,8 @@ def describe(paths: list[Path]) -> Iterator[tuple[shards.Shard, DocumentLengths]
         fix = "text becomes shards with forge-prep tokenize"
         raise ForgeError(what, where=paths[0] if paths else None, fix=fix)
     for path in used:
-        try:
-            num_tokens = shards.check_header(path)
-        except ForgeError as error:
-            fix = "restore the file; nanoGPT's train.bin and val.bin, without header, need --raw"
-            raise ForgeError(error.what, where=path, fix=fix) from error
-        tokens = shards.map_shard(path, num_tokens)
+        fix = "restore the file; nanoGPT's train.bin and val.bin, without header, need --raw"
+        tokens = shards.map_shard(path, shards.check_header(path, fix))
         check_tokens(tokens, path)
         if verify.next_document(tokens, 0) == len(tokens):
             what = "no <|endoftext|> in the whole file: it has no documents"
@@ -93,22 +89,19 @@ def convert(folder: Path, work: Path) -> Iterator[tuple[shards.Shard, DocumentLe
         what = "a shard is there already, and is not replaced"
         raise ForgeError(what, where=there, fix="move it elsewhere")
     for split, tokens in raw.items():
+        # The separator behind each document goes in front: that of the last has no place.
+        end = len(tokens) - int(tokens[-1] == shards.EOT_TOKEN)
         start = number = 0
-        while start < len(tokens):
-            # A separator is the last token of the documents; it becomes the first.
-            stop = verify.next_document(tokens, start + RAW_SHARD_TOKENS)
-            is_last = stop >= len(tokens) - 1
-            body = tokens[start : len(tokens) if is_last else stop]
-            if is_last and body[-1] == shards.EOT_TOKEN:
-                body = body[:-1]
+        while start <= end:
+            stop = min(end, verify.next_document(tokens, start + RAW_SHARD_TOKENS))
             path = work / shards.shard_name(split, number)
             with ShardWriter(path) as writer:
                 writer.write(np.array([shards.EOT_TOKEN], np.uint16))
-                for chunk in range(0, len(body), CHUNK_TOKENS):
-                    writer.write(body[chunk : chunk + CHUNK_TOKENS])
+                for chunk in range(start, stop, CHUNK_TOKENS):
+                    writer.write(tokens[chunk : min(stop, chunk + CHUNK_TOKENS)])
                 writer.commit()
             yield verify.measure(path, split)[:2]
-            start, number = len(tokens) if is_last else stop + 1, number + 1
+            start, number = stop + 1, number + 1
 
 
 def read_raw(path: Path) -> Tokens:

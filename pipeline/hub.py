@@ -33,16 +33,15 @@ def resolve_hub(
     if split not in by_split:
         what = f"the dataset has no split {split!r} (it has {', '.join(by_split) or 'none'})"
         raise ForgeError(what, where=name, fix="name one of them with --split")
-    hub = HfFileSystem()
-    paths = [str(path) for path in by_split[split]]
+    hub: Any = HfFileSystem()
+    files, commit = dict[str, tuple[int, str]](), {"dataset": name, "split": split}
     with on_the_hub(name):
-        infos = {path: hub.info(path) for path in paths}
-        parsed: list[Any] = [hub.resolve_path(path) for path in paths]
-    files = {
-        place.path_in_repo: (int(infos[path]["size"]), hub_checksum(infos[path]))
-        for place, path in zip(parsed, paths, strict=True)
-    }
-    commit = {"dataset": name, "split": split, "revision": parsed[0].revision}
+        for path in map(str, by_split[split]):
+            info, place = hub.info(path), hub.resolve_path(path)
+            # A large file has a sha256, a small one git's sha1.
+            checksum = info["lfs"]["sha256"] if info.get("lfs") else info.get("blob_id")
+            files[place.path_in_repo] = (int(info["size"]), str(checksum or ""))
+            commit["revision"] = place.revision
     return files, commit | ({"config": config} if config else {})
 
 
@@ -51,10 +50,9 @@ def on_the_hub(where: str) -> Iterator[None]:
     """Makes trouble with the network a ForgeError; Arrow's errors are the file's, and pass."""
     try:
         yield
-    except (pa.ArrowException, MemoryError):
-        raise
     except Exception as error:  # a dozen unrelated types
-        if type(error) is OSError:  # Arrow's as well; the network's are subclasses, or none
+        # A plain OSError is Arrow's as well: the network's are subclasses of it, or no OSError.
+        if isinstance(error, pa.ArrowException | MemoryError) or type(error) is OSError:
             raise
         what = f"cannot read from the hub: {type(error).__name__}: {error}"
         fix = "check the network and HF_TOKEN and run the same command again"
@@ -68,9 +66,3 @@ def open_on_hub(path: str) -> Iterator[Any]:
 
     with on_the_hub(path), HfFileSystem().open(path, "rb", block_size=2**20) as remote:
         yield remote
-
-
-def hub_checksum(info: dict[str, Any]) -> str:
-    """sha256 of a large file, git's sha1 of a small one, as the hub lists them."""
-    lfs = info.get("lfs")
-    return str(lfs["sha256"] if lfs else info.get("blob_id") or "")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import chat, chatml, mix, shards, tokenizer
+from pipeline import chat, chatml, mix, shards, tokenizer, verify
 from pipeline.errors import ForgeError, counted
 from pipeline.shards import DocumentLengths, Index, Shard
 
@@ -164,24 +164,19 @@ def marked(conversation: np.ndarray) -> bytes:
 def find_document(index: Index, split: str, number: int) -> tuple[Shard, int, np.ndarray]:
     """Document `number` (from 0) of a split: its shard, its first token there, its tokens.
 
-    The tokens do not include the <|endoftext|> in front.
+    The tokens do not include the <|endoftext|> in front. ForgeError if the shard is damaged.
     """
     before = 0
     for shard in index.of(split):
         if number < before + shard.num_documents:
-            path, position = index.folder / shard.file, number - before
-            tokens = shards.map_shard(path, min(shard.num_tokens, shards.check_header(path)))
-            starts = np.flatnonzero(tokens == shards.EOT_TOKEN)
-            what = "the shard is damaged" if len(starts) != shard.num_documents else ""
-            bounds = [*starts[position : position + 2].tolist(), len(tokens), len(tokens)]
-            ids = np.array(tokens[bounds[0] + 1 : bounds[1]])
+            verify.require_sound(index, shard)
+            tokens = shards.map_shard(index.folder / shard.file, shard.num_tokens)
+            bounds = [*np.flatnonzero(tokens == shards.EOT_TOKEN).tolist(), len(tokens)]
+            start, stop = bounds[number - before] + 1, bounds[number - before + 1]
+            ids = np.array(tokens[start:stop])
             if index.chat:  # what follows the last line's end is padding
                 ids = ids[: 1 + np.flatnonzero(ids != chatml.IM_END).max(initial=-1)]
-            if not what and ids.size and ids.max() >= index.tokenizer["vocab_size"]:
-                what = f"the shard is damaged: token {ids.max()} is none of GPT-2's"
-            if what:
-                raise ForgeError(what, where=path, fix="run forge-prep verify")
-            return shard, bounds[0] + 1, ids
+            return shard, start, ids
         before += shard.num_documents
     what = f"there is no {split} document {number:,}; the last is {before - 1:,}"
     what = what if before else f"the {split} split is empty"

@@ -16,7 +16,7 @@ import click
 
 from pipeline.command import Count, cores
 from pipeline.errors import counted
-from pipeline.terminal import ProgressBar, report
+from pipeline.terminal import progress_bar, report, show_progress
 
 Command = Callable[..., Any]
 A_PATH = click.Path(path_type=Path)
@@ -90,9 +90,8 @@ def of_a_source(command: Command) -> Command:
 
 def val_fraction(default: float, what: str) -> Callable[[Command], Command]:
     says = f"Share of the {what} held out, by the hash of their text."
-    return shown(
-        "--val-fraction", default=default, type=click.FloatRange(0, 1, max_open=True), help=says
-    )
+    share = click.FloatRange(0, 1, max_open=True)
+    return shown("--val-fraction", default=default, type=share, help=says)
 
 
 def find(source: str, given: dict[str, Any]) -> Any:
@@ -122,11 +121,14 @@ def make(source: str, found: Any, options: Any, given: dict[str, Any]) -> None:
         raise click.UsageError(what)
     if part and given["overwrite"]:
         raise click.UsageError("--overwrite with --part would remove what the other parts made")
-    engine: engines.Engine = engines.Processes(given["workers"] or cores())
+    engine: engines.Engine
     if given["ray"]:
         engine = engines.Ray(given["ray"], given["workers"])
-    with ProgressBar() as bar, redirect_stdout(sys.stderr):  # Ray speaks there of lost machines
-        how = {"keep_downloads": given["keep_downloads"], "on_progress": bar.update}
+    else:
+        engine = engines.Processes(given["workers"] or cores())
+    with progress_bar() as bar, redirect_stdout(sys.stderr):  # Ray speaks there of lost machines
+        on_progress = functools.partial(show_progress, bar)
+        how = {"keep_downloads": given["keep_downloads"], "on_progress": on_progress}
         how |= {"skip_errors": given["on_error"] == "skip"}
         if part:
             num_slices = prepare.tokenize_part(found, folder, options, engine, part, **how)

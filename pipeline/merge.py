@@ -109,10 +109,7 @@ def begin_part(folder: Path, part: tuple[int, int], plan: dict[str, Any]) -> Non
 
 
 def merge(folder: Path) -> Outcome:
-    """Finish a folder whose parts are all made. ForgeError names those that are missing.
-
-    Nothing is left to do for a folder that is finished.
-    """
+    """Finish a folder whose parts are all made. ForgeError names those that are missing."""
     started = time.perf_counter()
     with files.hold(folder, "forge-prep"), refusals("write", folder, KEPT):
         verify.finish_publishing(folder)  # of a call that was killed
@@ -173,10 +170,9 @@ def make_index(
     lengths, none = [record.document_tokens for record in records], DocumentLengths()
     of_chat = None
     if context_length:
+        held = {split: chat.total(each.chat[split] for each in records) for split in shards.SPLITS}
         of_chat = {"template": chatml.NAME, "context_length": context_length}
-        of_chat |= {"num_cut": skipped["cut"], "splits": {}}
-        for split in shards.SPLITS:
-            of_chat["splits"][split] = chat.total(record.chat[split] for record in records)
+        of_chat |= {"num_cut": skipped["cut"], "splits": held}
     return Index(
         folder=folder,
         tokenizer=plan["tokenizer"],

@@ -37,15 +37,11 @@ def mix(folder: Path, parts: Sequence[tuple[Path, int | None]], overwrite: bool 
                 raise ForgeError(what, where=index.folder, fix="ask for more, or leave it out")
             entries += [entry(index, shard, place) for shard in (*train, *index.of("val"))]
             rows.append(describe(index, train, place))
-        chat = indexes[0].chat
+        chat, name = indexes[0].chat, " + ".join(index.source["name"] for index in indexes)
         made = Index(
             folder=folder,
             tokenizer=indexes[0].tokenizer,
-            source={
-                "name": " + ".join(index.source["name"] for index in indexes),
-                "kind": shards.MIXTURE,
-                "parts": rows,
-            },
+            source={"name": name, "kind": shards.MIXTURE, "parts": rows},
             options={},
             skipped={"null_documents": 0, "empty_documents": 0},  # the parts' indexes say it, and
             document_tokens={},  # the lengths of their documents
@@ -101,7 +97,7 @@ def check_out(folder: Path) -> bytes:
 def first_tokens(index: Index, wanted: int | None) -> Iterator[Shard]:
     """The train shards of a folder, in order, up to `wanted` tokens, and from the first on again.
 
-    The last is cut there; of conversations, where a window ends.
+    The last is cut there, and counted anew; of conversations, where a window ends.
     """
     available = index.total("num_tokens", "train")
     left = available if wanted is None else wanted
@@ -114,18 +110,11 @@ def first_tokens(index: Index, wanted: int | None) -> Iterator[Shard]:
         else:
             left -= (left - 1) % index.chat["context_length"] if index.chat else 0
             if left > 1:
-                yield cut(index, shard, left)
+                verify.require_sound(index, shard)
+                yield verify.measure(index.folder / shard.file, "train", most=left).shard
         left -= shard.num_tokens
         if left <= 0:
             return
-
-
-def cut(index: Index, shard: Shard, num_tokens: int) -> Shard:
-    """The first tokens of a shard, counted anew. ForgeError if it is damaged."""
-    if problems := verify.check_shard(index, shard, lambda count: None):
-        fix = "run forge-prep verify on its folder"
-        raise ForgeError("; ".join(problems), where=index.folder, fix=fix)
-    return verify.measure(index.folder / shard.file, "train", most=num_tokens).shard
 
 
 def entry(index: Index, shard: Shard, place: str) -> Shard:

@@ -10,14 +10,7 @@ import pyarrow.parquet as pq
 from pipeline import sources
 from pipeline.errors import DamageError, refusals
 from pipeline.hub import open_on_hub
-from pipeline.readers import (
-    OnDamage,
-    check_score,
-    columns_bytes,
-    damage,
-    find_columns,
-    score_column,
-)
+from pipeline.readers import columns_bytes, damage, find_columns, find_score
 from pipeline.sources import Options, Part, Slice, Source, SourceFile
 
 FOOTERS_AT_ONCE = 16
@@ -26,23 +19,21 @@ FOOTERS_AT_ONCE = 16
 class Plan:
     """The slices of a source, by number, cut as far as needed; the last may grow until `whole`.
 
-    It may begin behind the slices of a finished folder: with slice `number`, whose first part is
-    row group `row_group` of the file called `file`.
+    It may begin behind the slices of a finished folder: with slice `number`, whose `first` part is
+    a row group of a file.
     """
 
     def __init__(
         self,
         source: Source,
         options: Options,
-        on_damage: OnDamage,
+        skip_errors: bool = False,
         number: int = 0,
-        file: str = "",
-        row_group: int = 0,
+        first: tuple[str, int] = ("", 0),
     ) -> None:
-        self.source, self.options, self.on_damage = source, options, on_damage
-        names = [each.name for each in source.files]
-        self.first_file = names.index(file) if file else 0
-        self.first_group = row_group
+        self.source, self.options, self.skip_errors = source, options, skip_errors
+        file, self.first_group = first
+        self.first_file = [each.name for each in source.files].index(file) if file else 0
         self.num_files = self.first_file  # that are cut, or lie in front
         self.slices: dict[int, Slice] = {}
         self.bytes = 0
@@ -89,8 +80,7 @@ class Plan:
 
     def _close(self) -> None:
         if self._parts:
-            each = Slice(self._number, tuple(self._parts), self.options)
-            self.slices[self._number] = each
+            self.slices[self._number] = Slice(self._number, tuple(self._parts), self.options)
 
     def _parts_of(self, file: SourceFile) -> list[Part]:
         if self.source.kind != "parquet":
@@ -98,7 +88,8 @@ class Plan:
         try:
             return row_groups(self.source, file, self.options)
         except DamageError as found:
-            self.on_damage(found)
+            if not self.skip_errors:
+                raise
             return [Part(file, 0, 0, 0, found.what)]
 
 
@@ -111,12 +102,8 @@ def row_groups(source: Source, file: SourceFile, options: Options) -> list[Part]
     in_whole = damage("not a whole parquet file", where)
     with refusals("read a source file", where), in_whole, opened as readable:
         metadata = pq.read_metadata(readable)
-    schema = metadata.schema.to_arrow_schema()
-    wanted = find_columns(schema, options, where)
-    columns = {metadata.schema.column(c).path: c for c in range(metadata.num_columns)}
+    wanted = find_columns(metadata.schema.to_arrow_schema(), options, where)
     if options.min_score is not None:
-        score = score_column(list(columns), where)
-        kind = metadata.schema.column(columns[score]).physical_type
-        check_score(kind in ("INT32", "INT64", "FLOAT", "DOUBLE"), score, kind, where)
+        find_score(metadata, where)
     sizes = [columns_bytes(metadata.row_group(g), wanted) for g in range(metadata.num_row_groups)]
     return [Part(file, g, g + 1, size) for g, size in enumerate(sizes)]

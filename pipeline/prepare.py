@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import chatml, files, merge, readers, shards, slices, tokenizer, verify
+from pipeline import chatml, files, merge, shards, slices, tokenizer, verify
 from pipeline.downloads import DOWNLOADS_FOLDER, Downloads
 from pipeline.engines import Engine, Running
 from pipeline.errors import KEPT, ForgeError, refusals
@@ -121,9 +121,8 @@ def tokenize_part(
 
 def _describe(source: Source, options: Options) -> dict[str, Any]:
     """The plan of a folder: all that decides its bytes."""
-    size = chatml.VOCAB_SIZE if options.chat else shards.VOCAB_SIZE
-    described = {"source": source.record(), "options": options.record()}
-    return described | {"tokenizer": tokenizer.describe(size)}
+    described = tokenizer.describe(chatml.VOCAB_SIZE if options.chat else shards.VOCAB_SIZE)
+    return {"source": source.record(), "options": options.record(), "tokenizer": described}
 
 
 class _Run:
@@ -155,9 +154,8 @@ class _Run:
         self.first = len(self.kept)
         old = index.shards if index else ()
         self.kept_shards = [each for each in old if each.split == "val" or each.slice < self.first]
-        on_damage = (lambda found: None) if skip_errors else readers.stop
         begins = rows[-1].first if rows else ("", 0)
-        self.plan = Plan(source, options, on_damage, self.first, *begins)
+        self.plan = Plan(source, options, skip_errors, self.first, begins)
         self.settled: list[Record] = []
         self.records: dict[int, Record] = {}
         self.made: dict[int, Record] = {}

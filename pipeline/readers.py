@@ -1,6 +1,6 @@
 """Reads the documents of a parquet, JSON Lines (.gz, .zst) or .txt file: texts or conversations.
 
-Damage (a bad line, row, row group or file) goes to `on_damage`, which raises it or leaves it out.
+Damage is a bad line, row, row group or file. It ends the reading, or is left out and counted.
 """
 
 import io
@@ -9,7 +9,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from pipeline.sources import Options, Part
 
 BATCH_BYTES = 8 * 2**20
 BATCH_ROWS = 1024
+MOST_LISTED = 20  # damaged places of a slice: the others are only counted
 BOM = "\ufeff".encode()
 # Where a document's educational score may stand, in order of preference.
 SCORE_COLUMNS = ("metadata.int_score", "metadata.score", "int_score", "score")
@@ -35,12 +36,6 @@ NAME_COLUMN = "name the column of the text with --text-column; conversations: fo
 REPAIR = "restore the file and run the same command again, or leave it out with --on-error skip"
 
 Document = Any  # a text in UTF-8, which may be None, or a conversation: chat.Messages
-OnDamage = Callable[[DamageError], None]
-
-
-def stop(found: DamageError) -> None:
-    """The `on_damage` that leaves nothing out."""
-    raise found
 
 
 @dataclass
@@ -49,20 +44,28 @@ class Reading:
 
     path: Path
     options: Options
-    on_damage: OnDamage = stop
-    skipped: Counter[str] = field(default_factory=Counter)  # low_score, or one of chat.REASONS
+    skip_errors: bool = False  # leave out what is damaged
+    skipped: Counter[str] = field(default_factory=Counter)  # low_score, damaged, chat.REASONS
+    damaged: list[str] = field(default_factory=list)  # the first places
     unit: str = ""  # line, row group or document
     number: int = 0
 
     def __str__(self) -> str:
         return f"{self.path}, {self.unit} {self.number}" if self.unit else str(self.path)
 
+    def leave_out(self, found: DamageError) -> None:
+        if not self.skip_errors:
+            raise found
+        self.skipped["damaged"] += 1
+        if len(self.damaged) < MOST_LISTED:
+            self.damaged.append(f"{found.where}: {found.what}")
+
     @contextmanager
     def leaves_out(self) -> Iterator[None]:
         try:
             yield
         except DamageError as found:
-            self.on_damage(found)
+            self.leave_out(found)
 
 
 class Batch(NamedTuple):
@@ -105,7 +108,7 @@ def conversations(
         try:
             yield chat.read_messages(row, columns)
         except chat.LeftOutError as left_out:
-            at.skipped[left_out.reason] += 1
+            at.skipped[str(left_out)] += 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -118,11 +121,9 @@ def read_parquet(at: Reading, part: Part) -> Iterator[Batch]:
     columns = find_columns(file.schema_arrow, at.options, at)
     score, kept = [], None
     if at.options.min_score is not None:
-        names = [file.metadata.schema.column(c).path for c in range(file.metadata.num_columns)]
-        score = [score_column(names, at)]
-        is_flat = score[0] in file.schema_arrow.names
-        path = score[0] if is_flat else tuple(score[0].split("."))
-        kept = pc.field(path) >= at.options.min_score
+        name = find_score(file.metadata, at)
+        path = name if name in file.schema_arrow.names else tuple(name.split("."))
+        score, kept = [name], pc.field(path) >= at.options.min_score
     at.unit = "row group"
     with file:
         for at.number in range(part.start, part.stop):
@@ -166,7 +167,7 @@ def sound_rows(batch: pa.RecordBatch, at: Reading, first: int) -> pa.RecordBatch
             is_sound.append(False)
             what, where = f"invalid UTF-8: {error.reason}", f"{at}, row {first + number + 1}"
             fix = "write it again in UTF-8, or leave it out with --on-error skip"
-            at.on_damage(DamageError(what, where=where, fix=fix))
+            at.leave_out(DamageError(what, where=where, fix=fix))
     return batch.filter(pa.array(is_sound))
 
 
@@ -200,6 +201,15 @@ def find_columns(schema: pa.Schema, options: Options, where: object) -> tuple[st
         fix = chat.NAME_COLUMNS if options.chat else NAME_COLUMN
         raise ForgeError(what, where=where, fix=fix)
     return columns
+
+
+def find_score(metadata: pq.FileMetaData, where: object) -> str:
+    """The column of the score of a parquet file, by its full path. ForgeError unless numbers."""
+    leaves = map(metadata.schema.column, range(metadata.num_columns))
+    kinds = {leaf.path: leaf.physical_type for leaf in leaves}
+    score = score_column(list(kinds), where)
+    check_score(kinds[score] in ("INT32", "INT64", "FLOAT", "DOUBLE"), score, kinds[score], where)
+    return score
 
 
 def check_score(is_number: bool, column: str, kind: str, where: object) -> None:
@@ -236,24 +246,19 @@ def batches(documents: Iterable[tuple[Document, int]], raw: io.BufferedReader) -
 
 def read_jsonl(raw: io.BufferedReader, at: Reading) -> Iterator[tuple[Document, int]]:
     """The document of each line whose score is high enough, and the line's size."""
-    at.unit, least = "line", at.options.min_score
+    at.unit = "line"
     for line in decompressed_lines(raw, at):
         at.number += 1
         if line.isspace():
             continue
         try:
-            row = parse_line(line)
-            documents = documents_of(row, at)
-            is_low = least is not None and score_of(row, at) < least
+            documents = documents_of(parse_line(line), at)
         except ForgeError as error:
             fix = f"{error.fix}; --on-error skip leaves such lines out"
-            at.on_damage(DamageError(error.what, where=str(at), fix=fix))
-            continue
-        if is_low:
-            at.skipped["low_score"] += 1
-            continue
-        for document in documents:
-            yield document, len(line)
+            at.leave_out(DamageError(error.what, where=str(at), fix=fix))
+        else:
+            for document in documents:
+                yield document, len(line)
 
 
 def decompressed_lines(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
@@ -263,7 +268,7 @@ def decompressed_lines(raw: io.BufferedReader, at: Reading) -> Iterator[bytes]:
             yield from lines_of(raw, at.path.name)
     except DamageError as found:
         what = f"{found.what}; line {at.number:,} is the last that could be read"
-        at.on_damage(DamageError(what, where=found.where, fix=found.fix))
+        at.leave_out(DamageError(what, where=found.where, fix=found.fix))
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -282,7 +287,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def documents_of(row: dict[str, Any], at: Reading) -> list[Document]:
-    """The text of a line's object, or its conversation, if it is one to train on."""
+    """The text of a line's object, or its conversation; none if it is not to be trained on."""
     if how := at.options.chat:
         return [*conversations([row], chat.find_columns(row, how.columns, at), at)]
     column = at.options.text_column
@@ -294,19 +299,23 @@ def documents_of(row: dict[str, Any], at: Reading) -> list[Document]:
         what = f"column {column!r} holds {type(text).__name__}, not a string"
         raise ForgeError(what, fix=NAME_COLUMN)
     try:
-        return [None if text is None else text.encode()]
+        document = None if text is None else text.encode()
     except UnicodeEncodeError as error:  # half a character, escaped
         what = f"invalid UTF-8: {error.reason}"
         raise ForgeError(what, fix="write it again in UTF-8") from error
+    least = at.options.min_score
+    if least is not None and score_of(row, at) < least:
+        at.skipped["low_score"] += 1
+        return []
+    return [document]
 
 
 def score_of(row: dict[str, Any], at: Reading) -> float:
     """A document's score, below all others where it has none."""
-    inner = row.get("metadata")
-    inner = inner if isinstance(inner, dict) else {}
-    flat = row | {f"metadata.{key}": value for key, value in inner.items()}
-    column = next((column for column in SCORE_COLUMNS if column in flat), "")
-    score = flat.get(column)
+    if isinstance(inner := row.get("metadata"), dict):
+        row = row | {f"metadata.{key}": value for key, value in inner.items()}
+    column = next((column for column in SCORE_COLUMNS if column in row), "")
+    score = row.get(column)
     if score is None:
         return -math.inf
     check_score(isinstance(score, int | float), column, type(score).__name__, at)
@@ -330,6 +339,6 @@ def read_txt(raw: io.BufferedReader, at: Reading) -> Iterator[tuple[Document, in
             what = f"invalid UTF-8: {error.reason} at byte {error.start:,}"
             fix = "convert the file to UTF-8, for example with iconv, "
             fix += "or leave it out with --on-error skip"
-            at.on_damage(DamageError(what, where=str(at), fix=fix))
+            at.leave_out(DamageError(what, where=str(at), fix=fix))
         else:
             yield piece, len(piece)

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pipeline.errors import ForgeError, refusal, refusals
+from pipeline.errors import ForgeError, refusals
 from pipeline.files import partial_name
 
 MAGIC = 20240520
@@ -62,6 +62,7 @@ RELIED_ON = {
     "chat": ("template", "context_length", "splits"),  # None for text
 }
 COUNTS = ("num_tokens", "num_documents", "text_bytes")  # of a shard
+MADE_ANEW = "restore the file, or make the folder again: forge-prep tokenize --overwrite"
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{6}}\.bin")
 
 Tokens = npt.NDArray[np.uint16]
@@ -183,11 +184,7 @@ def encode_header(num_tokens: int) -> bytes:
 
 
 class ShardWriter:
-    """Writes one shard: whole under its name, or not at all.
-
-    Tokens go to NAME.<random>.partial, which commit() renames. So a writer that outlived its parent
-    never touches the file of the one that replaced it, not even from another machine.
-    """
+    """Writes one shard: whole under its name, once commit() renames it, or not at all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -228,9 +225,8 @@ class ShardWriter:
         self._file.close()  # fails on a full disk
 
 
-def check_header(path: Path) -> int:
+def check_header(path: Path, fix: str = MADE_ANEW) -> int:
     """Number of tokens of the shard at `path`; ForgeError unless header and size agree."""
-    fix = "restore the file, or make the folder again: forge-prep tokenize --overwrite"
     with refusals("read a shard", path, fix), path.open("rb") as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(HEADER.size)
     magic, version, num_tokens = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
@@ -307,12 +303,10 @@ def is_ours(path: Path) -> bool:
 def load_index(folder: Path) -> Index:
     """The checked index.json of a folder. ForgeError if it is absent, damaged or another format."""
     path = folder / INDEX_FILE
-    try:
+    with refusals("read the index", path):
+        if not path.exists():
+            raise no_index(folder)
         data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise no_index(folder) from None
-    except OSError as error:
-        raise refusal(error, "read the index", path) from error
     if not is_ours(path):
         what, fix = "another program made this index.json", "give a folder of forge-prep's shards"
         raise ForgeError(what, where=path, fix=fix)

@@ -28,7 +28,8 @@ from pipeline.sources import Slice
 
 Encoded = tuple[bytes, npt.NDArray[Any], int]  # text, tokens behind <|endoftext|>, text bytes
 
-MOST_LISTED = 20  # damaged places of a slice: the others are only counted
+# One for all slices of a process: it is quicker with words that it has met.
+_encoder = cache(tokenizer.BulkEncoder)
 
 
 @dataclass(frozen=True)
@@ -71,25 +72,12 @@ class Record:
         return {key: own[key] for key in own if key not in ("made_of", "limit", "shards")}
 
 
-@cache
-def _encoder(vocabulary_file: Path) -> tokenizer.BulkEncoder:
-    """One for all slices of a process: it is quicker with words that it has met."""
-    return tokenizer.BulkEncoder(vocabulary_file)
-
-
 def tokenize_slice(job: Job, on_batch: Callable[[int, int], None] | None = None) -> Record:
     """Make one slice: write its files, then its record.
 
     `on_batch` is told of the bytes of the source and the tokens of each batch of documents.
     """
-    damaged: list[str] = []
-
-    def leave_out(found: DamageError) -> None:
-        at.skipped["damaged"] += 1
-        if len(damaged) < MOST_LISTED:
-            damaged.append(f"{found.where}: {found.what}".replace(f"{job.root}/", "", 1))
-
-    at = Reading(job.root, job.slice.options, leave_out if job.skip_errors else readers.stop)
+    at = Reading(job.root, job.slice.options, job.skip_errors)
     record = record_path(job.work, job.slice.number)
     with ExitStack() as stack, refusals("write", job.work.parent, KEPT):
         record.unlink(missing_ok=True)  # of other files or another limit: its shards will change
@@ -117,7 +105,7 @@ def tokenize_slice(job: Job, on_batch: Callable[[int, int], None] | None = None)
             num_train_tokens=train.num_tokens,
             num_val_tokens=val.num_tokens,
             skipped=dict(at.skipped),
-            damaged=tuple(damaged),
+            damaged=tuple(place.replace(f"{job.root}/", "", 1) for place in at.damaged),
             document_tokens={
                 split: DocumentLengths.of(np.array(side.lengths)) for split, side in sides.items()
             },
@@ -136,7 +124,7 @@ def _batches(job: Job, at: Reading) -> Iterator[Batch]:
     for part in job.slice.parts:
         at.path, at.unit, at.number = job.root / part.file.name, "", 0
         if part.damage:
-            at.on_damage(DamageError(part.damage, where=at.path, fix=""))
+            at.leave_out(DamageError(part.damage, where=at.path, fix=""))
             continue
         part.file.check_unchanged(at.path)
         yield from readers.read_documents(job.kind, at, part)
@@ -181,7 +169,7 @@ def _encoded_conversations(
         try:
             tokens = chat.fit(whole, options)
         except LeftOutError as left_out:
-            skipped[left_out.reason] += 1
+            skipped[str(left_out)] += 1
             continue
         skipped["cut"] += len(tokens) < len(whole)
         text_bytes = int(verify.token_lengths()[tokens].sum())

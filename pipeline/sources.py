@@ -14,7 +14,7 @@ import xxhash
 
 from pipeline.chat import ChatOptions
 from pipeline.errors import KEPT, ForgeError, refusals
-from pipeline.files import files_in, for_training
+from pipeline.files import check_utf8, files_in, for_training
 from pipeline.hub import resolve_hub
 from pipeline.shards import INDEX_FILE, is_ours
 from pipeline.tokenizer import EOT_TEXT
@@ -73,9 +73,6 @@ class SourceFile:
     checksum: str
     modified: int = field(default=0, compare=False)
 
-    def record(self) -> dict[str, Any]:
-        return {"name": self.name, "bytes": self.bytes, "checksum": self.checksum}
-
     def check_unchanged(self, path: Path) -> None:
         """ForgeError if the local file at `path` is not the one that was found."""
         with refusals("read a source file", path):
@@ -128,7 +125,7 @@ class Source:
 
     def record(self) -> dict[str, Any]:
         """What index.json says of it."""
-        files = [file.record() for file in self.files]
+        files = [{"name": f.name, "bytes": f.bytes, "checksum": f.checksum} for f in self.files]
         return {"name": self.name, "kind": self.kind, "hub": self.hub, "files": files}
 
     def ordered(self, known: Sequence[str]) -> "Source":
@@ -213,8 +210,7 @@ def choose(
 
 
 def describe_file(path: Path, name: str) -> SourceFile:
-    if name.encode("utf-8", "ignore").decode() != name:
-        raise ForgeError("a file's name is not UTF-8", where=repr(name), fix="rename the file")
+    check_utf8(Path(name))
     with refusals("read a source file", path), path.open("rb") as file:
         modified = os.fstat(file.fileno()).st_mtime_ns
         size = file.seek(0, 2)

@@ -11,34 +11,22 @@ import click
 from pipeline.errors import counted
 
 
-class ProgressBar:
+def progress_bar(total: int | None = None) -> Any:
     """tqdm by bytes on a terminal, silent elsewhere."""
+    from tqdm import tqdm
 
-    def __init__(self, total: int | None = None) -> None:
-        from tqdm import tqdm
+    width = min(110, shutil.get_terminal_size().columns)
+    look = {"unit": "B", "unit_scale": True, "ncols": width, "smoothing": 0.1, "leave": False}
+    return tqdm(total=total, disable=None, **look)
 
-        self.start_bytes = -1
-        width = min(110, shutil.get_terminal_size().columns)
-        look = {"unit": "B", "unit_scale": True, "ncols": width, "smoothing": 0.1, "leave": False}
-        self.bar = tqdm(total=total, disable=None, **look)
-        self.add = self.bar.update
 
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def update(self, progress: Any) -> None:
-        """Show a prepare.Progress. The clock starts with the first text."""
-        if self.bar.disable:
-            return
-        if self.start_bytes in (-1, progress.done_bytes):
-            self.start_bytes = self.bar.initial = progress.done_bytes
-            self.bar.reset(progress.total_bytes)
-        self.bar.n, self.bar.total = progress.done_bytes, progress.total_bytes
-        self.bar.set_postfix_str(f"{progress.num_tokens / 1e6:,.1f} M tokens", refresh=False)
-        self.bar.refresh()
+def show_progress(bar: Any, progress: Any) -> None:
+    """Show a prepare.Progress. What earlier runs made does not count as speed."""
+    bar.total = progress.total_bytes
+    bar.set_postfix_str(f"{progress.num_tokens / 1e6:,.1f} M tokens", refresh=False)
+    if bar.n == 0:
+        bar.n = bar.initial = bar.last_print_n = progress.done_bytes
+    bar.update(progress.done_bytes - bar.n)
 
 
 def report(

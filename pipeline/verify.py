@@ -35,11 +35,11 @@ def token_lengths() -> npt.NDArray[np.int64]:
 
 
 class Measured(NamedTuple):
-    """What the bytes of a shard say. `first` and `largest` are tokens, -1 if it has none."""
+    """What the bytes of a shard say. `largest` is a token, -1 if it has none."""
 
     shard: Shard  # as an index lists it
     lengths: DocumentLengths
-    first: int
+    starts_document: bool  # with its first token; an empty one, too
     largest: int
 
 
@@ -53,13 +53,12 @@ def measure(
     """Read a shard, or its first `most` tokens. Without `counts_text` (slow), text_bytes are 0."""
     num_tokens = shards.check_header(path)
     num_tokens = num_tokens if most is None else min(most, num_tokens)
-    digest, first, largest, position, text_bytes = xxhash.xxh3_64(), -1, -1, 0, 0
+    digest, largest, position, text_bytes = xxhash.xxh3_64(), -1, 0, 0
     starts = [np.empty(0, np.int64)]
     with refusals("read a shard", path), path.open("rb") as file:
         file.seek(shards.HEADER.size)
         while chunk := file.read(shards.TOKEN_BYTES * min(CHUNK_TOKENS, num_tokens - position)):
             tokens = np.frombuffer(chunk, "<u2")
-            first = int(tokens[0]) if position == 0 else first
             largest = max(largest, int(tokens.max()))
             starts.append(np.flatnonzero(tokens == shards.EOT_TOKEN) + position)
             digest.update(chunk)
@@ -69,7 +68,7 @@ def measure(
     bounds = np.concatenate([*starts, [num_tokens]])
     counts = (num_tokens, len(bounds) - 1, text_bytes, digest.hexdigest())
     shard = Shard(path.name, split, *counts, 0, shards.head_checksum(path))
-    return Measured(shard, DocumentLengths.of(np.diff(bounds) - 1), first, largest)
+    return Measured(shard, DocumentLengths.of(np.diff(bounds) - 1), bounds[0] == 0, largest)
 
 
 def next_document(tokens: shards.Tokens, near: int) -> int:
@@ -100,11 +99,18 @@ def check_shard(index: Index, shard: Shard, on_bytes: Callable[[int], None]) -> 
         problems.append(f"token {found.largest} is outside the vocabulary of {vocab_size}")
     if (found.shard.num_tokens - 1) % context_length:
         problems.append(f"not windows of {context_length} tokens, and one token more")
-    if found.first not in (shards.EOT_TOKEN, -1) and whole_documents:
+    if whole_documents and not found.starts_document:
         problems.append("does not start with <|endoftext|>")
     if not problems and shard.head_checksum not in ("", found.shard.head_checksum):
         problems.append("the index has another checksum of its head")
     return [f"{shard.file}: {problem}" for problem in problems]
+
+
+def require_sound(index: Index, shard: Shard) -> None:
+    """ForgeError if anything is wrong with a shard, which is read whole."""
+    if problems := check_shard(index, shard, lambda count: None):
+        fix = "run forge-prep verify on its folder"
+        raise ForgeError("; ".join(problems), where=index.folder, fix=fix)
 
 
 def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[str]:
@@ -130,12 +136,9 @@ def verify(index: Index, workers: int, on_bytes: Callable[[int], None]) -> list[
             problems.append(f"{shards.VOCABULARY_FILE}: changed")
     except OSError as error:
         problems.append(f"{shards.VOCABULARY_FILE}: cannot be read: {error.strerror}")
-
-    def check(shard: Shard) -> list[str]:
-        return check_shard(index, shard, on_bytes)
-
+    listed_once = dict.fromkeys(index.shards)  # a mixture may repeat some
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(check, dict.fromkeys(index.shards))  # once: a mixture may repeat them
+        found = pool.map(lambda shard: check_shard(index, shard, on_bytes), listed_once)
         return problems + [problem for some in found for problem in some]
 
 
@@ -206,10 +209,9 @@ def check_ours(folder: Path, begun: dict[str, Any]) -> None:
 def clear(folder: Path) -> None:
     """Remove the shards of a finished folder. The index goes last: it says that they are ours."""
     if (folder / shards.INDEX_FILE).exists():
-        names = [path.name for path in folder.iterdir()]
-        listed = [*filter(shards.SHARD_NAME.fullmatch, names)]  # as check_ours() found
-        for name in (*listed, shards.VOCABULARY_FILE, shards.INDEX_FILE):
-            (folder / name).unlink(missing_ok=True)
+        made = [path for path in folder.iterdir() if shards.SHARD_NAME.fullmatch(path.name)]
+        for path in (*made, folder / shards.VOCABULARY_FILE, folder / shards.INDEX_FILE):
+            path.unlink(missing_ok=True)
 
 
 def forget(folder: Path) -> None:
@@ -225,8 +227,6 @@ def begin(folder: Path, plan: dict[str, Any]) -> Path:
     """Make `.work/` in a folder, with the plan of what is made there, and return it."""
     work = folder / shards.WORK_FOLDER
     work.mkdir(exist_ok=True)
-    for leftover in work.glob("*.partial"):
-        leftover.unlink()
     marked = {"format": shards.INDEX_FORMAT, "version": shards.INDEX_VERSION} | plan
     write_whole(work / PLAN_FILE, (json.dumps(marked) + "\n").encode())
     return work
@@ -266,16 +266,16 @@ def finish_publishing(folder: Path) -> None:
 
 def differences(made: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     """The options in which a run differs from what is wanted now; files and max_tokens apart."""
-    holds = [
-        "chat" if "context_length" in each["options"] else "text" for each in (made, plan) if made
-    ]
+    if not made:
+        return []
+    holds = ["chat" if "context_length" in each["options"] else "text" for each in (made, plan)]
     if len(set(holds)) > 1:
         return ["it holds {}, now {}".format(*holds)]
     wanted = [("options", key, now) for key, now in plan["options"].items() if key != "max_tokens"]
     wanted += [("source", key, plan["source"][key]) for key in ("kind", "hub")]
     wanted += [("tokenizer", "sha256", plan["tokenizer"]["sha256"])]
     found = []
-    for section, key, now in wanted if made else ():
+    for section, key, now in wanted:
         before = made[section].get(key, getattr(Options, key, None))
         if key == "hub" and before and now:  # a newer commit may have more files
             before, now = before | {"revision": ""}, now | {"revision": ""}
@@ -297,13 +297,13 @@ def is_enough(index: Index, plan: dict[str, Any]) -> bool:
     """
     made = {"source": index.source, "options": index.options, "tokenizer": index.tokenizer}
     if not index.slices:  # an older version's: its shards had sizes of their own
-        sizes = {"shard_tokens": plan["options"]["shard_tokens"]}
-        made["options"] = index.options | sizes
+        made["options"] = index.options | {"shard_tokens": plan["options"]["shard_tokens"]}
     found = differences(made, plan)
     before, wanted = index.options["max_tokens"], plan["options"]["max_tokens"]
-    old, now, has = before or math.inf, wanted or math.inf, index.total("num_tokens", "train")
-    if index.slices:  # a shard of chat has one token more
-        has = sum(row["num_train_tokens"] for row in index.slices)
+    old, now = before or math.inf, wanted or math.inf
+    # The slices say it, as a shard of chat has one token more; an older version has none.
+    has = sum(row["num_train_tokens"] for row in index.slices)
+    has = has or index.total("num_tokens", "train")
     if now < old and now <= has:
         found.append(f"options max_tokens: {before!r}, now {wanted!r}")
     refuse(found, index.folder)

@@ -176,7 +176,7 @@ def test_verify_is_exit_code_0_or_1(forge, small_shards: Path, tmp_path: Path) -
     with (copy / "train_000000.bin").open("r+b") as file:
         file.seek(shards.HEADER.size + 2)
         file.write(b"\xff\xff")
-    assert_error(forge("prep", "show", copy, 0), "token 65535 is none of GPT-2's")
+    assert_error(forge("prep", "show", copy, 0), "token 65535 is outside the vocabulary")
     report = forge("prep", "verify", copy, "--json")
     assert report.exit_code == 1
     assert len(json.loads(report.stdout)["problems"]) == 2

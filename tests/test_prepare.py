@@ -29,7 +29,7 @@ import xxhash
 from benchmarks import kill_prep
 from conftest import HOSTILE, ROOT, files_up_to
 
-from pipeline import foreign, merge, prepare, readers, shards, sources, tokenizer, verify
+from pipeline import foreign, merge, prepare, shards, sources, tokenizer, verify
 from pipeline.engines import Processes
 from pipeline.errors import ForgeError
 from pipeline.plan import Plan
@@ -203,7 +203,7 @@ def pieces(source: Path, first: Iterable[str] = ()) -> dict[int, tuple[tuple[str
     """What each slice is made of: one letter for a file, and row groups."""
     found = sources.resolve(str(source))
     found = found.ordered([f"{name}.parquet" for name in by_hash(first)])
-    plan = Plan(found, Options(), readers.stop)
+    plan = Plan(found, Options())
     plan.reach(math.inf)
     return {
         each.number: tuple((p.file.name[0], p.start, p.stop) for p in each.parts)

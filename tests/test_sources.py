@@ -43,7 +43,7 @@ def read(path: Path, column: str = "text", split_on: str | None = None) -> list[
 
 
 def planned(source: sources.Source, options: Options) -> list[Slice]:
-    plan = Plan(source, options, readers.stop)
+    plan = Plan(source, options)
     plan.reach(math.inf)
     return list(plan.slices.values())
 
@@ -151,12 +151,10 @@ def test_errors_of_the_machine_are_never_damage(
         monkeypatch.setattr(Path, "open", fail)
     else:
         monkeypatch.setattr(readers, "decompressed_lines", fail_in_a_stream)
-    left_out: list[ForgeError] = []
-    texts = readers.read_documents(
-        kind, Reading(path, Options(), left_out.append), Part(SourceFile("a", 0, ""), 0, 1, 9)
-    )
+    at = Reading(path, Options(), skip_errors=True)
+    texts = readers.read_documents(kind, at, Part(SourceFile("a", 0, ""), 0, 1, 9))
     caught = failure(list, texts)
-    assert left_out == []
+    assert at.skipped["damaged"] == 0
     assert not isinstance(caught, DamageError)
     assert says in caught.what
     assert advice in str(caught.fix)
@@ -315,7 +313,7 @@ def test_links_are_followed_once(tmp_path: Path, make_parquet) -> None:
 def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path, make_parquet) -> None:
     path = make_parquet(tmp_path / "a.parquet", ["a"])
     path.rename(tmp_path / b"caf\xe9.parquet".decode("utf-8", "surrogateescape"))
-    with pytest.raises(ForgeError, match="not UTF-8"):
+    with pytest.raises(ForgeError, match="not valid UTF-8"):
         sources.resolve(str(tmp_path))
 
 
@@ -476,7 +474,7 @@ def test_a_plan_is_the_same_from_any_slice_on(tmp_path: Path, make_parquet) -> N
     assert len(whole) > 5
     for number, each in enumerate(whole):
         first = each.parts[0]
-        rest = Plan(source, options, readers.stop, number, first.file.name, first.start)
+        rest = Plan(source, options, False, number, (first.file.name, first.start))
         rest.reach(math.inf)
         assert list(rest.slices.values()) == whole[number:]
 
@@ -491,7 +489,7 @@ def test_a_plan_reads_the_footers_of_no_more_files_than_it_needs(
     monkeypatch.setattr(
         plan, "row_groups", lambda *three: read.append(three[1].name) or row_groups(*three)
     )
-    cut = Plan(source, Options(), readers.stop)
+    cut = Plan(source, Options())
     cut.reach(1)
     assert read == ["00.parquet"]
     per_file = cut.bytes

@@ -85,10 +85,10 @@ def start_watched_worker(*arguments: Any) -> None:
         return started
 
     def noted(function: Callable[..., slices.Record]) -> Callable[..., slices.Record]:
-        def make(job: slices.Job) -> slices.Record:
+        def make(*arguments: Any) -> slices.Record:
             spent.clear()
             started, cpu = time.perf_counter_ns(), time.process_time_ns()
-            record = function(job)
+            record = function(*arguments)
             note = {"start": started, "end": time.perf_counter_ns()} | spent
             note["cpu"] = time.process_time_ns() - cpu
             note["bytes"] = sum(shard.text_bytes for shard in record.shards)
@@ -101,7 +101,7 @@ def start_watched_worker(*arguments: Any) -> None:
         return make
 
     slices.write_documents = clocked("documents", slices.write_documents)
-    engines.tokenize_slice = noted(engines.tokenize_slice)
+    slices.tokenize_slice = noted(slices.tokenize_slice)
     readers.read_documents = clocked_batches(readers.read_documents)
     encode = tokenizer.BulkEncoder.encode  # lazy; the clock needs it done
     tokenizer.BulkEncoder.encode = lambda *arguments: list(encode(*arguments))  # type: ignore[assignment]

@@ -52,7 +52,7 @@ def batches(source: sources.Source) -> Iterator[list[bytes]]:
 
 
 def planned(source: sources.Source, shard_tokens: int) -> Plan:
-    plan = Plan(source, Options(shard_tokens=shard_tokens), readers.stop)
+    plan = Plan(source, Options(shard_tokens=shard_tokens))
     plan.reach(math.inf)
     return plan
 
