@@ -10,9 +10,11 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import metrics_of
 from safetensors.torch import load_file
 from test_kept import copy_of
@@ -560,20 +562,27 @@ def test_every_fallback_learns_what_float32_learns(
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(1.05, "int8"), (1.04, "float32")])
-def test_integers_are_taken_where_they_gain_and_then_for_the_whole_run(
+def test_integers_are_taken_where_they_gain_and_then_for_all_steps_of_the_run(
     gain: float, chosen: str, small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, used = tmp_path / "run", [False]
+    run, calls = tmp_path / "run", list[int]()
+
+    def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return F.linear(x, layer.weight, layer.bias)
+
     monkeypatch.setattr("trainer.int8.available", lambda *_: True)
     monkeypatch.setattr("trainer.int8.speedup", lambda *_: gain)
-    monkeypatch.setattr("trainer.int8.use", lambda model, on: used.append(on))
+    monkeypatch.setattr("trainer.int8.linear", linear)
     options = ["--set=schedule.max_steps=4", "--set=checkpoint.every_steps=2"]
     train_alone(small_shards, run, *options)
-    assert used[-1] == (chosen == "int8")
+    two_layers = 2 * 4  # linear ones
+    per_step = metrics_of(run, "start")[0]["accumulation_steps"] * two_layers
+    assert len(calls) == (4 * per_step if chosen == "int8" else 0)  # and none of an evaluation
     shutil.rmtree(run / "checkpoints" / "step_00000004")
     monkeypatch.setattr("trainer.int8.speedup", lambda *_: 1 / gain)  # nobody asks again
     train_alone(small_shards, run, *options, "--resume")
-    assert used[-1] == (chosen == "int8")
+    assert len(calls) == (6 * per_step if chosen == "int8" else 0)
     state = json.loads((run / "checkpoints" / "step_00000004" / "state.json").read_text())
     assert state["precision"] == chosen
     assert [row["precision"] for row in metrics_of(run, "start")] == [chosen, chosen]
