@@ -123,7 +123,7 @@ def test_a_layer_computes_as_ever_while_paused_and_afterwards() -> None:
 
 
 def test_a_model_learns_nearly_the_same_and_keeps_less_for_the_way_back() -> None:
-    tokens = torch.arange(256, device=DEVICE).view(2, 128)
+    tokens = torch.arange(128, device=DEVICE).view(1, 128)
     losses, gradients, kept = [], [], []
     for on in (False, True):
         model = made(MODEL).bfloat16().requires_grad_()
