@@ -152,6 +152,7 @@ def facts(run: Run, references: list[Row]) -> dict[str, str]:
     if starts and (begun := number(starts[0].get("started_at"))):
         say("begun", date(begun))
     say("hardware", start.get("hardware"))
+    say("precision", run.state and run.state.precision)
     cut = [start.get(key) for key in ("micro_batch_size", "accumulation_steps", "world_size")]
     say("micro-batch, accumulation, ranks", all(cut) and " x ".join(map(str, cut)))
     say("parameters", run.state and run.state.model.num_parameters(), ",")

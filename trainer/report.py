@@ -285,9 +285,9 @@ class Readme:
             say(f"WARNING: README.md not written: {error}")
 
     def text(self) -> str:
-        config, index, run, last = self.config, self.index, self.run, self.last
+        config, index, run, last, state = self.config, self.index, self.run, self.last, self.state
         now = max(last.values(), key=lambda row: int(row["step"]))
-        evaluated, taken, stop = last.get("evaluate"), last.get("step"), self.state.plan.stop
+        evaluated, taken, stop = last.get("evaluate"), last.get("step"), state.plan.stop
         steps = f"{now['step']:,}" + ("" if stop == math.inf else f" of {stop:,.0f}")
         loss, num_tokens = _number(evaluated, "loss"), index.total("num_tokens", "train")
         at = f"{evaluated['step']:,}" if evaluated else "-"
@@ -298,14 +298,14 @@ class Readme:
             more = f"- Validation loss of each part: {parts}; in all weighted by train tokens\n"
         if now["step"] < stop:
             more += "- Not complete: the same command with `--resume` continues it\n"
-        if (flat := checkpoint.before_decay(run)) is not None and not self.state.is_before_decay:
+        if (flat := checkpoint.before_decay(run)) is not None and not state.is_before_decay:
             path = quote(str(checkpoint.checkpoint_path(run, flat)))
             more += f"""\
 - To train it for longer: `--from {path}`, the last checkpoint before the learning rate fell, with
   another --out, and --set seed=2 for another order
 """
         return f"""\
-# {self.name}, trained from {self.state.weights_from or "scratch"}
+# {self.name}, trained from {state.weights_from or "scratch"}
 
 | model | time | steps | tokens | parameters | loss |
 |---|---|---|---|---|---|
@@ -321,7 +321,7 @@ Loss is the mean over the same {config.evaluate.num_tokens:,} validation tokens,
 - Data: {index.source["name"]}{f" at {revision}" if revision else ""}, \
 {now["tokens"] / max(1, num_tokens):.2f} epochs of {num_tokens:,} tokens
 - Optimizer: {config.optimizer.describe()}
-- Hardware: {last.get("start", {}).get("hardware")}; torch {torch.__version__}
+- Hardware: {last.get("start", {}).get("hardware")}; torch {torch.__version__}, {state.precision}
 {more}
 Files: `config.toml` (resolved), `metrics.jsonl`, `data_index.json` (of the shards),
 `r50k_base.tiktoken` (vocabulary), `checkpoints/` (safetensors).
