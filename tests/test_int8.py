@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 is set. Otherwise these tests skip.
 """
 
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from test_fused import kept_bytes, made
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from trainer import fused, int8
+from trainer import config_file, fused, int8
 from trainer.config import ModelConfig
+from trainer.memory import cut_step
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU here, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
+GPU = torch.device("cuda")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL = ModelConfig(
     num_layers=1,
@@ -37,10 +41,13 @@ MODEL = ModelConfig(
 
 @pytest.fixture
 def given() -> tuple[Tensor, ...]:
-    """x (384, 256) with rows of different size, weight (128, 256), dy (384, 128) transposed."""
+    """x (1152, 256) with rows of different size, weight (128, 256), dy (1152, 128) transposed.
+
+    There are more rows than a group of tiles has.
+    """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(384, 256, generator=generator) * torch.rand(384, 1, generator=generator)
-    weight, dy = (torch.randn(128, size, generator=generator) for size in (256, 384))
+    x = torch.randn(1152, 256, generator=generator) * torch.rand(1152, 1, generator=generator)
+    weight, dy = (torch.randn(128, size, generator=generator) for size in (256, 1152))
     return x.to(DEVICE), weight.to(DEVICE), dy.T.to(DEVICE)
 
 
@@ -125,9 +132,10 @@ def test_a_layer_computes_as_ever_while_paused_and_afterwards() -> None:
 def test_a_model_learns_nearly_the_same_and_keeps_less_for_the_way_back() -> None:
     tokens = torch.arange(128, device=DEVICE).view(1, 128)
     losses, gradients, kept = [], [], []
-    for on in (False, True):
+    again = partial(checkpoint, fused.layer, use_reentrant=False)
+    for on, layer in ((False, fused.layer), (True, fused.layer), (True, again)):
         model = made(MODEL).bfloat16().requires_grad_()
-        model.trunk = partial(fused.hidden, model)
+        model.trunk = partial(fused.hidden, model, layer=layer)
         int8.use(model, on)
         loss = model(tokens, tokens)
         loss.backward()
@@ -136,5 +144,35 @@ def test_a_model_learns_nearly_the_same_and_keeps_less_for_the_way_back() -> Non
         weights = sum(parameter.nbytes for parameter in model.h.parameters())
         kept.append(kept_bytes(model.trunk, tokens) - weights // (2 if on else 1))
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
-    assert F.cosine_similarity(*gradients, dim=0) > 0.98
+    assert F.cosine_similarity(*gradients[:2], dim=0) > 0.98
     assert kept[1] < kept[0]
+    assert losses[2] == losses[1]  # recomputed
+    assert torch.equal(gradients[2], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("windows", "setting", "fits"),
+    [
+        (16, "seed=1", True),
+        (128, "seed=1", True),
+        (129, "seed=1", False),  # a sum could overflow
+        (16, "model.mlp_size=2000", False),
+        (16, "model.num_kv_heads=3", True),
+        (16, "precision=float32", False),
+    ],
+)
+def test_sizes_are_multiples_of_a_tile(
+    windows: int, setting: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    config = config_file.load("forge_124m", (setting,))
+    assert int8.available(config, torch.device("cuda"), windows) == fits
+    assert not int8.available(config, torch.device("cpu"), windows)
+
+
+def test_a_large_card_takes_micro_batches_whose_sums_fit() -> None:
+    config = config_file.load("forge_124m", ("precision=int8",))
+    for limit in (24e9, 140e9):
+        cut = cut_step(config, 1, limit)
+        assert int8.available(replace(config, precision="bfloat16"), GPU, cut.micro_batch_size)
+    assert cut.micro_batch_size == 120

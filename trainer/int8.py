@@ -22,10 +22,10 @@ from torch import Tensor
 from trainer import fused
 from trainer.config import Config
 from trainer.cross_entropy import gpu_kernels
+from trainer.memory import MOST_INT8_TOKENS
 from trainer.model import LanguageModel, Linear
 
 MULTIPLE = 128  # of all sizes
-MOST_TOKENS = 2**17  # of a micro-batch: a sum of so many products of 127 and 127 fits 32 bits
 ROUND_TILE = 128, 64
 # Rows, columns and depth of a product's tile: 64 KB of shared memory, of the 99 that Ada has.
 TILE, GROUP = (128, 128, 128), 8
@@ -40,7 +40,7 @@ class Rounded(NamedTuple):
 
 def round_both(x: Tensor) -> tuple[Rounded, Rounded]:
     """x (n, m), rounded along its rows, and transposed (m, n) along its columns."""
-    n, m = x.shape
+    x, (n, m) = x.contiguous(), x.shape
     rows, columns = (  # apart, because only the columns are kept for the way back
         Rounded(x.new_empty(shape, dtype=torch.int8), x.new_zeros(shape[0], dtype=torch.float32))
         for shape in ((n, m), (m, n))
@@ -74,8 +74,9 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x_columns, w_columns = Rounded(*ctx.saved_tensors[:2]), Rounded(*ctx.saved_tensors[2:])
-        dy_rows, dy_columns = round_both(dy.contiguous())
+        saved = ctx.saved_tensors  # once: what is recomputed can be had once
+        x_columns, w_columns = Rounded(*saved[:2]), Rounded(*saved[2:])
+        dy_rows, dy_columns = round_both(dy)
         dx, dw = multiply(dy_rows, w_columns, dy.dtype), multiply(dy_columns, x_columns, dy.dtype)
         return dx, dw
 
@@ -116,18 +117,20 @@ def available(config: Config, device: torch.device, windows: int) -> bool:
     heads = {count * model.head_dim() for count in (model.num_heads, model.kv_heads())}
     tokens = windows * model.context_length
     sizes = {tokens, model.embedding_size, model.mlp_dim(), *heads}
-    fits = tokens <= MOST_TOKENS and all(size % MULTIPLE == 0 for size in sizes)
+    fits = tokens <= MOST_INT8_TOKENS and all(size % MULTIPLE == 0 for size in sizes)
     return fits and fused.available(config, device)
 
 
 def speedup(model: LanguageModel, windows: int) -> float:
-    """The speed of a micro-batch by integers over that in bfloat16; leaves gradients behind."""
-    size, vocab_size = model.config.context_length, model.config.vocab_size
-    device = model.wte.weight.device
-    tokens = torch.arange(windows * size, device=device).view(windows, size) % vocab_size
-    fastest = []
-    for on in (False, True):
-        use(model, on)
+    """The speed of a micro-batch by integers over that in bfloat16; leaves gradients behind.
+
+    0 where this GPU lacks the memory for it, or cannot compile it.
+    """
+    size, device = model.config.context_length, model.wte.weight.device
+    tokens = torch.arange(windows * size, device=device).view(windows, size)
+    tokens %= model.config.vocab_size
+
+    def fastest() -> float:
         seconds = []
         for _ in range(4):  # the first compiles
             torch.cuda.synchronize(device)
@@ -135,6 +138,15 @@ def speedup(model: LanguageModel, windows: int) -> float:
             model(tokens, tokens).backward()
             torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - began)
-        fastest.append(min(seconds))
-    use(model, False)
-    return fastest[0] / fastest[1]
+        return min(seconds)
+
+    plain = fastest()
+    try:
+        use(model, True)
+        return plain / fastest()
+    except Exception:  # torch's and Triton's are of many types
+        torch.cuda.empty_cache()
+        return 0.0
+    finally:
+        use(model, False)
+        torch.cuda.reset_peak_memory_stats(device)

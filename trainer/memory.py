@@ -30,6 +30,7 @@ BACKWARD_LAYERS = 2.43  # memory of a layer's backward pass, in layers
 LOGIT_BYTES = 2
 HEAD_BYTES = 10  # per number of the head: padded, and its gradient in bfloat16 and float32
 USABLE = 0.94  # of the free memory: the rest goes to fragments and libraries
+MOST_INT8_TOKENS = 2**17  # of a micro-batch: a sum of so many products of 127 and 127 fits 32 bits
 CPU_TOKENS = 1024  # a CPU is fastest while a micro-batch's logits fit its caches
 
 
@@ -113,6 +114,8 @@ def cut_step(config: Config, world_size: int, limit: float | None = None) -> Cut
             fix = f"use one of {', '.join(map(str, sizes))}"
             raise ForgeError(what, where="batch.micro_batch_size", fix=fix)
         sizes = [given]
+    elif config.precision == "int8":
+        sizes = [n for n in sizes if n * config.model.context_length <= MOST_INT8_TOKENS]
     if limit is None:
         small = [n for n in sizes if n * config.model.context_length <= CPU_TOKENS]
         size = max(small, default=sizes[0])

@@ -18,8 +18,8 @@ SUM_PIECE = 2**24  # numbers of a checksum at one time
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Precision of the weights that the model computes with."""
-    is_bfloat16 = config.precision in ("bfloat16", "int8")
-    if config.precision == "auto" and device.type == "cuda":
+    is_bfloat16 = config.precision == "bfloat16"
+    if config.precision in ("auto", "int8") and device.type == "cuda":
         is_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if is_bfloat16 else torch.float32
 

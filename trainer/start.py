@@ -23,10 +23,10 @@ from trainer.check import describe
 from trainer.checkpoint import MODEL_FILE, OPTIMIZER_FILE, State, checkpoint_path
 from trainer.config import Config, ModelConfig
 from trainer.config_file import flat
-from trainer.memory import Cut, checkpoint_bytes, cut_here
+from trainer.memory import MOST_INT8_TOKENS, Cut, checkpoint_bytes, cut_here
 from trainer.model import build_model
 from trainer.optimizer import Optimizer, compute_dtype
-from trainer.ranks import Ranks, Shared, fill_from_first, from_first
+from trainer.ranks import Ranks, Shared, fill_from_first, from_first, on_all
 from trainer.report import (
     Metrics,
     Readme,
@@ -47,7 +47,7 @@ from trainer.step import Setup
 from trainer.windows import Data, MicroBatches, check_amount, for_data, open_data
 
 EMBEDDING = "wte.weight"
-LEAST_GAIN = 1.05  # of a micro-batch's speed, for 8-bit integers
+LEAST_GAIN = 1.1  # of speed, for 8-bit integers: they cost what some percent of the tokens give
 OPTIONAL = ("matplotlib", "tensorboardX")  # trackers, where they are installed
 
 
@@ -105,13 +105,13 @@ def prepare(
     """The model with random weights, its optimizer and its micro-batches."""
     config = replace(command.config, precision=cast(Any, state.precision))
     cut = cut_here(config, ranks, device)
+    check_int8(config, device, cut)
     model = build_model(config.model)
     if not state.step and command.weights_from is None:
         model.init_weights(config.seed)
     optimizer = Optimizer(model.to(device), config, ranks)
     compile_model(model, config, device, cut.recomputes)
     size = cut.micro_batch_size
-    check_int8(config, device, cut)
     int8.use(model, config.precision == "int8")
     batches = MicroBatches(data.train, config, state.step, size, ranks, device)
     return Setup(config, data, ranks, device, cut, model, optimizer, batches)
@@ -183,17 +183,22 @@ def check_int8(config: Config, device: torch.device, cut: Cut) -> None:
     """ForgeError if the config asks for 8-bit integers that are not for this model or device."""
     if config.precision == "int8" and not int8.available(config, device, cut.micro_batch_size):
         what = f"int8 is for a GPU, family qwen3, sizes of n * {int8.MULTIPLE} and micro-batches"
-        what += f" of up to {int8.MOST_TOKENS:,} tokens"
-        fix = 'leave it at "auto"; a run that began with int8 needs such a GPU to go on'
+        what += f" of up to {MOST_INT8_TOKENS:,} tokens"
+        fix = 'leave it at "auto", or lower batch.micro_batch_size; a run that began with int8 '
+        fix += "needs such a GPU to go on"
         raise ForgeError(what, where="precision", fix=fix)
 
 
 def choose_precision(setup: Setup, state: State) -> None:
-    """For a new run with precision "auto": 8-bit integers where this card gains by them."""
+    """For a new run with precision "auto": 8-bit integers where every card gains by them."""
     model, windows = setup.model, setup.cut.micro_batch_size
-    if not int8.available(setup.config, setup.device, windows):
+
+    def measure() -> float:
+        is_available = int8.available(setup.config, setup.device, windows)
+        return int8.speedup(model, windows) if is_available else 0.0
+
+    if not (gain := min(on_all(setup.ranks, measure))):
         return
-    gain = from_first(setup.ranks, lambda: int8.speedup(model, windows))
     if gain >= LEAST_GAIN:
         state.precision = "int8"
         int8.use(model, True)

@@ -216,13 +216,12 @@ def evaluate(setup: Setup, state: State, clock: Clock, report: Report) -> bool:
     began = time.perf_counter()
     config, model, device = setup.config, setup.model, setup.device
     size = setup.cut.micro_batch_size
+    text, num_tokens = "", config.evaluate.sample_tokens
     with int8.paused(model):
         loss, bits, parts = validation_loss(model, setup.data, config, size, setup.ranks)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    text, num_tokens = "", config.evaluate.sample_tokens
-    if setup.ranks.is_first and num_tokens and state.step and math.isfinite(loss):
-        with int8.paused(model):
+        if setup.ranks.is_first and num_tokens and state.step and math.isfinite(loss):
             text = sample_text(model, setup.data, num_tokens, state.step)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     took = time.perf_counter() - began
     if state.step:  # the one before the first step compiles
         clock.evaluation = took
