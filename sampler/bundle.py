@@ -19,8 +19,6 @@ import yaml
 from pipeline.errors import ForgeError
 
 ORDER_SEED, SHOTS_SEED = 1337, 1234  # of the items, and of an item's examples
-CHOICES = {"multiple_choice": "choices", "schema": "context_options"}  # in an item of each kind
-
 MISFITS = (ValueError, LookupError, TypeError, AttributeError)  # of values in a damaged file
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, yaml.YAMLError)
 
@@ -47,18 +45,15 @@ class Task:
 
     def answered(self, item: Item) -> list[str]:
         """An item with each of its answers; of language modelling, without one and with it."""
-        if self.kind == "language_modeling":
-            pairs = [(item["context"].strip(), text) for text in ("", item["continuation"])]
-        elif self.kind in CHOICES:
-            choices = item[CHOICES[self.kind]]
-            if not isinstance(choices, list):
-                raise TypeError(f"{CHOICES[self.kind]} is not a list")
-            if self.kind == "schema":
-                pairs = [(choice, item["continuation"]) for choice in choices]
-            else:
-                pairs = [(item["query"], choice) for choice in choices]
-        else:
-            raise ValueError(f"unknown kind of task {self.kind!r}")
+        match self.kind, item:
+            case "language_modeling", {"context": context, "continuation": ending}:
+                pairs = [(context.strip(), ""), (context.strip(), ending)]
+            case "schema", {"context_options": [*contexts], "continuation": ending}:
+                pairs = [(context, ending) for context in contexts]
+            case "multiple_choice", {"query": query, "choices": [*choices]}:
+                pairs = [(query, choice) for choice in choices]
+            case _:
+                raise ValueError(f"{self.label}: no {self.kind} item: {str(item)[:80]}")
         return [self.delimiter.join(pair) for pair in pairs]
 
     def right(self, item: Item) -> int:
@@ -71,8 +66,8 @@ def read_bundle(path: Path, max_per_task: int | None) -> list[Task]:
 
     `max_per_task` items of each, always the same. ForgeError if the bundle cannot be used.
     """
-    root = _root(path)
     try:
+        root = _root(path)
         listed = yaml.safe_load((root / "core.yaml").read_text("utf-8"))["icl_tasks"]
         rows = csv.DictReader((root / "eval_meta_data.csv").read_text("utf-8").splitlines())
         chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
@@ -88,13 +83,10 @@ def read_bundle(path: Path, max_per_task: int | None) -> list[Task]:
 
 def _root(path: Path) -> BundleFolder:
     """The folder that holds core.yaml: the bundle itself, or the one folder in it."""
-    try:
-        given = zipfile.Path(path) if path.is_file() else path
-        for folder in (given, given / "eval_bundle"):
-            if (folder / "core.yaml").is_file():
-                return folder
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ForgeError(f"cannot open the bundle: {error}", where=path) from error
+    given = zipfile.Path(path) if path.is_file() else path
+    for folder in (given, given / "eval_bundle"):
+        if (folder / "core.yaml").is_file():
+            return folder
     fix = "give the folder or .zip with core.yaml, eval_meta_data.csv and eval_data/"
     what = "not an evaluation bundle: no core.yaml" if path.exists() else "no such file or folder"
     raise ForgeError(what, where=path, fix=fix)

@@ -3,16 +3,16 @@
 Only small files are read, so a copied run, one that is still training and a damaged one will do.
 """
 
-import json
 import os
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ForgeError, refusals
-from trainer import checkpoint
+from trainer import checkpoint, layouts
 from trainer.config_file import read_toml
 from trainer.report import METRICS_FILE, read_metrics
 from trainer.run import DATA_FILE
@@ -82,30 +82,14 @@ def read_run(path: Path, name: str) -> Run:
         raise ForgeError(what, where=log, fix="wait for its first step, or copy the run again")
     num_damaged = max(0, num_lines - len(found))  # a run may write between the two reads
     state = next(reversed(checkpoint.known_states(path)), None)
-    settings, index = read_settings(path), read_json(path / DATA_FILE)
+    settings, index = Row(), Row()
+    with suppress(ForgeError):
+        for key, value in read_toml(path / checkpoint.CONFIG_FILE).items():
+            is_table = isinstance(value, dict)
+            settings |= {f"{key}.{k}": v for k, v in value.items()} if is_table else {key: value}
+    with suppress(ForgeError):
+        index = layouts.read_json(path / DATA_FILE)
     return Run(name, rows, num_damaged, settings, index, state, checkpoint.num_bytes(path))
-
-
-def read_settings(path: Path) -> Row:
-    """The values of the run's config by section.key."""
-    try:
-        tables = read_toml(path / checkpoint.CONFIG_FILE)
-    except ForgeError:
-        return {}
-    found: Row = {}
-    for name, value in tables.items():
-        is_table = isinstance(value, dict)
-        found |= {f"{name}.{key}": v for key, v in value.items()} if is_table else {name: value}
-    return found
-
-
-def read_json(path: Path) -> Row:
-    """The object in a file; an empty one if none can be read."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def curves(run: Run) -> Row:

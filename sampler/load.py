@@ -3,13 +3,13 @@
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipeline import chatml, tokenizer
 from pipeline.errors import ForgeError
 from pipeline.shards import EOT_TOKEN, VOCAB_SIZE, VOCABULARY_FILE, read_vocabulary
+from sampler.curves import within
 from trainer import checkpoint, layouts
 from trainer.model import LanguageModel, build_model
 from trainer.run import knows_chat
@@ -51,46 +51,34 @@ def open_model(
     `step` chooses a checkpoint of a run (default: the latest). The default `dtype` is bfloat16 on a
     GPU and float32 on a CPU.
     """
+    state = None
     if found := checkpoint.find(path, step):
-        loaded = _open_run(*found)
+        path, step = found
+        state = checkpoint.load_state(path, step, (checkpoint.MODEL_FILE,))
+        model: LanguageModel = build_model(state.model)
+        weights = checkpoint.checkpoint_path(path, step) / checkpoint.MODEL_FILE
+        model.load_state_dict(checkpoint.load_tensors(weights, dict(model.named_parameters())))
+        vocabulary = read_vocabulary(path / VOCABULARY_FILE)
     elif step is not None:
         what = "an exported folder has no checkpoints"
         raise ForgeError(what, where=path, fix="leave out --checkpoint")
     else:
-        loaded = _open_transformers(path)
+        model = layouts.read_folder(path)
+        _check_tokenizer(path)
+        vocabulary = [*tokenizer.token_bytes()]
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    loaded.model.to(device, dtype or usual)
-    loaded.model.requires_grad_(False)
-    return loaded
-
-
-def _open_run(run: Path, step: int) -> Loaded:
-    state = checkpoint.load_state(run, step, (checkpoint.MODEL_FILE,))
-    model = build_model(state.model)
-    path = checkpoint.checkpoint_path(run, step) / checkpoint.MODEL_FILE
-    model.load_state_dict(checkpoint.load_tensors(path, dict(model.named_parameters())))
-    vocabulary, is_chat = read_vocabulary(run / VOCABULARY_FILE), knows_chat(run)
-    return Loaded(run, model, vocabulary + MARKERS * is_chat, state, is_chat)
-
-
-def _open_transformers(folder: Path) -> Loaded:
-    """A folder in transformers' layout."""
-    model = layouts.read_folder(folder)
-    _check_tokenizer(folder)
-    is_chat = knows_chat(folder)
-    return Loaded(folder, model, [*tokenizer.token_bytes()] + MARKERS * is_chat, None, is_chat)
+    model.to(device, dtype or usual).requires_grad_(False)
+    is_chat = knows_chat(path)
+    return Loaded(path, model, vocabulary + MARKERS * is_chat, state, is_chat)
 
 
 def _check_tokenizer(folder: Path) -> None:
     """ForgeError if the folder has a vocabulary that is not GPT-2's."""
     published = layouts.read_json(tokenizer.package_data() / "encoder.json")
-    for name in ("vocab.json", "tokenizer.json"):
+    for name, *keys in (("vocab.json",), ("tokenizer.json", "model", "vocab")):
         if (folder / name).is_file():
-            content: Any = layouts.read_json(folder / name)
-            if name == "tokenizer.json":
-                model = content.get("model")
-                content = model.get("vocab") if isinstance(model, dict) else None
-            known = content if isinstance(content, dict) else {}
-            if {tokenizer.EOT_TEXT: EOT_TOKEN, **known} != published:
+            known = within(layouts.read_json(folder / name), *keys)
+            is_table = isinstance(known, dict)
+            if not is_table or {tokenizer.EOT_TEXT: EOT_TOKEN, **known} != published:
                 fix = "give a model with GPT-2's tokenizer: no other can be read"
                 raise ForgeError("the tokenizer is not GPT-2's", where=folder / name, fix=fix)

@@ -1,6 +1,7 @@
 """Scores parts of texts with a model: what every figure of forge-eval is made of."""
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
@@ -71,9 +72,7 @@ def score_items(
             scored = iter(score(loaded.model, [*chain(*asked)]))
             mine |= {n: [*islice(scored, len(a))] for n, a in zip(numbers, asked, strict=True)}
             progress.update(len(some))
-    found: dict[int, list[Score]] = {}
-    for of_rank in on_all(ranks, lambda: mine):
-        found |= of_rank
+    found = ChainMap(*on_all(ranks, lambda: mine))
     return [found[number] for number in range(count)]
 
 

@@ -172,7 +172,7 @@ def test_a_zip_that_was_damaged_on_its_way_is_one_error(tmp_path: Path, compress
             "cannot read the evaluation bundle",
         ),
         ("eval_meta_data.csv", "Eval Task,Random baseline\n", "'arc_easy' is missing"),
-        ("eval_data/x/arc_easy.jsonl", '{"query": "Q"}\n' * 3, "'choices' is missing"),
+        ("eval_data/x/arc_easy.jsonl", '{"query": "Q"}\n' * 3, "no multiple_choice item"),
         ("eval_data/x/arc_easy.jsonl", "{\n", "cannot read the evaluation bundle"),
         (
             "eval_data/x/arc_easy.jsonl",
